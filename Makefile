@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make demo` and `make test` need Python >= 3.11, a C++ compiler and make; pip gets the rest.
+# Stamp files record finished work: a second call goes straight to the demo or the tests.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+INSTALLED := $(VENV)/.installed
+BUILT     := $(VENV)/.built
+LINTER    := $(VENV)/.linter
+SOURCES   := $(shell find csrc -type f 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test build bench lint clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+demo: $(BUILT)  ## train a ResNet-18 dense and sparse, and compare time, density and accuracy
+	@$(BIN)/python -m sparsebwd.train --demo
+
+test: $(BUILT)  ## run every test that this machine can run
+	@$(BIN)/python -m pytest -q --durations=10
+
+build: $(BUILT)  ## set up .venv, build and install the package
+
+bench: $(BUILT)  ## time the sparse kernels against dense PyTorch
+	@$(BIN)/python -m sparsebwd.bench
+
+lint: $(LINTER)  ## check the Python sources with ruff
+	@$(BIN)/ruff check python bench tests setup.py
+
+clean:  ## remove build outputs and caches (not .venv)
+	rm -rf build dist python/*.egg-info .pytest_cache .hypothesis .ruff_cache $(BUILT)
+	find python bench tests \( -name '*.so' -o -name '__pycache__' \) -prune -exec rm -rf {} +
+
+$(INSTALLED): requirements.txt tools/check_system.sh
+	@tools/check_system.sh '$(PYTHON)'
+	@$(BIN)/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	    { echo "Creating $(VENV)"; '$(PYTHON)' -m venv --clear $(VENV); }
+	@echo "Installing pinned dependencies into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(BUILT): $(INSTALLED) setup.py pyproject.toml $(SOURCES)
+	@tools/check_system.sh $(BIN)/python
+	@echo "Building the C++ kernels (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(LINTER): $(INSTALLED) requirements-lint.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-lint.txt
+	@touch $@

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MobileNet v1 (Howard et al. 2017) for 32x32 images."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+# (output channels, stride) of each depthwise-separable block
+_BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
+
+
+class MobileNet(nn.Module):
+    """Stride 1 in the first layer, so that the last maps are 2x2 and averaged."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        layers = [_conv(3, 32, 3)]
+        channels = 32
+        for out_channels, stride in _BLOCKS:
+            layers += [_conv(channels, channels, 3, stride, groups=channels), _conv(channels, out_channels, 1)]
+            channels = out_channels
+        self.features = nn.Sequential(*layers)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
+        self.classifier = nn.Linear(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.flatten(self.pool(self.features(x))))
+
+
+def _conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, groups=groups, bias=False
+        ),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    )

@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "isa.h"
+
+#include <stdlib.h>
+
+#include <stdexcept>
+
+namespace sparsebwd {
+namespace {
+
+bool always() { return true; }
+
+#ifdef SPARSEBWD_X86
+// The builtin also asks whether the operating system saves the registers.
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+         __builtin_cpu_supports("popcnt");
+}
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+struct Isa {
+  bool (*runs_here)();
+  IsaKernels kernels;
+};
+
+// Lowest first. The compiler flags of each are in setup.py.
+const Isa kIsas[] = {
+    {always, {"baseline", prune_kernels_baseline}},
+#ifdef SPARSEBWD_X86
+    {has_avx2, {"avx2", prune_kernels_avx2}},
+    {has_avx512, {"avx512", prune_kernels_avx512}},
+#endif
+};
+
+const IsaKernels& choose_kernels() {
+  const char* variable = getenv("SPARSEBWD_MAX_ISA");
+  const std::string limit = variable && *variable ? variable : "avx512";
+  if (limit != "baseline" && limit != "avx2" && limit != "avx512")
+    throw std::invalid_argument("SPARSEBWD_MAX_ISA: got '" + limit +
+                                "', accepted are baseline, avx2 and avx512");
+  const IsaKernels* chosen = nullptr;
+  for (const Isa& isa : kIsas) {
+    if (isa.runs_here()) chosen = &isa.kernels;
+    if (limit == isa.kernels.name) break;
+  }
+  return *chosen;
+}
+
+}  // namespace
+
+const IsaKernels& active_kernels() {
+  static const IsaKernels& kernels = choose_kernels();
+  return kernels;
+}
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : kIsas)
+    if (isa.runs_here()) names.push_back(isa.kernels.name);
+  return names;
+}
+
+}  // namespace sparsebwd

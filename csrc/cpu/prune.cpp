@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "prune.h"
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+namespace sparsebwd {
+namespace {
+
+constexpr int64_t kSumChunk = 16 * 1024;   // elements; part of the definition of the sum
+constexpr int64_t kTaskElements = 32 * 1024;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+const void* at(const void* base, DType dtype, int64_t element) {
+  return static_cast<const char*>(base) + element * dtype_size(dtype);
+}
+
+void* at(void* base, DType dtype, int64_t element) {
+  return static_cast<char*>(base) + element * dtype_size(dtype);
+}
+
+}  // namespace
+
+AbsSum abs_sum(const PruneKernels& kernels, const TaskPool& pool, const void* g, DType dtype,
+               int64_t count) {
+  std::vector<AbsSum> chunks(static_cast<size_t>(ceil_div(count, kSumChunk)));
+  parallel_tasks(pool, static_cast<int64_t>(chunks.size()), [&](int64_t chunk, int) {
+    const int64_t begin = chunk * kSumChunk;
+    AbsSum& result = chunks[static_cast<size_t>(chunk)];
+    result.sum = kernels.abs_sum(at(g, dtype, begin), dtype, std::min(kSumChunk, count - begin),
+                                 &result.nonzeros);
+  });
+  AbsSum total = {0.0, 0};
+  for (const AbsSum& chunk : chunks) {
+    total.sum += chunk.sum;
+    total.nonzeros += chunk.nonzeros;
+  }
+  return total;
+}
+
+int64_t prune(const PruneKernels& kernels, const TaskPool& pool, const void* g, DType dtype,
+              const PruneShape& shape, const PruneSpec& spec, void* out) {
+  const int64_t count = shape.n * shape.c * shape.h * shape.w;
+  if (count == 0) return 0;
+  std::atomic<int64_t> nonzeros{0};
+
+  if (spec.tau == 0.0f) {
+    parallel_tasks(pool, ceil_div(count, kTaskElements), [&](int64_t task, int) {
+      const int64_t begin = task * kTaskElements;
+      nonzeros += kernels.load_pixels_nhwc(at(g, dtype, begin), dtype, kTaskElements,
+                                           at(out, dtype, begin), nullptr, 0, 1,
+                                           std::min(kTaskElements, count - begin));
+    });
+  } else if (shape.channels_last) {
+    const int64_t pixels = shape.n * shape.h * shape.w;
+    const int64_t task_pixels = std::max<int64_t>(1, kTaskElements / shape.c);
+    parallel_tasks(pool, ceil_div(pixels, task_pixels), [&](int64_t task, int) {
+      int64_t pixel = task * task_pixels;
+      const int64_t end = std::min(pixels, pixel + task_pixels);
+      int64_t found = 0;
+      while (pixel < end) {
+        const int64_t row = pixel / shape.w, w = pixel % shape.w;
+        const int64_t run = std::min(end - pixel, shape.w - w);
+        found += kernels.prune_pixels_nhwc(
+            at(g, dtype, pixel * shape.c), dtype, shape.c, at(out, dtype, pixel * shape.c), nullptr,
+            0, static_cast<uint32_t>(row / shape.h), static_cast<uint32_t>(row % shape.h),
+            static_cast<uint32_t>(w), run, shape.c, spec);
+        pixel += run;
+      }
+      nonzeros += found;
+    });
+  } else {
+    // A unit is a run of pixels of four neighbouring planes; a task is one or more units.
+    const int64_t plane = shape.h * shape.w;
+    const int64_t run = std::min(plane, kTaskElements / 4);
+    const int64_t runs = ceil_div(plane, run);
+    const int64_t quads = ceil_div(shape.c, 4);
+    const int64_t units = shape.n * quads * runs;
+    const int64_t task_units = std::max<int64_t>(1, kTaskElements / (4 * run));
+    parallel_tasks(pool, ceil_div(units, task_units), [&](int64_t task, int) {
+      int64_t found = 0;
+      const int64_t end = std::min(units, (task + 1) * task_units);
+      for (int64_t unit = task * task_units; unit < end; ++unit) {
+        const int64_t first = unit % runs * run;
+        const int64_t quad = unit / runs % quads;
+        const int64_t n = unit / runs / quads;
+        const int64_t offset = (n * shape.c + 4 * quad) * plane;
+        found += kernels.prune_planes_nchw(
+            at(g, dtype, offset), dtype, plane, at(out, dtype, offset), static_cast<uint32_t>(n),
+            static_cast<uint32_t>(quad), std::min<int64_t>(4, shape.c - 4 * quad), first,
+            std::min(run, plane - first), shape.w, spec);
+      }
+      nonzeros += found;
+    });
+  }
+  return nonzeros;
+}
+
+}  // namespace sparsebwd

@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sum of magnitudes and stochastic pruning: the kernels that exist once for each instruction set.
+// All of them give the same bits.
+#pragma once
+
+#include <stdint.h>
+
+#include "sparsebwd/dtype.h"
+#include "sparsebwd/prune.h"
+
+namespace sparsebwd {
+
+struct PruneKernels {
+  // Sum of |g| over `count` elements, in float64 and in a fixed order: element i goes to partial
+  // sum i % 32; the partial sums are added pairwise, i with i + 16, then 8, 4, 2, 1. *nonzeros
+  // receives the number of elements that are not zero (a NaN is not).
+  double (*abs_sum)(const void* g, DType dtype, int64_t count, int64_t* nonzeros);
+
+  // Prunes `pixels` neighbours of a row, from column w on, of `channels` channels each, stored
+  // channel by channel with `pixel_stride` elements between pixels. `out` (may be null, may be g)
+  // has the strides and the dtype of g; `out_f32` (may be null) receives the same values as
+  // float32, `f32_stride` elements between pixels. Returns the number of non-zeros.
+  int64_t (*prune_pixels_nhwc)(const void* g, DType dtype, int64_t pixel_stride, void* out,
+                               float* out_f32, int64_t f32_stride, uint32_t n, uint32_t h,
+                               uint32_t w, int64_t pixels, int64_t channels,
+                               const PruneSpec& spec);
+
+  // The same with nothing pruned: copies, converts and counts.
+  int64_t (*load_pixels_nhwc)(const void* g, DType dtype, int64_t pixel_stride, void* out,
+                              float* out_f32, int64_t f32_stride, int64_t pixels,
+                              int64_t channels);
+
+  // Prunes pixels `first` .. `first + pixels - 1` (numbered row by row, `width` a row) of
+  // `channels` <= 4 neighbouring planes, `plane_stride` elements apart, of which the first is
+  // channel 4 * c4. g and out (may be g) point to pixel 0 of that channel. Returns the number of
+  // non-zeros. spec.tau > 0.
+  int64_t (*prune_planes_nchw)(const void* g, DType dtype, int64_t plane_stride, void* out,
+                               uint32_t n, uint32_t c4, int64_t channels, int64_t first,
+                               int64_t pixels, int64_t width, const PruneSpec& spec);
+};
+
+extern const PruneKernels prune_kernels_baseline;
+extern const PruneKernels prune_kernels_avx2;
+extern const PruneKernels prune_kernels_avx512;
+
+}  // namespace sparsebwd

@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: Apache-2.0
+// The raw operators torch.ops.sparsebwd_cpu.*: argument checks, then a torch-free kernel. Built
+// against PyTorch's stable ABI, so that one binary serves every torch >= 2.11.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "isa.h"
+#include "parallel.h"
+#include "prune.h"
+
+namespace {
+
+using sparsebwd::DType;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// ---- argument checks
+
+template <class... Parts>
+void check(bool ok, const Parts&... parts) {
+  if (ok) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+std::string text(torch::headeronly::IntHeaderOnlyArrayRef values) {
+  std::string result = "[";
+  for (size_t i = 0; i < values.size(); ++i)
+    result += (i ? ", " : "") + std::to_string(values[i]);
+  return result + "]";
+}
+
+void check_on_cpu(const Tensor& tensor, const char* name) {
+  check(tensor.is_cpu(), name, ": got a tensor on another device, accepted is the CPU");
+}
+
+DType checked_dtype(const Tensor& tensor, const char* name) {
+  const ScalarType type = tensor.scalar_type();
+  check(type == ScalarType::Float || type == ScalarType::BFloat16, name, ": got a tensor of dtype ",
+        torch::headeronly::toString(type), ", accepted are Float (float32) and BFloat16");
+  return type == ScalarType::Float ? DType::kFloat32 : DType::kBFloat16;
+}
+
+// Whether the tensor is dense with its dimensions in this memory order, outermost first. The
+// stride of a dimension of size 1 does not matter.
+bool is_dense(const Tensor& tensor, const std::vector<int64_t>& order) {
+  int64_t expected = 1;
+  for (size_t i = order.size(); i-- > 0;) {
+    const int64_t size = tensor.size(order[i]);
+    if (size != 1 && tensor.stride(order[i]) != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+const std::vector<int64_t> kContiguous = {0, 1, 2, 3};
+const std::vector<int64_t> kChannelsLast = {0, 2, 3, 1};
+
+// ---- PyTorch's thread pool
+
+struct PoolRun {
+  sparsebwd::TaskBody body;
+  void* context;
+  int64_t tasks;
+  std::atomic<int64_t> next{0};
+};
+
+// Every worker takes the next task that nobody has taken: tasks need not be equally long.
+void run_worker(int64_t begin, int64_t end, void* context) noexcept {
+  PoolRun& run = *static_cast<PoolRun*>(context);
+  for (int64_t worker = begin; worker < end; ++worker)
+    for (int64_t task; (task = run.next.fetch_add(1, std::memory_order_relaxed)) < run.tasks;)
+      run.body(run.context, task, static_cast<int>(worker));
+}
+
+int pool_threads() {
+  uint32_t threads = 1;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
+  return static_cast<int>(threads);
+}
+
+void pool_run(int64_t tasks, sparsebwd::TaskBody body, void* context) {
+  PoolRun run = {body, context, tasks};
+  const int64_t workers = std::min<int64_t>(tasks, pool_threads());
+  if (workers <= 1)
+    run_worker(0, workers, &run);
+  else
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, workers, 1, run_worker, &run));
+}
+
+sparsebwd::TaskPool task_pool() { return {pool_threads(), pool_run}; }
+
+// ---- operators
+
+std::string isa() { return sparsebwd::active_kernels().name; }
+
+std::vector<std::string> supported_isas() { return sparsebwd::supported_isas(); }
+
+std::tuple<double, int64_t> abs_sum(const Tensor& g) {
+  check_on_cpu(g, "g");
+  const DType dtype = checked_dtype(g, "g");
+  check(g.is_contiguous() || (g.dim() == 4 && is_dense(g, kChannelsLast)),
+        "g: got strides ", text(g.strides()), " for shape ", text(g.sizes()),
+        ", accepted are contiguous and channels_last tensors");
+  const sparsebwd::AbsSum result = sparsebwd::abs_sum(
+      sparsebwd::active_kernels().prune, task_pool(), g.const_data_ptr(), dtype, g.numel());
+  return {result.sum, result.nonzeros};
+}
+
+int64_t prune(const Tensor& g, const Tensor& key, double tau, Tensor out) {
+  check_on_cpu(g, "g");
+  check_on_cpu(key, "key");
+  check_on_cpu(out, "out");
+  const DType dtype = checked_dtype(g, "g");
+  check(g.dim() == 4, "g: got ", g.dim(), " dimensions, accepted are 4 (n, c, h, w)");
+  const bool channels_last = is_dense(g, kChannelsLast);
+  check(channels_last || is_dense(g, kContiguous), "g: got strides ", text(g.strides()),
+        " for shape ", text(g.sizes()), ", accepted are contiguous and channels_last tensors");
+  for (int64_t dim = 0; dim < 4; ++dim)
+    check(g.size(dim) <= std::numeric_limits<uint32_t>::max(), "g: got shape ", text(g.sizes()),
+          ", accepted are sizes below 2^32");
+  check(out.scalar_type() == g.scalar_type() && out.dim() == 4 &&
+            std::equal(out.sizes().begin(), out.sizes().end(), g.sizes().begin()) &&
+            is_dense(out, channels_last ? kChannelsLast : kContiguous),
+        "out: got ", torch::headeronly::toString(out.scalar_type()), " of shape ",
+        text(out.sizes()), " and strides ", text(out.strides()), ", accepted are those of g: ",
+        torch::headeronly::toString(g.scalar_type()), ", ", text(g.sizes()), " and ",
+        text(g.strides()));
+  check(key.scalar_type() == ScalarType::Long && key.dim() == 1 && key.size(0) == 2 &&
+            key.stride(0) == 1,
+        "key: got ", torch::headeronly::toString(key.scalar_type()), " of shape ",
+        text(key.sizes()), ", accepted is Long (int64) of shape [2]");
+  const float threshold = static_cast<float>(tau);
+  check(std::isfinite(tau) && tau >= 0.0 && threshold == tau &&
+            (dtype == DType::kFloat32 ||
+             sparsebwd::float_of_bfloat16(sparsebwd::bfloat16_of_float(threshold)) == threshold),
+        "tau: got ", tau, ", accepted are finite numbers >= 0 that g's dtype represents exactly");
+
+  const auto* words = static_cast<const int64_t*>(key.const_data_ptr());
+  const sparsebwd::PruneShape shape = {g.size(0), g.size(1), g.size(2), g.size(3), channels_last};
+  return sparsebwd::prune(sparsebwd::active_kernels().prune, task_pool(), g.const_data_ptr(), dtype,
+                          shape, sparsebwd::make_prune_spec(threshold, words[0], words[1]),
+                          out.mutable_data_ptr());
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(sparsebwd_cpu, m) {
+  m.def("isa() -> str");
+  m.def("supported_isas() -> str[]");
+  m.def("abs_sum(Tensor g) -> (float, int)");
+  m.def("prune(Tensor g, Tensor key, float tau, Tensor(a!) out) -> int");
+}
+
+// No key of a device: the checks above then say in words which devices are accepted.
+STABLE_TORCH_LIBRARY_IMPL(sparsebwd_cpu, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&isa));
+  m.impl("supported_isas", TORCH_BOX(&supported_isas));
+  m.impl("abs_sum", TORCH_BOX(&abs_sum));
+  m.impl("prune", TORCH_BOX(&prune));
+}
+
+// `import sparsebwd._C` loads this file, which registers the operators; the module is empty.
+extern "C" PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+  return PyModule_Create(&module);
+}

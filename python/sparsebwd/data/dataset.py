@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every data set is once it has been read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+# Enough images for three digits of the mean; a data set on disk is not read as a whole for it.
+_STATISTICS_IMAGES = 50_000
+_CHUNK = 1024
+
+
+class DataError(ValueError):
+    """A data file is missing, truncated or corrupt. The message names it."""
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Images as uint8 [N, H, W, 3] and labels as int64 [N], split into a training and a test set.
+
+    The arrays may be memory-mapped files. `mirror` says whether a mirrored image still shows its class.
+    """
+
+    name: str
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    classes: tuple[str, ...]
+    mirror: bool = True
+
+    def subset(self, train: int | None = None, test: int | None = None) -> ImageData:
+        """The same data with `train` training and `test` test images, spread evenly over the whole; None keeps all."""
+        train_images, train_labels = _spread(self.train_images, self.train_labels, train)
+        test_images, test_labels = _spread(self.test_images, self.test_labels, test)
+        return replace(
+            self,
+            train_images=train_images,
+            train_labels=train_labels,
+            test_images=test_images,
+            test_labels=test_labels,
+        )
+
+    @cached_property
+    def statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of each channel of the training images: float32 [3], on the scale 0 to 255."""
+        step = -(-len(self.train_images) // _STATISTICS_IMAGES)
+        count, total, squares = 0, np.zeros(3, np.int64), np.zeros(3, np.int64)
+        for start in range(0, len(self.train_images), _CHUNK * step):
+            pixels = self.train_images[start : start + _CHUNK * step : step].reshape(-1, 3).astype(np.int64)
+            count += len(pixels)
+            total += pixels.sum(axis=0)
+            squares += (pixels * pixels).sum(axis=0)
+        mean = total / count
+        deviation = np.sqrt(np.maximum(squares / count - mean * mean, 1.0))
+        return mean.astype(np.float32), deviation.astype(np.float32)
+
+
+def _spread(images: np.ndarray, labels: np.ndarray, count: int | None) -> tuple[np.ndarray, np.ndarray]:
+    if count is None or count >= len(images):
+        return images, labels
+    chosen = np.arange(count) * len(images) // count
+    return images[chosen], labels[chosen]

@@ -9,6 +9,7 @@ BIN    := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BUILT     := $(VENV)/.built
 LINTER    := $(VENV)/.linter
+USABLE    := $(BIN)/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 SOURCES   := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
@@ -37,8 +38,8 @@ clean:  ## remove build outputs and caches (not .venv)
 
 $(INSTALLED): requirements.txt tools/check_system.sh
 	@tools/check_system.sh '$(PYTHON)'
-	@$(BIN)/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
-	    { echo "Creating $(VENV)"; '$(PYTHON)' -m venv --clear $(VENV); }
+	@$(USABLE) || { echo "Creating $(VENV)"; '$(PYTHON)' -m venv $(VENV); $(USABLE); } || \
+	    { echo "sparsebwd: $(VENV) does not hold a working Python 3.11 or newer with pip; remove it and run make again." >&2; exit 1; }
 	@echo "Installing pinned dependencies into $(VENV)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@

@@ -20,9 +20,9 @@ version=${found% *}
     missing "'$python' is Python $version; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3."
 "$python" -c 'import venv, ensurepip' 2>/dev/null ||
     missing "Python $version comes without its venv module; install it (Debian, Ubuntu: apt install python$version-venv)."
-command -v "$cxx" >/dev/null 2>&1 ||
+command -v ${cxx%% *} >/dev/null 2>&1 ||
     missing "no C++ compiler is found as '$cxx'; install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++), or name one: CXX=/path/to/g++."
-echo '#include <concepts>' | "$cxx" -std=c++20 -x c++ -fsyntax-only - 2>/dev/null ||
+echo '#include <concepts>' | $cxx -std=c++20 -x c++ -fsyntax-only - 2>/dev/null ||
     missing "the C++ compiler '$cxx' does not compile C++20; install g++ 11 or clang 14 or newer, or name one: CXX=/path/to/g++."
 headers=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
 [ -f "$headers/Python.h" ] ||

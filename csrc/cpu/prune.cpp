@@ -72,27 +72,20 @@ int64_t prune(const PruneKernels& kernels, const TaskPool& pool, const void* g, 
       nonzeros += found;
     });
   } else {
-    // A unit is a run of pixels of four neighbouring planes; a task is one or more units.
+    // Large planes are cut into runs of pixels; of small ones a task takes several channels.
     const int64_t plane = shape.h * shape.w;
     const int64_t run = std::min(plane, kTaskElements / 4);
     const int64_t runs = ceil_div(plane, run);
-    const int64_t quads = ceil_div(shape.c, 4);
-    const int64_t units = shape.n * quads * runs;
-    const int64_t task_units = std::max<int64_t>(1, kTaskElements / (4 * run));
-    parallel_tasks(pool, ceil_div(units, task_units), [&](int64_t task, int) {
-      int64_t found = 0;
-      const int64_t end = std::min(units, (task + 1) * task_units);
-      for (int64_t unit = task * task_units; unit < end; ++unit) {
-        const int64_t first = unit % runs * run;
-        const int64_t quad = unit / runs % quads;
-        const int64_t n = unit / runs / quads;
-        const int64_t offset = (n * shape.c + 4 * quad) * plane;
-        found += kernels.prune_planes_nchw(
-            at(g, dtype, offset), dtype, plane, at(out, dtype, offset), static_cast<uint32_t>(n),
-            static_cast<uint32_t>(quad), std::min<int64_t>(4, shape.c - 4 * quad), first,
-            std::min(run, plane - first), shape.w, spec);
-      }
-      nonzeros += found;
+    const int64_t channels = std::max<int64_t>(4, kTaskElements / run / 4 * 4);
+    const int64_t groups = ceil_div(shape.c, channels);
+    parallel_tasks(pool, shape.n * groups * runs, [&](int64_t task, int) {
+      const int64_t first = task % runs * run;
+      const int64_t c = task / runs % groups * channels;
+      const int64_t n = task / runs / groups;
+      const int64_t offset = (n * shape.c + c) * plane;
+      nonzeros += kernels.prune_planes_nchw(
+          at(g, dtype, offset), dtype, plane, at(out, dtype, offset), static_cast<uint32_t>(n), c,
+          std::min(shape.c, c + channels), first, std::min(run, plane - first), shape.w, spec);
     });
   }
   return nonzeros;

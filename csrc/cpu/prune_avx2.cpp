@@ -1,140 +1,113 @@
 // SPDX-License-Identifier: Apache-2.0
-// Pruning kernels in avx2.
+// Pruning kernels, AVX2.
+#include <immintrin.h>
+#include <stddef.h>
+#include <string.h>
+
 #include "prune_kernels.h"
 
 namespace sparsebwd {
 namespace {
 
-constexpr int kPartialSums = 32;
+using Floats = __m256;
+using Words = __m256i;
+using Doubles = __m256d;
+using Counters = __m256i;
+constexpr int kLanes = 8;
+
+// Counter i of a block is in this lane's place: after unpack_low and unpack_high the words of
+// counters 0, 1 and 2, 3 are in order.
+constexpr uint64_t kMemoryOrder[] = {0, 2, 1, 3};
 
 struct Float32 {
   using Storage = float;
-  static float load(Storage value) { return value; }
-  static Storage store(float value) { return value; }
+  static inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
+  static inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
 };
 
 struct BFloat16 {
   using Storage = uint16_t;
-  static float load(Storage value) { return float_of_bfloat16(value); }
-  // Every value stored here came from a bfloat16 or is tau, which was rounded to one.
-  static Storage store(float value) { return static_cast<Storage>(float_bits(value) >> 16); }
+  static inline Floats load(const uint16_t* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  // Exact: every value stored came from a bfloat16 or is tau, which was rounded to one.
+  static inline void store(uint16_t* p, Floats v) {
+    const __m256i bits = _mm256_srli_epi32(_mm256_castps_si256(v), 16);
+    const __m128i packed =
+        _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+  }
 };
 
-template <class Element>
-double abs_sum(const void* data, int64_t count, int64_t* nonzeros) {
-  const auto* g = static_cast<const typename Element::Storage*>(data);
-  double sums[kPartialSums] = {};
-  int64_t found = 0;
-  int64_t i = 0;
-  for (; i + kPartialSums <= count; i += kPartialSums) {
-    for (int lane = 0; lane < kPartialSums; ++lane) {
-      const float value = Element::load(g[i + lane]);
-      sums[lane] += static_cast<double>(value < 0.0f ? -value : value);
-      found += value != 0.0f;
-    }
-  }
-  for (int lane = 0; i < count; ++i, ++lane) {
-    const float value = Element::load(g[i]);
-    sums[lane] += static_cast<double>(value < 0.0f ? -value : value);
-    found += value != 0.0f;
-  }
-  for (int half = kPartialSums / 2; half > 0; half /= 2)
-    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
-  *nonzeros = found;
-  return sums[0];
+inline Counters broadcast_counter(uint32_t x) {
+  return _mm256_set1_epi64x(static_cast<int64_t>(x));
+}
+inline Counters load_counters(const uint64_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+inline Counters add(Counters a, Counters b) { return _mm256_add_epi64(a, b); }
+inline Counters multiply(Counters a, Counters b) { return _mm256_mul_epu32(a, b); }
+inline Counters high(Counters a) { return _mm256_srli_epi64(a, 32); }
+inline Counters xor2(Counters a, Counters b) { return _mm256_xor_si256(a, b); }
+inline Counters xor3(Counters a, Counters b, Counters c) { return xor2(a, xor2(b, c)); }
+// Where inner >= width: inner - width, and one more outer.
+inline void carry(Counters& inner, Counters& outer, Counters width) {
+  const __m256i under = _mm256_cmpgt_epi64(width, inner);
+  inner = _mm256_sub_epi64(inner, _mm256_andnot_si256(under, width));
+  outer = _mm256_add_epi64(outer, _mm256_add_epi64(under, _mm256_set1_epi64x(1)));
 }
 
-template <class Element>
-int64_t prune_pixels(const void* g_data, int64_t pixel_stride, void* out_data, float* out_f32,
-                     int64_t f32_stride, uint32_t n, uint32_t h, uint32_t w, int64_t pixels,
-                     int64_t channels, const PruneSpec& spec) {
-  const auto* g = static_cast<const typename Element::Storage*>(g_data);
-  auto* out = static_cast<typename Element::Storage*>(out_data);
-  int64_t found = 0;
-  for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-    for (int64_t c = 0; c < channels; c += 4) {
-      const PhiloxCounter words = prune_words(spec, n, static_cast<uint32_t>(c / 4), h,
-                                              w + static_cast<uint32_t>(pixel));
-      for (int64_t j = 0; j < 4 && c + j < channels; ++j) {
-        const float value = prune_element(Element::load(g[pixel * pixel_stride + c + j]), spec.tau,
-                                          words.word[j]);
-        if (out) out[pixel * pixel_stride + c + j] = Element::store(value);
-        if (out_f32) out_f32[pixel * f32_stride + c + j] = value;
-        found += value != 0.0f;
-      }
-    }
-  }
-  return found;
+// Low words of a in the even lanes, of b in the odd ones.
+inline Counters interleave(Counters a, Counters b) {
+  return _mm256_blend_epi32(a, _mm256_slli_epi64(b, 32), 0xAA);
+}
+inline Words unpack_low(Counters a, Counters b) { return _mm256_unpacklo_epi64(a, b); }
+inline Words unpack_high(Counters a, Counters b) { return _mm256_unpackhi_epi64(a, b); }
+inline Words words_of(Counters a) { return a; }
+
+inline Words zero_words() { return _mm256_setzero_si256(); }
+inline int64_t sum(Words a) {
+  int32_t lanes[8];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), a);
+  int64_t total = 0;
+  for (int i = 0; i < 8; ++i) total += lanes[i];
+  return total;
 }
 
-template <class Element>
-int64_t load_pixels(const void* g_data, int64_t pixel_stride, void* out_data, float* out_f32,
-                    int64_t f32_stride, int64_t pixels, int64_t channels) {
-  const auto* g = static_cast<const typename Element::Storage*>(g_data);
-  auto* out = static_cast<typename Element::Storage*>(out_data);
-  int64_t found = 0;
-  for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-    for (int64_t c = 0; c < channels; ++c) {
-      const typename Element::Storage stored = g[pixel * pixel_stride + c];
-      const float value = Element::load(stored);
-      if (out) out[pixel * pixel_stride + c] = stored;
-      if (out_f32) out_f32[pixel * f32_stride + c] = value;
-      found += value != 0.0f;
-    }
-  }
-  return found;
+inline Floats broadcast_float(float x) { return _mm256_set1_ps(x); }
+inline Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+inline Floats absolute(Floats a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+inline Floats uniform(Words words) {
+  return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_srli_epi32(words, 8)), _mm256_set1_ps(0x1p-24f));
 }
 
-template <class Element>
-int64_t prune_planes(const void* g_data, int64_t plane_stride, void* out_data, uint32_t n,
-                     uint32_t c4, int64_t channels, int64_t first, int64_t pixels, int64_t width,
-                     const PruneSpec& spec) {
-  const auto* g = static_cast<const typename Element::Storage*>(g_data);
-  auto* out = static_cast<typename Element::Storage*>(out_data);
-  int64_t found = 0;
-  for (int64_t pixel = first; pixel < first + pixels; ++pixel) {
-    const PhiloxCounter words = prune_words(spec, n, c4, static_cast<uint32_t>(pixel / width),
-                                            static_cast<uint32_t>(pixel % width));
-    for (int64_t j = 0; j < channels; ++j) {
-      const float value = prune_element(Element::load(g[j * plane_stride + pixel]), spec.tau,
-                                        words.word[j]);
-      out[j * plane_stride + pixel] = Element::store(value);
-      found += value != 0.0f;
-    }
-  }
-  return found;
+inline Floats prune_vector(Floats g, Floats tau, Floats tau_r, Words& zeros) {
+  const Floats sign = _mm256_set1_ps(-0.0f);
+  const Floats magnitude = _mm256_andnot_ps(sign, g);
+  const Floats below = _mm256_cmp_ps(magnitude, tau, _CMP_LT_OQ);
+  const Floats zero = _mm256_and_ps(below, _mm256_cmp_ps(magnitude, tau_r, _CMP_LE_OQ));
+  zeros = _mm256_sub_epi32(zeros, _mm256_castps_si256(zero));
+  const Floats signed_tau = _mm256_or_ps(_mm256_and_ps(sign, g), tau);
+  return _mm256_andnot_ps(zero, _mm256_blendv_ps(g, signed_tau, below));
 }
 
-double abs_sum_any(const void* g, DType dtype, int64_t count, int64_t* nonzeros) {
-  return dtype == DType::kFloat32 ? abs_sum<Float32>(g, count, nonzeros)
-                                  : abs_sum<BFloat16>(g, count, nonzeros);
+inline void count_nonzeros(Floats a, Words& nonzeros) {
+  const Floats mask = _mm256_cmp_ps(a, _mm256_setzero_ps(), _CMP_NEQ_UQ);
+  nonzeros = _mm256_sub_epi32(nonzeros, _mm256_castps_si256(mask));
 }
 
-int64_t load_pixels_any(const void* g, DType dtype, int64_t pixel_stride, void* out, float* out_f32,
-                        int64_t f32_stride, int64_t pixels, int64_t channels) {
-  auto* kernel = dtype == DType::kFloat32 ? &load_pixels<Float32> : &load_pixels<BFloat16>;
-  return kernel(g, pixel_stride, out, out_f32, f32_stride, pixels, channels);
-}
+inline Doubles zero_doubles() { return _mm256_setzero_pd(); }
+inline Doubles add(Doubles a, Doubles b) { return _mm256_add_pd(a, b); }
+inline Doubles widen_low(Floats a) { return _mm256_cvtps_pd(_mm256_castps256_ps128(a)); }
+inline Doubles widen_high(Floats a) { return _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1)); }
+inline void store(double* p, Doubles a) { _mm256_storeu_pd(p, a); }
 
-int64_t prune_pixels_any(const void* g, DType dtype, int64_t pixel_stride, void* out,
-                         float* out_f32, int64_t f32_stride, uint32_t n, uint32_t h, uint32_t w,
-                         int64_t pixels, int64_t channels, const PruneSpec& spec) {
-  if (spec.tau == 0.0f)
-    return load_pixels_any(g, dtype, pixel_stride, out, out_f32, f32_stride, pixels, channels);
-  auto* kernel = dtype == DType::kFloat32 ? &prune_pixels<Float32> : &prune_pixels<BFloat16>;
-  return kernel(g, pixel_stride, out, out_f32, f32_stride, n, h, w, pixels, channels, spec);
-}
-
-int64_t prune_planes_any(const void* g, DType dtype, int64_t plane_stride, void* out, uint32_t n,
-                         uint32_t c4, int64_t channels, int64_t first, int64_t pixels,
-                         int64_t width, const PruneSpec& spec) {
-  auto* kernel = dtype == DType::kFloat32 ? &prune_planes<Float32> : &prune_planes<BFloat16>;
-  return kernel(g, plane_stride, out, n, c4, channels, first, pixels, width, spec);
-}
+#include "prune.inl"
 
 }  // namespace
 
-const PruneKernels prune_kernels_avx2 = {abs_sum_any, prune_pixels_any, load_pixels_any,
-                                             prune_planes_any};
+const PruneKernels prune_kernels_avx2 = {abs_sum_any, prune_pixels_nhwc, load_pixels_nhwc,
+                                         prune_planes_nchw};
 
 }  // namespace sparsebwd

@@ -1,140 +1,107 @@
 // SPDX-License-Identifier: Apache-2.0
-// Pruning kernels in avx512.
+// Pruning kernels, AVX-512 (F, BW, DQ, VL).
+#include <immintrin.h>
+#include <stddef.h>
+#include <string.h>
+
 #include "prune_kernels.h"
 
 namespace sparsebwd {
 namespace {
 
-constexpr int kPartialSums = 32;
+using Floats = __m512;
+using Words = __m512i;
+using Doubles = __m512d;
+using Counters = __m512i;
+constexpr int kLanes = 16;
+
+// Counter i of a block is in this lane's place: after unpack_low and unpack_high the words of
+// counters 0 .. 3 and 4 .. 7 are in order.
+constexpr uint64_t kMemoryOrder[] = {0, 4, 1, 5, 2, 6, 3, 7};
 
 struct Float32 {
   using Storage = float;
-  static float load(Storage value) { return value; }
-  static Storage store(float value) { return value; }
+  static inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
+  static inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
 };
 
 struct BFloat16 {
   using Storage = uint16_t;
-  static float load(Storage value) { return float_of_bfloat16(value); }
-  // Every value stored here came from a bfloat16 or is tau, which was rounded to one.
-  static Storage store(float value) { return static_cast<Storage>(float_bits(value) >> 16); }
+  static inline Floats load(const uint16_t* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  // Exact: every value stored came from a bfloat16 or is tau, which was rounded to one.
+  static inline void store(uint16_t* p, Floats v) {
+    const __m512i bits = _mm512_srli_epi32(_mm512_castps_si512(v), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bits));
+  }
 };
 
-template <class Element>
-double abs_sum(const void* data, int64_t count, int64_t* nonzeros) {
-  const auto* g = static_cast<const typename Element::Storage*>(data);
-  double sums[kPartialSums] = {};
-  int64_t found = 0;
-  int64_t i = 0;
-  for (; i + kPartialSums <= count; i += kPartialSums) {
-    for (int lane = 0; lane < kPartialSums; ++lane) {
-      const float value = Element::load(g[i + lane]);
-      sums[lane] += static_cast<double>(value < 0.0f ? -value : value);
-      found += value != 0.0f;
-    }
-  }
-  for (int lane = 0; i < count; ++i, ++lane) {
-    const float value = Element::load(g[i]);
-    sums[lane] += static_cast<double>(value < 0.0f ? -value : value);
-    found += value != 0.0f;
-  }
-  for (int half = kPartialSums / 2; half > 0; half /= 2)
-    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
-  *nonzeros = found;
-  return sums[0];
+inline Counters broadcast_counter(uint32_t x) {
+  return _mm512_set1_epi64(static_cast<int64_t>(x));
+}
+inline Counters load_counters(const uint64_t* p) { return _mm512_loadu_si512(p); }
+inline Counters add(Counters a, Counters b) { return _mm512_add_epi64(a, b); }
+inline Counters multiply(Counters a, Counters b) { return _mm512_mul_epu32(a, b); }
+inline Counters high(Counters a) { return _mm512_srli_epi64(a, 32); }
+inline Counters xor2(Counters a, Counters b) { return _mm512_xor_si512(a, b); }
+inline Counters xor3(Counters a, Counters b, Counters c) {
+  return _mm512_ternarylogic_epi64(a, b, c, 0x96);
+}
+// Where inner >= width: inner - width, and one more outer.
+inline void carry(Counters& inner, Counters& outer, Counters width) {
+  const __mmask8 over = _mm512_cmpge_epu64_mask(inner, width);
+  inner = _mm512_mask_sub_epi64(inner, over, inner, width);
+  outer = _mm512_mask_add_epi64(outer, over, outer, _mm512_set1_epi64(1));
 }
 
-template <class Element>
-int64_t prune_pixels(const void* g_data, int64_t pixel_stride, void* out_data, float* out_f32,
-                     int64_t f32_stride, uint32_t n, uint32_t h, uint32_t w, int64_t pixels,
-                     int64_t channels, const PruneSpec& spec) {
-  const auto* g = static_cast<const typename Element::Storage*>(g_data);
-  auto* out = static_cast<typename Element::Storage*>(out_data);
-  int64_t found = 0;
-  for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-    for (int64_t c = 0; c < channels; c += 4) {
-      const PhiloxCounter words = prune_words(spec, n, static_cast<uint32_t>(c / 4), h,
-                                              w + static_cast<uint32_t>(pixel));
-      for (int64_t j = 0; j < 4 && c + j < channels; ++j) {
-        const float value = prune_element(Element::load(g[pixel * pixel_stride + c + j]), spec.tau,
-                                          words.word[j]);
-        if (out) out[pixel * pixel_stride + c + j] = Element::store(value);
-        if (out_f32) out_f32[pixel * f32_stride + c + j] = value;
-        found += value != 0.0f;
-      }
-    }
-  }
-  return found;
+// Low words of a in the even lanes, of b in the odd ones.
+inline Counters interleave(Counters a, Counters b) {
+  return _mm512_mask_shuffle_epi32(a, 0xAAAA, b, _MM_PERM_CCAA);
+}
+inline Words unpack_low(Counters a, Counters b) { return _mm512_unpacklo_epi64(a, b); }
+inline Words unpack_high(Counters a, Counters b) { return _mm512_unpackhi_epi64(a, b); }
+inline Words words_of(Counters a) { return a; }
+
+inline Words zero_words() { return _mm512_setzero_si512(); }
+inline int64_t sum(Words a) { return _mm512_reduce_add_epi32(a); }
+
+inline Floats broadcast_float(float x) { return _mm512_set1_ps(x); }
+inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats absolute(Floats a) { return _mm512_abs_ps(a); }
+inline Floats uniform(Words words) {
+  return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(words, 8)), _mm512_set1_ps(0x1p-24f));
 }
 
-template <class Element>
-int64_t load_pixels(const void* g_data, int64_t pixel_stride, void* out_data, float* out_f32,
-                    int64_t f32_stride, int64_t pixels, int64_t channels) {
-  const auto* g = static_cast<const typename Element::Storage*>(g_data);
-  auto* out = static_cast<typename Element::Storage*>(out_data);
-  int64_t found = 0;
-  for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-    for (int64_t c = 0; c < channels; ++c) {
-      const typename Element::Storage stored = g[pixel * pixel_stride + c];
-      const float value = Element::load(stored);
-      if (out) out[pixel * pixel_stride + c] = stored;
-      if (out_f32) out_f32[pixel * f32_stride + c] = value;
-      found += value != 0.0f;
-    }
-  }
-  return found;
+inline Floats prune_vector(Floats g, Floats tau, Floats tau_r, Words& zeros) {
+  const Floats magnitude = _mm512_abs_ps(g);
+  const __mmask16 below = _mm512_cmp_ps_mask(magnitude, tau, _CMP_LT_OQ);
+  const __mmask16 zero = _mm512_mask_cmp_ps_mask(below, magnitude, tau_r, _CMP_LE_OQ);
+  zeros = _mm512_mask_sub_epi32(zeros, zero, zeros, _mm512_set1_epi32(-1));
+  // Below tau: the sign of g, the rest of tau.
+  const __m512i kept = _mm512_mask_ternarylogic_epi32(
+      _mm512_castps_si512(g), below, _mm512_castps_si512(tau),
+      _mm512_set1_epi32(static_cast<int>(0x80000000u)), 0xE4);
+  return _mm512_castsi512_ps(_mm512_mask_mov_epi32(kept, zero, _mm512_setzero_si512()));
 }
 
-template <class Element>
-int64_t prune_planes(const void* g_data, int64_t plane_stride, void* out_data, uint32_t n,
-                     uint32_t c4, int64_t channels, int64_t first, int64_t pixels, int64_t width,
-                     const PruneSpec& spec) {
-  const auto* g = static_cast<const typename Element::Storage*>(g_data);
-  auto* out = static_cast<typename Element::Storage*>(out_data);
-  int64_t found = 0;
-  for (int64_t pixel = first; pixel < first + pixels; ++pixel) {
-    const PhiloxCounter words = prune_words(spec, n, c4, static_cast<uint32_t>(pixel / width),
-                                            static_cast<uint32_t>(pixel % width));
-    for (int64_t j = 0; j < channels; ++j) {
-      const float value = prune_element(Element::load(g[j * plane_stride + pixel]), spec.tau,
-                                        words.word[j]);
-      out[j * plane_stride + pixel] = Element::store(value);
-      found += value != 0.0f;
-    }
-  }
-  return found;
+inline void count_nonzeros(Floats a, Words& nonzeros) {
+  const __mmask16 mask = _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+  nonzeros = _mm512_mask_sub_epi32(nonzeros, mask, nonzeros, _mm512_set1_epi32(-1));
 }
 
-double abs_sum_any(const void* g, DType dtype, int64_t count, int64_t* nonzeros) {
-  return dtype == DType::kFloat32 ? abs_sum<Float32>(g, count, nonzeros)
-                                  : abs_sum<BFloat16>(g, count, nonzeros);
-}
+inline Doubles zero_doubles() { return _mm512_setzero_pd(); }
+inline Doubles add(Doubles a, Doubles b) { return _mm512_add_pd(a, b); }
+inline Doubles widen_low(Floats a) { return _mm512_cvtps_pd(_mm512_castps512_ps256(a)); }
+inline Doubles widen_high(Floats a) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1)); }
+inline void store(double* p, Doubles a) { _mm512_storeu_pd(p, a); }
 
-int64_t load_pixels_any(const void* g, DType dtype, int64_t pixel_stride, void* out, float* out_f32,
-                        int64_t f32_stride, int64_t pixels, int64_t channels) {
-  auto* kernel = dtype == DType::kFloat32 ? &load_pixels<Float32> : &load_pixels<BFloat16>;
-  return kernel(g, pixel_stride, out, out_f32, f32_stride, pixels, channels);
-}
-
-int64_t prune_pixels_any(const void* g, DType dtype, int64_t pixel_stride, void* out,
-                         float* out_f32, int64_t f32_stride, uint32_t n, uint32_t h, uint32_t w,
-                         int64_t pixels, int64_t channels, const PruneSpec& spec) {
-  if (spec.tau == 0.0f)
-    return load_pixels_any(g, dtype, pixel_stride, out, out_f32, f32_stride, pixels, channels);
-  auto* kernel = dtype == DType::kFloat32 ? &prune_pixels<Float32> : &prune_pixels<BFloat16>;
-  return kernel(g, pixel_stride, out, out_f32, f32_stride, n, h, w, pixels, channels, spec);
-}
-
-int64_t prune_planes_any(const void* g, DType dtype, int64_t plane_stride, void* out, uint32_t n,
-                         uint32_t c4, int64_t channels, int64_t first, int64_t pixels,
-                         int64_t width, const PruneSpec& spec) {
-  auto* kernel = dtype == DType::kFloat32 ? &prune_planes<Float32> : &prune_planes<BFloat16>;
-  return kernel(g, plane_stride, out, n, c4, channels, first, pixels, width, spec);
-}
+#include "prune.inl"
 
 }  // namespace
 
-const PruneKernels prune_kernels_avx512 = {abs_sum_any, prune_pixels_any, load_pixels_any,
-                                             prune_planes_any};
+const PruneKernels prune_kernels_avx512 = {abs_sum_any, prune_pixels_nhwc, load_pixels_nhwc,
+                                           prune_planes_nchw};
 
 }  // namespace sparsebwd

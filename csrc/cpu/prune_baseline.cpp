@@ -87,19 +87,24 @@ int64_t load_pixels(const void* g_data, int64_t pixel_stride, void* out_data, fl
 
 template <class Element>
 int64_t prune_planes(const void* g_data, int64_t plane_stride, void* out_data, uint32_t n,
-                     uint32_t c4, int64_t channels, int64_t first, int64_t pixels, int64_t width,
+                     int64_t c_begin, int64_t c_end, int64_t first, int64_t pixels, int64_t width,
                      const PruneSpec& spec) {
-  const auto* g = static_cast<const typename Element::Storage*>(g_data);
-  auto* out = static_cast<typename Element::Storage*>(out_data);
   int64_t found = 0;
-  for (int64_t pixel = first; pixel < first + pixels; ++pixel) {
-    const PhiloxCounter words = prune_words(spec, n, c4, static_cast<uint32_t>(pixel / width),
-                                            static_cast<uint32_t>(pixel % width));
-    for (int64_t j = 0; j < channels; ++j) {
-      const float value = prune_element(Element::load(g[j * plane_stride + pixel]), spec.tau,
-                                        words.word[j]);
-      out[j * plane_stride + pixel] = Element::store(value);
-      found += value != 0.0f;
+  for (int64_t c = c_begin; c < c_end; c += 4) {
+    const int64_t planes = c_end - c < 4 ? c_end - c : 4;
+    const int64_t offset = (c - c_begin) * plane_stride;
+    const auto* g = static_cast<const typename Element::Storage*>(g_data) + offset;
+    auto* out = static_cast<typename Element::Storage*>(out_data) + offset;
+    for (int64_t pixel = first; pixel < first + pixels; ++pixel) {
+      const PhiloxCounter words =
+          prune_words(spec, n, static_cast<uint32_t>(c / 4), static_cast<uint32_t>(pixel / width),
+                      static_cast<uint32_t>(pixel % width));
+      for (int64_t j = 0; j < planes; ++j) {
+        const float value = prune_element(Element::load(g[j * plane_stride + pixel]), spec.tau,
+                                          words.word[j]);
+        out[j * plane_stride + pixel] = Element::store(value);
+        found += value != 0.0f;
+      }
     }
   }
   return found;
@@ -126,10 +131,10 @@ int64_t prune_pixels_any(const void* g, DType dtype, int64_t pixel_stride, void*
 }
 
 int64_t prune_planes_any(const void* g, DType dtype, int64_t plane_stride, void* out, uint32_t n,
-                         uint32_t c4, int64_t channels, int64_t first, int64_t pixels,
+                         int64_t c_begin, int64_t c_end, int64_t first, int64_t pixels,
                          int64_t width, const PruneSpec& spec) {
   auto* kernel = dtype == DType::kFloat32 ? &prune_planes<Float32> : &prune_planes<BFloat16>;
-  return kernel(g, plane_stride, out, n, c4, channels, first, pixels, width, spec);
+  return kernel(g, plane_stride, out, n, c_begin, c_end, first, pixels, width, spec);
 }
 
 }  // namespace

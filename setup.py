@@ -35,9 +35,9 @@ CSRC = Path(__file__).resolve().parent / "csrc"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # Compiled once: the choice of kernels, and drivers that hand tasks to the thread pool.
-PLAIN_SOURCES = ["isa", "prune"]
+PLAIN_SOURCES = ["isa", "prune", "conv_backward"]
 # Compiled for each instruction set, from csrc/cpu/<kernel>_<instruction set>.cpp.
-KERNELS = ["prune"]
+KERNELS = ["prune", "conv"]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mpopcnt"]
 ISA_FLAGS = {
     "baseline": [],
@@ -55,6 +55,7 @@ FLAGS = [
     "-ffp-contract=off",
     "-Wall",
     "-Wextra",
+    "-Wno-maybe-uninitialized",  # GCC 12's own AVX-512 intrinsics
     "-Icsrc/include",
     "-Icsrc/cpu",
     *(["-DSPARSEBWD_X86"] if X86 else []),

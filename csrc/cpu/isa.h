@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "conv_kernels.h"
 #include "prune_kernels.h"
 
 namespace sparsebwd {
@@ -13,6 +14,7 @@ namespace sparsebwd {
 struct IsaKernels {
   const char* name;
   const PruneKernels& prune;
+  const ConvKernels& conv;
 };
 
 // The kernels to use: those of the best instruction set that this CPU runs and that

@@ -10,12 +10,14 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "conv_backward.h"
 #include "isa.h"
 #include "parallel.h"
 #include "prune.h"
@@ -36,7 +38,8 @@ void check(bool ok, const Parts&... parts) {
   throw std::invalid_argument(message.str());
 }
 
-std::string text(torch::headeronly::IntHeaderOnlyArrayRef values) {
+template <class Values>
+std::string text(const Values& values) {
   std::string result = "[";
   for (size_t i = 0; i < values.size(); ++i)
     result += (i ? ", " : "") + std::to_string(values[i]);
@@ -120,9 +123,23 @@ std::tuple<double, int64_t> abs_sum(const Tensor& g) {
   return {result.sum, result.nonzeros};
 }
 
+sparsebwd::PruneSpec checked_prune_spec(const Tensor& key, double tau, DType dtype) {
+  check_on_cpu(key, "key");
+  check(key.scalar_type() == ScalarType::Long && key.dim() == 1 && key.size(0) == 2 &&
+            key.stride(0) == 1,
+        "key: got ", torch::headeronly::toString(key.scalar_type()), " of shape ",
+        text(key.sizes()), ", accepted is Long (int64) of shape [2]");
+  const float threshold = static_cast<float>(tau);
+  check(std::isfinite(tau) && tau >= 0.0 && threshold == tau &&
+            (dtype == DType::kFloat32 ||
+             sparsebwd::float_of_bfloat16(sparsebwd::bfloat16_of_float(threshold)) == threshold),
+        "tau: got ", tau, ", accepted are finite numbers >= 0 that g's dtype represents exactly");
+  const auto* words = static_cast<const int64_t*>(key.const_data_ptr());
+  return sparsebwd::make_prune_spec(threshold, words[0], words[1]);
+}
+
 int64_t prune(const Tensor& g, const Tensor& key, double tau, Tensor out) {
   check_on_cpu(g, "g");
-  check_on_cpu(key, "key");
   check_on_cpu(out, "out");
   const DType dtype = checked_dtype(g, "g");
   check(g.dim() == 4, "g: got ", g.dim(), " dimensions, accepted are 4 (n, c, h, w)");
@@ -139,21 +156,93 @@ int64_t prune(const Tensor& g, const Tensor& key, double tau, Tensor out) {
         text(out.sizes()), " and strides ", text(out.strides()), ", accepted are those of g: ",
         torch::headeronly::toString(g.scalar_type()), ", ", text(g.sizes()), " and ",
         text(g.strides()));
-  check(key.scalar_type() == ScalarType::Long && key.dim() == 1 && key.size(0) == 2 &&
-            key.stride(0) == 1,
-        "key: got ", torch::headeronly::toString(key.scalar_type()), " of shape ",
-        text(key.sizes()), ", accepted is Long (int64) of shape [2]");
-  const float threshold = static_cast<float>(tau);
-  check(std::isfinite(tau) && tau >= 0.0 && threshold == tau &&
-            (dtype == DType::kFloat32 ||
-             sparsebwd::float_of_bfloat16(sparsebwd::bfloat16_of_float(threshold)) == threshold),
-        "tau: got ", tau, ", accepted are finite numbers >= 0 that g's dtype represents exactly");
-
-  const auto* words = static_cast<const int64_t*>(key.const_data_ptr());
+  const sparsebwd::PruneSpec spec = checked_prune_spec(key, tau, dtype);
   const sparsebwd::PruneShape shape = {g.size(0), g.size(1), g.size(2), g.size(3), channels_last};
   return sparsebwd::prune(sparsebwd::active_kernels().prune, task_pool(), g.const_data_ptr(), dtype,
-                          shape, sparsebwd::make_prune_spec(threshold, words[0], words[1]),
+                          shape, spec,
                           out.mutable_data_ptr());
+}
+
+void check_activation(const Tensor& tensor, const char* name, const Tensor& grad_output,
+                      const std::vector<int64_t>& size) {
+  check_on_cpu(tensor, name);
+  check(tensor.scalar_type() == grad_output.scalar_type() &&
+            std::equal(tensor.sizes().begin(), tensor.sizes().end(), size.begin(), size.end()) &&
+            is_dense(tensor, kChannelsLast),
+        name, ": got ", torch::headeronly::toString(tensor.scalar_type()), " of shape ",
+        text(tensor.sizes()), " and strides ", text(tensor.strides()),
+        ", accepted is a channels_last tensor of grad_output's dtype and of shape ", text(size));
+}
+
+sparsebwd::WeightStrides checked_weight(const Tensor& tensor, const char* name,
+                                        const std::vector<int64_t>& size) {
+  check_on_cpu(tensor, name);
+  check(std::equal(tensor.sizes().begin(), tensor.sizes().end(), size.begin(), size.end()), name,
+        ": got shape ", text(tensor.sizes()), ", accepted is ", text(size));
+  return {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
+}
+
+int64_t conv2d_backward(const Tensor& grad_output, std::optional<Tensor> input,
+                        std::optional<Tensor> weight, std::vector<int64_t> input_size,
+                        std::vector<int64_t> weight_size, std::vector<int64_t> stride,
+                        std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                        int64_t groups, std::optional<Tensor> key, double tau,
+                        std::optional<Tensor> pruned, std::optional<Tensor> grad_input,
+                        std::optional<Tensor> grad_weight) {
+  check(input_size.size() == 4, "input_size: got ", text(input_size), ", accepted are 4 sizes");
+  check(weight_size.size() == 4, "weight_size: got ", text(weight_size), ", accepted are 4 sizes");
+  for (const auto* pair : {&stride, &padding, &dilation})
+    check(pair->size() == 2, "stride, padding, dilation: got ", text(*pair),
+          ", accepted are 2 numbers each");
+  sparsebwd::ConvBackward call = {};
+  sparsebwd::ConvProblem& problem = call.problem;
+  problem = {input_size[0], input_size[1], input_size[2], input_size[3], weight_size[0],
+             weight_size[2], weight_size[3], stride[0],  stride[1],     padding[0],
+             padding[1],    dilation[0],    dilation[1], groups};
+  check(groups >= 1 && problem.c >= 1 && problem.k >= 1 && problem.c % groups == 0 &&
+            problem.k % groups == 0 && weight_size[1] == problem.c / groups,
+        "groups: got ", groups, " for ", problem.c, " input channels and weight ",
+        text(weight_size), ", accepted is a divisor of both numbers of channels");
+  for (const int64_t size : {problem.h, problem.w, problem.r, problem.s, problem.stride_h,
+                             problem.stride_w, problem.dil_h, problem.dil_w})
+    check(size >= 1, "input_size, weight_size, stride, dilation: got a size below 1");
+  check(problem.n >= 0 && problem.pad_h >= 0 && problem.pad_w >= 0,
+        "batch and padding: got a negative number");
+  check(problem.h + 2 * problem.pad_h > problem.dil_h * (problem.r - 1) &&
+            problem.w + 2 * problem.pad_w > problem.dil_w * (problem.s - 1),
+        "weight_size: got a kernel that is larger than the padded input");
+
+  call.dtype = checked_dtype(grad_output, "grad_output");
+  check_activation(grad_output, "grad_output", grad_output,
+                   {problem.n, problem.k, problem.p(), problem.q()});
+  call.grad_output = grad_output.const_data_ptr();
+  sparsebwd::PruneSpec spec;
+  if (key) {
+    spec = checked_prune_spec(*key, tau, call.dtype);
+    call.prune = &spec;
+  }
+  if (pruned) {
+    check_activation(*pruned, "pruned", grad_output, {problem.n, problem.k, problem.p(), problem.q()});
+    call.pruned = pruned->mutable_data_ptr();
+  }
+  if (grad_input) {
+    check(weight.has_value(), "weight: got None, accepted is a tensor if grad_input is wanted");
+    check_activation(*grad_input, "grad_input", grad_output, input_size);
+    call.weight_strides = checked_weight(*weight, "weight", weight_size);
+    call.weight_dtype = checked_dtype(*weight, "weight");
+    call.weight = weight->const_data_ptr();
+    call.grad_input = grad_input->mutable_data_ptr();
+  }
+  if (grad_weight) {
+    check(input.has_value(), "input: got None, accepted is a tensor if grad_weight is wanted");
+    check_activation(*input, "input", grad_output, input_size);
+    call.grad_weight_strides = checked_weight(*grad_weight, "grad_weight", weight_size);
+    call.grad_weight_dtype = checked_dtype(*grad_weight, "grad_weight");
+    call.input = input->const_data_ptr();
+    call.grad_weight = grad_weight->mutable_data_ptr();
+  }
+  const sparsebwd::IsaKernels& kernels = sparsebwd::active_kernels();
+  return sparsebwd::conv_backward(kernels.conv, kernels.prune, task_pool(), call);
 }
 
 }  // namespace
@@ -163,6 +252,10 @@ STABLE_TORCH_LIBRARY(sparsebwd_cpu, m) {
   m.def("supported_isas() -> str[]");
   m.def("abs_sum(Tensor g) -> (float, int)");
   m.def("prune(Tensor g, Tensor key, float tau, Tensor(a!) out) -> int");
+  m.def(
+      "conv2d_backward(Tensor grad_output, Tensor? input, Tensor? weight, int[] input_size, "
+      "int[] weight_size, int[] stride, int[] padding, int[] dilation, int groups, Tensor? key, "
+      "float tau, Tensor(a!)? pruned, Tensor(b!)? grad_input, Tensor(c!)? grad_weight) -> int");
 }
 
 // No key of a device: the checks above then say in words which devices are accepted.
@@ -171,6 +264,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparsebwd_cpu, CompositeExplicitAutograd, m) {
   m.impl("supported_isas", TORCH_BOX(&supported_isas));
   m.impl("abs_sum", TORCH_BOX(&abs_sum));
   m.impl("prune", TORCH_BOX(&prune));
+  m.impl("conv2d_backward", TORCH_BOX(&conv2d_backward));
 }
 
 // `import sparsebwd._C` loads this file, which registers the operators; the module is empty.

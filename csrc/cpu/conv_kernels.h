@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+// The inner kernels of the sparse convolutions, as each instruction set provides them. The drivers
+// in conv_backward.cpp are written against this table only.
+#pragma once
+
+#include <stdint.h>
+
+#include "sparsebwd/dtype.h"
+
+namespace sparsebwd {
+
+// A list of non-zeros: entry i is a value of the gradient and the byte offset of the operand it
+// multiplies. Offsets are relative to a panel of operands that fits the L1 cache: 16 bits suffice.
+struct List {
+  float* values;
+  uint16_t* offsets;
+};
+
+// Bytes that 16-bit offsets can address.
+constexpr int64_t kMaxPanelBytes = 65536;
+
+// dst[q * step + t * group + c] += value * panel[offset + t * group + c] for every entry of pixel q,
+// tap t < taps and channel c < group. counts[q] entries belong to pixel q. dst must be readable for
+// one `step` past the last column written. Kernels with more than one tap ignore dst_step: theirs
+// is stride * group.
+using AgbRow = void (*)(List list, const uint16_t* counts, int64_t pixels, const float* panel,
+                        float* dst, int64_t dst_step);
+
+struct AgbKernel {
+  int taps;    // neighbouring columns that one entry contributes to
+  int stride;  // columns between pixels; 0: any, given as dst_step
+  int group;   // input channels
+  AgbRow row;
+};
+
+// For every k in [k_begin, k_end): dw[k * dw_stride + ...] += sum over the list of k of value *
+// operands at the entry's offset in the panel. List k starts at lists + k * capacity.
+using WgcRun = void (*)(List lists, int64_t capacity, const uint16_t* counts, int64_t k_begin,
+                        int64_t k_end, const float* panel, int64_t row_bytes, float* dw,
+                        int64_t dw_stride);
+
+struct WgcKernel {
+  int window;  // 3: 3 x 3 taps, rows of the panel row_bytes apart, pixels `group` floats; 1: a tap
+  int group;   // input channels
+  WgcRun run;
+};
+
+struct ConvKernels {
+  int lanes;
+
+  // Lists in the order of AGB, one after the other for `pixels` pixels of `channels` channels; the
+  // operand of channel k is k * step bytes into the panel. Needs room for `lanes` entries more.
+  void (*list_by_pixel)(const float* g, int64_t pixel_stride, int64_t pixels, int64_t channels,
+                        uint32_t step, List list, uint16_t* counts);
+
+  // Lists in the order of WGC: appends pixels to the lists of all channels. List k starts at
+  // lists + k * capacity, counts[k] is its length. operand_offsets[i] is the offset of pixel i's
+  // operand, readable up to a multiple of `lanes`. Lists need room for `lanes` entries more.
+  void (*list_by_channel)(const float* g, int64_t pixel_stride, int64_t pixels, int64_t channels,
+                          const uint16_t* operand_offsets, List lists, int64_t capacity,
+                          uint16_t* counts);
+
+  // Alternatives, best first; the last of each fits every problem.
+  const AgbKernel* agb;
+  int agb_count;
+  const WgcKernel* wgc;
+  int wgc_count;
+
+  // Copies `channels` of each pixel to a panel of float32, `group` floats a pixel, zeros behind.
+  void (*gather_pixels)(const void* src, DType dtype, int64_t src_stride, int64_t pixels,
+                        int64_t channels, float* dst, int64_t group);
+
+  // Writes `channels` of each pixel of a float32 panel to a tensor; bypasses the caches where it
+  // can, as the tensor is larger than they are. finish_stores() before another thread reads it.
+  void (*scatter_pixels)(const float* src, int64_t group, int64_t pixels, int64_t channels,
+                         void* dst, DType dtype, int64_t dst_stride);
+  void (*finish_stores)();
+};
+
+extern const ConvKernels conv_kernels_baseline;
+extern const ConvKernels conv_kernels_avx2;
+extern const ConvKernels conv_kernels_avx512;
+
+}  // namespace sparsebwd

@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: Apache-2.0
+// Inner kernels of the sparse convolutions, written over Vec, Offsets, append_nonzero and
+// transpose, which the including file's vec_*.h defines for its instruction set. Everything has
+// internal linkage and nothing of the standard library is included: no function compiled here can
+// end up running on a machine without these instructions.
+#pragma once
+
+#include "conv_kernels.h"
+
+namespace sparsebwd {
+namespace {
+
+constexpr int kLanes = Vec::kLanes;
+
+// ---- lists
+
+void list_by_pixel(const float* g, int64_t pixel_stride, int64_t pixels, int64_t channels,
+                   uint32_t step, List list, uint16_t* counts) {
+  const Offsets lane_steps = Offsets::multiples(step);
+  float* values = list.values;
+  uint16_t* offsets = list.offsets;
+  for (int64_t q = 0; q < pixels; ++q, g += pixel_stride) {
+    const float* start = values;
+    for (int64_t k = 0; k < channels; k += kLanes) {
+      const Vec v = k + kLanes <= channels ? Vec::load(g + k) : Vec::load_first(g + k, channels - k);
+      const int n = append_nonzero(v, lane_steps + static_cast<uint32_t>(k) * step, values, offsets);
+      values += n;
+      offsets += n;
+    }
+    counts[q] = static_cast<uint16_t>(values - start);
+  }
+}
+
+void list_by_channel(const float* g, int64_t pixel_stride, int64_t pixels, int64_t channels,
+                     const uint16_t* operand_offsets, List lists, int64_t capacity,
+                     uint16_t* counts) {
+  for (int64_t k = 0; k < channels; k += kLanes) {
+    const int64_t width = channels - k < kLanes ? channels - k : kLanes;
+    for (int64_t i = 0; i < pixels; i += kLanes) {
+      const float* corner = g + i * pixel_stride + k;
+      Vec tile[kLanes];
+      for (int j = 0; j < kLanes; ++j) {
+        if (i + j >= pixels)
+          tile[j] = Vec::zero();
+        else if (width == kLanes)
+          tile[j] = Vec::load(corner + j * pixel_stride);
+        else
+          tile[j] = Vec::load_first(corner + j * pixel_stride, width);
+      }
+      transpose(tile);
+      const Offsets offsets = Offsets::load(operand_offsets + i);
+      for (int64_t j = 0; j < width; ++j) {
+        const int64_t end = (k + j) * capacity + counts[k + j];
+        counts[k + j] += static_cast<uint16_t>(
+            append_nonzero(tile[j], offsets, lists.values + end, lists.offsets + end));
+      }
+    }
+  }
+}
+
+// ---- AGB
+
+// The Taps columns that a pixel contributes to are accumulated in registers. Moving to the next
+// pixel stores the Stride finished columns and renames the others.
+template <int Taps, int Stride, int Vectors>
+void agb_row(List list, const uint16_t* counts, int64_t pixels, const float* panel, float* dst,
+             int64_t dst_step) {
+  constexpr int kGroup = Vectors * kLanes;
+  constexpr int kDone = Taps < Stride || Stride == 0 ? Taps : Stride;
+  constexpr int kKept = Taps - kDone;
+  if (Stride != 0) dst_step = Stride * kGroup;
+  const char* const base = reinterpret_cast<const char*>(panel);
+  const float* value = list.values;
+  const uint16_t* offset = list.offsets;
+  Vec acc[Taps][Vectors];
+  for (int t = 0; t < Taps; ++t)
+    for (int v = 0; v < Vectors; ++v) acc[t][v] = Vec::load(dst + t * kGroup + v * kLanes);
+  for (int64_t q = 0; q < pixels; ++q) {
+    for (const float* end = value + counts[q]; value != end; ++value, ++offset) {
+      const float* operand = reinterpret_cast<const float*>(base + *offset);
+      const Vec g = Vec::broadcast(value);
+      for (int t = 0; t < Taps; ++t)
+        for (int v = 0; v < Vectors; ++v)
+          acc[t][v] = acc[t][v].fma(g, Vec::load(operand + t * kGroup + v * kLanes));
+    }
+    for (int t = 0; t < kDone; ++t)
+      for (int v = 0; v < Vectors; ++v) acc[t][v].store(dst + t * kGroup + v * kLanes);
+    for (int t = 0; t < kKept; ++t)
+      for (int v = 0; v < Vectors; ++v) acc[t][v] = acc[t + kDone][v];
+    dst += dst_step;
+    for (int t = kKept; t < Taps; ++t)
+      for (int v = 0; v < Vectors; ++v) acc[t][v] = Vec::load(dst + t * kGroup + v * kLanes);
+  }
+  for (int t = 0; t < kKept; ++t)
+    for (int v = 0; v < Vectors; ++v) acc[t][v].store(dst + t * kGroup + v * kLanes);
+}
+
+// ---- WGC
+
+// All taps of a 3 x 3 window are at fixed distances from an entry's operand, so the nine sums of
+// an output channel stay in registers while its list streams by.
+void wgc_window3(List lists, int64_t capacity, const uint16_t* counts, int64_t k_begin,
+                 int64_t k_end, const float* panel, int64_t row_bytes, float* dw,
+                 int64_t dw_stride) {
+  const char* const row0 = reinterpret_cast<const char*>(panel);
+  const char* const row1 = row0 + row_bytes;
+  const char* const row2 = row1 + row_bytes;
+  for (int64_t k = k_begin; k < k_end; ++k) {
+    float* sums = dw + k * dw_stride;
+    const float* value = lists.values + k * capacity;
+    const uint16_t* offset = lists.offsets + k * capacity;
+    const float* const end = value + counts[k];
+    if (value == end) continue;
+    Vec acc[9];
+    for (int t = 0; t < 9; ++t) acc[t] = Vec::load(sums + t * kLanes);
+    for (; value != end; ++value, ++offset) {
+      const int64_t at = *offset;
+      const Vec g = Vec::broadcast(value);
+      for (int s = 0; s < 3; ++s) {
+        acc[s] = acc[s].fma(g, Vec::load(reinterpret_cast<const float*>(row0 + at) + s * kLanes));
+        acc[3 + s] =
+            acc[3 + s].fma(g, Vec::load(reinterpret_cast<const float*>(row1 + at) + s * kLanes));
+        acc[6 + s] =
+            acc[6 + s].fma(g, Vec::load(reinterpret_cast<const float*>(row2 + at) + s * kLanes));
+      }
+    }
+    for (int t = 0; t < 9; ++t) acc[t].store(sums + t * kLanes);
+  }
+}
+
+// One tap: two entries at a time, to hide the latency of the multiply-adds.
+template <int Vectors>
+void wgc_tap(List lists, int64_t capacity, const uint16_t* counts, int64_t k_begin, int64_t k_end,
+             const float* panel, int64_t, float* dw, int64_t dw_stride) {
+  const char* const base = reinterpret_cast<const char*>(panel);
+  for (int64_t k = k_begin; k < k_end; ++k) {
+    float* sums = dw + k * dw_stride;
+    const float* value = lists.values + k * capacity;
+    const uint16_t* offset = lists.offsets + k * capacity;
+    const int64_t count = counts[k];
+    if (count == 0) continue;
+    Vec even[Vectors], odd[Vectors];
+    for (int v = 0; v < Vectors; ++v) {
+      even[v] = Vec::load(sums + v * kLanes);
+      odd[v] = Vec::zero();
+    }
+    int64_t i = 0;
+    for (; i + 2 <= count; i += 2) {
+      const float* x0 = reinterpret_cast<const float*>(base + offset[i]);
+      const float* x1 = reinterpret_cast<const float*>(base + offset[i + 1]);
+      const Vec g0 = Vec::broadcast(value + i);
+      const Vec g1 = Vec::broadcast(value + i + 1);
+      for (int v = 0; v < Vectors; ++v) {
+        even[v] = even[v].fma(g0, Vec::load(x0 + v * kLanes));
+        odd[v] = odd[v].fma(g1, Vec::load(x1 + v * kLanes));
+      }
+    }
+    if (i < count) {
+      const float* x0 = reinterpret_cast<const float*>(base + offset[i]);
+      const Vec g0 = Vec::broadcast(value + i);
+      for (int v = 0; v < Vectors; ++v) even[v] = even[v].fma(g0, Vec::load(x0 + v * kLanes));
+    }
+    for (int v = 0; v < Vectors; ++v) (even[v] + odd[v]).store(sums + v * kLanes);
+  }
+}
+
+// ---- panels
+
+void gather_pixels(const void* src, DType dtype, int64_t src_stride, int64_t pixels,
+                   int64_t channels, float* dst, int64_t group) {
+  const int64_t whole = channels / kLanes * kLanes;
+  for (int64_t i = 0; i < pixels; ++i, dst += group) {
+    int64_t c = 0;
+    if (dtype == DType::kFloat32) {
+      const float* p = static_cast<const float*>(src) + i * src_stride;
+      for (; c < whole; c += kLanes) Vec::load(p + c).store(dst + c);
+      if (c < channels) Vec::load_first(p + c, channels - c).store(dst + c);
+      if (c < channels) c += kLanes;
+    } else {
+      const uint16_t* p = static_cast<const uint16_t*>(src) + i * src_stride;
+      for (; c < channels; ++c) dst[c] = float_of_bfloat16(p[c]);
+    }
+    for (; c < group; ++c) dst[c] = 0.0f;
+  }
+}
+
+void scatter_pixels(const float* src, int64_t group, int64_t pixels, int64_t channels, void* dst,
+                    DType dtype, int64_t dst_stride) {
+  for (int64_t i = 0; i < pixels; ++i, src += group) {
+    if (dtype == DType::kFloat32) {
+      float* p = static_cast<float*>(dst) + i * dst_stride;
+      const bool aligned = reinterpret_cast<uintptr_t>(p) % (kLanes * sizeof(float)) == 0;
+      int64_t c = 0;
+      for (; c + kLanes <= channels; c += kLanes) {
+        if (aligned)
+          Vec::load(src + c).stream(p + c);
+        else
+          Vec::load(src + c).store(p + c);
+      }
+      if (c < channels) Vec::load(src + c).store_first(p + c, channels - c);
+    } else {
+      uint16_t* p = static_cast<uint16_t*>(dst) + i * dst_stride;
+      for (int64_t c = 0; c < channels; ++c) p[c] = bfloat16_of_float(src[c]);
+    }
+  }
+}
+
+// ---- the table
+
+constexpr AgbKernel kAgbKernels[] = {
+    {3, 1, 4 * kLanes, agb_row<3, 1, 4>}, {3, 1, 2 * kLanes, agb_row<3, 1, 2>},
+    {3, 2, 4 * kLanes, agb_row<3, 2, 4>}, {3, 2, 2 * kLanes, agb_row<3, 2, 2>},
+    {1, 0, 8 * kLanes, agb_row<1, 0, 8>}, {1, 0, 4 * kLanes, agb_row<1, 0, 4>},
+    {1, 0, 2 * kLanes, agb_row<1, 0, 2>}, {1, 0, kLanes, agb_row<1, 0, 1>},
+};
+
+constexpr WgcKernel kWgcKernels[] = {
+    {3, kLanes, wgc_window3},
+    {1, 4 * kLanes, wgc_tap<4>},
+    {1, 2 * kLanes, wgc_tap<2>},
+    {1, kLanes, wgc_tap<1>},
+};
+
+constexpr ConvKernels kConvKernels = {
+    kLanes,
+    list_by_pixel,
+    list_by_channel,
+    kAgbKernels,
+    sizeof(kAgbKernels) / sizeof(kAgbKernels[0]),
+    kWgcKernels,
+    sizeof(kWgcKernels) / sizeof(kWgcKernels[0]),
+    gather_pixels,
+    scatter_pixels,
+    Vec::finish_stores,
+};
+
+}  // namespace
+}  // namespace sparsebwd

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sixteen float lanes, AVX-512 (F, BW, DQ, VL).
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+
+namespace sparsebwd {
+namespace {
+
+struct Vec {
+  static constexpr int kLanes = 16;
+  __m512 v;
+
+  static Vec zero() { return {_mm512_setzero_ps()}; }
+  static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static Vec load_first(const float* p, int64_t count) {
+    return {_mm512_maskz_loadu_ps(mask_of(count), p)};
+  }
+  // The value goes through a general register: a broadcast from memory would take one of the
+  // load slots that the multiply-adds need.
+  static Vec broadcast(const float* p) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, p, 4);
+    __asm__("" : "+r"(bits));
+    return {_mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(bits)))};
+  }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+  void store_first(float* p, int64_t count) const { _mm512_mask_storeu_ps(p, mask_of(count), v); }
+  void stream(float* p) const { _mm512_stream_ps(p, v); }
+  static void finish_stores() { _mm_sfence(); }
+  Vec fma(Vec a, Vec b) const { return {_mm512_fmadd_ps(a.v, b.v, v)}; }
+  Vec operator+(Vec o) const { return {_mm512_add_ps(v, o.v)}; }
+
+ private:
+  static __mmask16 mask_of(int64_t count) {
+    return static_cast<__mmask16>(count >= 16 ? 0xffffu : (1u << count) - 1u);
+  }
+};
+
+// Byte offsets of kLanes operands.
+struct Offsets {
+  __m512i v;
+
+  static Offsets multiples(uint32_t step) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return {_mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(step)))};
+  }
+  static Offsets load(const uint16_t* p) {
+    return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  }
+  Offsets operator+(uint32_t base) const {
+    return {_mm512_add_epi32(v, _mm512_set1_epi32(static_cast<int>(base)))};
+  }
+};
+
+// Appends the non-zero lanes of `v` and the offsets of those lanes to a list; returns their
+// number. Both arrays must have room for kLanes more entries.
+inline int append_nonzero(Vec v, Offsets o, float* values, uint16_t* offsets) {
+  const __mmask16 keep = _mm512_cmp_ps_mask(v.v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+  _mm512_storeu_ps(values, _mm512_maskz_compress_ps(keep, v.v));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(offsets),
+                      _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(keep, o.v)));
+  return __builtin_popcount(keep);
+}
+
+// Transposes a kLanes x kLanes tile in place.
+inline void transpose(Vec (&tile)[Vec::kLanes]) {
+  __m512 t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(tile[i].v, tile[i + 1].v);
+    t[i + 1] = _mm512_unpackhi_ps(tile[i].v, tile[i + 1].v);
+  }
+  __m512 u[16];
+  for (int i = 0; i < 16; i += 4) {
+    for (int half = 0; half < 2; ++half) {
+      const __m512d a = _mm512_castps_pd(t[i + half]);
+      const __m512d b = _mm512_castps_pd(t[i + 2 + half]);
+      u[i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      u[i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  }
+  // u[4 * r + c] holds, in its four 128-bit parts, columns c, c + 4, c + 8, c + 12 of rows
+  // 4r .. 4r + 3; what is left is a 4 x 4 transpose of those parts.
+  for (int c = 0; c < 4; ++c) {
+    const __m512 a = _mm512_shuffle_f32x4(u[c], u[4 + c], 0x88);
+    const __m512 b = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0x88);
+    const __m512 d = _mm512_shuffle_f32x4(u[c], u[4 + c], 0xdd);
+    const __m512 e = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0xdd);
+    tile[c].v = _mm512_shuffle_f32x4(a, b, 0x88);
+    tile[c + 8].v = _mm512_shuffle_f32x4(a, b, 0xdd);
+    tile[c + 4].v = _mm512_shuffle_f32x4(d, e, 0x88);
+    tile[c + 12].v = _mm512_shuffle_f32x4(d, e, 0xdd);
+  }
+}
+
+}  // namespace
+}  // namespace sparsebwd

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a backend is, the ordered list of them, and how one is chosen."""
+
+from __future__ import annotations
+
+import logging
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..problem import ConvProblem
+from ..reference import PrunedGradient
+
+logger = logging.getLogger("sparsebwd")
+
+
+class BackwardResult(NamedTuple):
+    """Gradients of one convolution; None where they were not asked for.
+
+    density is that of the gradient which both convolutions consumed; tau and sigma are those of
+    the gradient that was pruned. All three are 0-dim float32 tensors, or None where not computed.
+    implementation names what ran, for instance "dense" where a backend fell back to it.
+    """
+
+    grad_input: Tensor | None
+    grad_weight: Tensor | None
+    tau: Tensor | None
+    sigma: Tensor | None
+    density: Tensor | None
+    implementation: str
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """What one backward pass of one layer did; handed to every callable in :data:`observers`.
+
+    layer_id: ``SparseConv2d.layer_id``, 0 for a call of the functional form.
+    density, sigma, tau: 0-dim float32 tensors on the gradient's device (reading them may wait for
+    the device); sigma and tau are None where nothing was pruned.
+    numel: elements of grad_output. seconds: host time of the call.
+    """
+
+    layer_id: int
+    backend: str
+    implementation: str
+    problem: ConvProblem
+    percentile: float | None
+    placement: str
+    density: Tensor
+    sigma: Tensor | None
+    tau: Tensor | None
+    numel: int
+    seconds: float
+
+
+observers: list[Callable[[LayerStats], None]] = []
+"""Called after each backward pass. Nothing is measured while it is empty."""
+
+
+class Backend(ABC):
+    """One implementation of pruning, AGB and WGC.
+
+    The tensors it is given are contiguous or channels_last; what it returns may be in either
+    format and is converted by the caller where needed.
+    """
+
+    name: str
+
+    def available(self) -> str | None:
+        """None if this backend runs on this machine at all, else the reason why not."""
+        return None
+
+    @abstractmethod
+    def can_run(
+        self, problem: ConvProblem | None, device_type: str, dtype: torch.dtype
+    ) -> str | None:
+        """None if it can compute this, else the reason why not. Without a problem: prune."""
+
+    @abstractmethod
+    def prune(
+        self, grad: Tensor, key: Tensor, percentile: float, sigma_estimator: str
+    ) -> PrunedGradient:
+        """Prune ``grad`` (N, C, H, W) with the int64[2] ``key``."""
+
+    @abstractmethod
+    def conv2d_input(self, problem: ConvProblem, weight: Tensor, grad_output: Tensor) -> Tensor:
+        """AGB: the gradient (N, C, H, W) of the input."""
+
+    @abstractmethod
+    def conv2d_weight(self, problem: ConvProblem, input: Tensor, grad_output: Tensor) -> Tensor:
+        """WGC: the gradient (K, C/groups, R, S) of the weight."""
+
+    def conv2d_backward(
+        self,
+        problem: ConvProblem,
+        grad_output: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        key: Tensor,
+        percentile: float | None,
+        sigma_estimator: str,
+        placement: str,
+        output_mask: Sequence[bool],
+        layer_id: int,
+    ) -> BackwardResult:
+        """Prune, AGB and WGC; ``output_mask`` says whether the input's and the weight's gradient
+        are wanted."""
+        gradient, tau, sigma, density = grad_output, None, None, None
+        if percentile is not None and placement == "output":
+            gradient, tau, sigma, density = self.prune(
+                grad_output, key, percentile, sigma_estimator
+            )
+        grad_input = grad_weight = None
+        if output_mask[0]:
+            grad_input = self.conv2d_input(problem, weight, gradient)
+            if percentile is not None and placement == "input":
+                grad_input, tau, sigma, _ = self.prune(
+                    grad_input, key, percentile, sigma_estimator
+                )
+        if output_mask[1]:
+            grad_weight = self.conv2d_weight(problem, input, gradient)
+        return BackwardResult(grad_input, grad_weight, tau, sigma, density, self.name)
+
+
+_backends: dict[str, Backend] = {}
+
+
+def register(backend: Backend) -> None:
+    """Add a backend at the end of the list, that is as the one "auto" prefers."""
+    if backend.name in _backends:
+        raise ValueError(f"backend: {backend.name!r} is registered already")
+    _backends[backend.name] = backend
+    choose_backend.cache_clear()
+
+
+def registered_backends() -> tuple[str, ...]:
+    """Names of all backends, in the order of preference, the last first choice of "auto"."""
+    return tuple(_backends)
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of those that run on this machine, in the same order."""
+    return tuple(name for name, backend in _backends.items() if backend.available() is None)
+
+
+def get_backend(name: str) -> Backend:
+    """The backend of that name, available or not. Raises ValueError for an unknown name."""
+    if name not in _backends:
+        accepted = ", ".join(repr(known) for known in ("auto", *_backends))
+        raise ValueError(f"backend: got {name!r}; accepted: {accepted}")
+    return _backends[name]
+
+
+@lru_cache(maxsize=4096)
+def choose_backend(
+    name: str, problem: ConvProblem | None, device_type: str, dtype: torch.dtype
+) -> Backend:
+    """The backend called ``name``, or for "auto" the last in the list that can run.
+
+    Raises ValueError for an unknown name, RuntimeError with the reasons if it, or for "auto" every
+    backend, cannot run. Refusals on the way are logged at debug level.
+    """
+    candidates = reversed(_backends.values()) if name == "auto" else [get_backend(name)]
+    what = f"{problem or 'pruning'} in {dtype} on {device_type}"
+    refusals = []
+    for backend in candidates:
+        reason = backend.available() or backend.can_run(problem, device_type, dtype)
+        if reason is None:
+            logger.debug("%s: backend %r runs it", what, backend.name)
+            return backend
+        logger.debug("%s: backend %r refuses: %s", what, backend.name, reason)
+        refusals.append(f"{backend.name!r}: {reason}")
+    raise RuntimeError(f"backend: {name!r} cannot run {what} ({'; '.join(refusals)})")
+
+
+def _log_as_environment_says() -> None:
+    level = os.environ.get("SPARSEBWD_LOG")
+    if not level:
+        return
+    if level.lower() not in ("debug", "info", "warning", "error"):
+        raise ValueError(f"SPARSEBWD_LOG: got {level!r}; accepted: debug, info, warning, error")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(level.upper())
+
+
+_log_as_environment_says()

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PyTorch's own dense convolutions on the pruned gradient, where no sparse kernel runs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..problem import ConvProblem
+from ..reference import PrunedGradient
+from .base import Backend
+
+
+class DenseBackend(Backend):
+    name = "dense"
+
+    def can_run(
+        self, problem: ConvProblem | None, device_type: str, dtype: torch.dtype
+    ) -> str | None:
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"{dtype} is not float32, bfloat16 or float16"
+        return None
+
+    def prune(
+        self, grad: Tensor, key: Tensor, percentile: float, sigma_estimator: str
+    ) -> PrunedGradient:
+        return reference.prune(grad, key, percentile, sigma_estimator)
+
+    def conv2d_input(self, problem: ConvProblem, weight: Tensor, grad_output: Tensor) -> Tensor:
+        # Only the shape of the input matters here.
+        input = grad_output.new_empty(1).expand(problem.input_size)
+        return _convolution_backward(problem, grad_output, input, weight, (True, False, False))[0]
+
+    def conv2d_weight(self, problem: ConvProblem, input: Tensor, grad_output: Tensor) -> Tensor:
+        weight = grad_output.new_empty(1).expand(problem.weight_size)
+        return _convolution_backward(problem, grad_output, input, weight, (False, True, False))[1]
+
+
+def _convolution_backward(
+    problem: ConvProblem,
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    output_mask: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.aten.convolution_backward(
+        grad_output,
+        input,
+        weight,
+        None,
+        problem.stride,
+        problem.padding,
+        problem.dilation,
+        False,
+        (0, 0),
+        problem.groups,
+        output_mask,
+    )

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Functional forms: :func:`prune_gradient` and :func:`sparse_conv2d`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+from .backends import get_backend
+from .problem import as_pair
+from .reference import SIGMA_COEFFICIENT, PrunedGradient
+
+__all__ = ["PrunedGradient", "prune_gradient", "sparse_conv2d"]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PLACEMENTS = ("output", "input")
+
+
+def check_percentile(percentile: float | None) -> float | None:
+    """Return ``percentile`` as a float, or None. Raises TypeError, or ValueError outside
+    [50, 100)."""
+    if percentile is None:
+        return None
+    if isinstance(percentile, bool) or not isinstance(percentile, Real):
+        raise TypeError(
+            f"percentile: got {percentile!r}; accepted: a number in [50, 100), or None for no "
+            "pruning"
+        )
+    if not 50 <= percentile < 100:
+        raise ValueError(f"percentile: got {percentile!r}; accepted: 50 <= percentile < 100")
+    return float(percentile)
+
+
+def check_placement(placement: str) -> str:
+    """Return ``placement``. Raises ValueError if it is neither "output" nor "input"."""
+    return _check_choice("placement", placement, PLACEMENTS)
+
+
+def check_sigma_estimator(sigma_estimator: str) -> str:
+    """Return ``sigma_estimator``. Raises ValueError if it is not "corrected" or "as_printed"."""
+    return _check_choice("sigma_estimator", sigma_estimator, tuple(SIGMA_COEFFICIENT))
+
+
+def check_backend(backend: str) -> str:
+    """Return ``backend``. Raises ValueError if no backend has this name."""
+    if backend != "auto":
+        get_backend(backend)
+    return backend
+
+
+def check_operands(**tensors: Tensor) -> None:
+    """Raise unless all are floating tensors of one dtype (any mix under autocast) and device."""
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: got {type(tensor).__name__}; accepted: a torch.Tensor")
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(
+                f"{name}: got {tensor.dtype}; accepted: "
+                + ", ".join(str(dtype) for dtype in _DTYPES)
+            )
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{name}: got device {tensor.device}; accepted: {first.device}, that of "
+                f"{first_name}"
+            )
+        if tensor.dtype != first.dtype and not _autocasts(first.device.type):
+            raise TypeError(
+                f"{name}: got {tensor.dtype}; accepted: {first.dtype}, the dtype of {first_name}"
+            )
+
+
+def _check_choice(name: str, value: str, accepted: tuple[str, ...]) -> str:
+    if value not in accepted:
+        raise ValueError(
+            f"{name}: got {value!r}; accepted: {', '.join(repr(choice) for choice in accepted)}"
+        )
+    return value
+
+
+def _autocasts(device_type: str) -> bool:
+    return device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
+
+
+def prunes(percentile: float | None) -> bool:
+    """Whether pruning at ``percentile`` can change anything: at 50 the threshold is 0."""
+    return percentile is not None and percentile > 50
+
+
+def _key(
+    input: Tensor, weight: Tensor | None, needed: bool, generator: torch.Generator | None
+) -> Tensor:
+    if not needed:
+        return torch.zeros(2, dtype=torch.int64, device=input.device)
+    if generator is None:
+        return torch.ops.sparsebwd.draw_key(input, weight)
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator: got {type(generator).__name__}; accepted: a torch.Generator or None"
+        )
+    if generator.device.type != input.device.type:
+        raise ValueError(
+            f"generator: got one on {generator.device}; accepted: one on {input.device}"
+        )
+    key = torch.empty(2, dtype=torch.int64, device=input.device)
+    return key.random_(generator=generator)
+
+
+def prune_gradient(
+    grad: Tensor,
+    percentile: float = 90.0,
+    generator: torch.Generator | None = None,
+    *,
+    sigma_estimator: str = "corrected",
+    backend: str = "auto",
+) -> PrunedGradient:
+    """Prune an activation gradient stochastically and without bias: E[values] = grad.
+
+    Ye et al. 2019, "Threshold determination" and Algorithm 1, with the corrections described in
+    docs/numerics. Elements below tau = sigma * Phi^-1(percentile / 100) in magnitude become 0 or
+    +-tau; the others stay as they are.
+
+    Args:
+        grad: (N, C, H, W), (N, C, L) or (N, C); float16, bfloat16, float32 or float64.
+        percentile: in [50, 100); 50 prunes nothing. It is not the sparsity.
+        generator: draws the key of the random numbers, by default PyTorch's own generator.
+        sigma_estimator: "corrected", or "as_printed" for the biased estimate that the paper prints.
+        backend: "auto" or the name of one.
+
+    Returns:
+        (values, tau, sigma, density); see :class:`PrunedGradient`. If the sum of |grad| is not
+        finite, values is a copy of grad and tau is 0.
+
+    Raises:
+        TypeError: another type or dtype.
+        ValueError: another value or number of dimensions.
+        RuntimeError: the backend asked for cannot run.
+    """
+    check_operands(grad=grad)
+    if percentile is None:
+        raise TypeError("percentile: got None; accepted: a number in [50, 100)")
+    percentile = check_percentile(percentile)
+    check_sigma_estimator(sigma_estimator)
+    check_backend(backend)
+    if not 2 <= grad.dim() <= 4:
+        raise ValueError(
+            f"grad: got shape {tuple(grad.shape)}; accepted: (N, C, H, W), (N, C, L) or (N, C)"
+        )
+    shape = grad.shape
+    if grad.dim() < 4:
+        grad = grad.reshape(*shape[:2], 1, shape[2] if len(shape) == 3 else 1)
+    key = _key(grad, None, prunes(percentile), generator)
+    values, tau, sigma, density = torch.ops.sparsebwd.prune(
+        grad, key, percentile, sigma_estimator, backend
+    )
+    return PrunedGradient(values.reshape(shape), tau, sigma, density)
+
+
+def sparse_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    percentile: float | None = 90.0,
+    placement: str = "output",
+    sigma_estimator: str = "corrected",
+    backend: str = "auto",
+    generator: torch.Generator | None = None,
+    layer_id: int = 0,
+) -> Tensor:
+    """:func:`torch.nn.functional.conv2d` whose backward pass prunes and skips zeros.
+
+    The forward pass is PyTorch's own. In the backward pass, placement "output" (for Conv-BN-ReLU)
+    prunes the gradient of the output before both convolutions consume it; placement "input" (for
+    Conv-ReLU) lets them consume it as it is and prunes the gradient of the input that they
+    produce, including that of padding added here for an asymmetric "same". Zeros of the consumed
+    gradient are skipped either way. The gradient of the bias is that of the unpruned gradient.
+    Where no gradient is needed this is plain :func:`torch.nn.functional.conv2d`.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W); float16, bfloat16, float32 or float64.
+        weight: (K, C / groups, R, S), dtype and device of the input.
+        bias: (K,) or None.
+        stride, padding, dilation, groups: as in :func:`torch.nn.functional.conv2d`.
+        percentile: in [50, 100), or None: nothing is pruned.
+        placement: "output" or "input".
+        sigma_estimator, backend: as in :func:`prune_gradient`.
+        generator: draws the key of the random numbers, by default PyTorch's own generator. Not
+            traceable by torch.compile.
+        layer_id: reported to ``sparsebwd.backends.observers``.
+
+    Raises:
+        TypeError: another type or dtype.
+        ValueError: another value, or shapes or devices that do not fit together.
+        RuntimeError: the backend asked for cannot run.
+    """
+    check_operands(input=input, weight=weight, **({} if bias is None else {"bias": bias}))
+    percentile = check_percentile(percentile)
+    check_placement(placement)
+    check_sigma_estimator(sigma_estimator)
+    check_backend(backend)
+    if input.dim() not in (3, 4):
+        raise ValueError(
+            f"input: got shape {tuple(input.shape)}; accepted: (N, C, H, W) or (C, H, W)"
+        )
+    if weight.dim() != 4:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}; accepted: (K, C/groups, R, S)")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias: got shape {tuple(bias.shape)}; accepted: ({weight.shape[0]},), one for each "
+            "output channel"
+        )
+    stride, dilation = as_pair(stride, "stride"), as_pair(dilation, "dilation")
+    batched = input.dim() == 4
+    if not batched:
+        input = input.unsqueeze(0)
+    if isinstance(padding, str):
+        input, padding = _pad_as_named(input, weight, padding, stride, dilation)
+    else:
+        padding = as_pair(padding, "padding")
+    if not torch.compiler.is_compiling():
+        # Raises if the sizes do not fit together.
+        ops.problem_of(
+            tuple(input.shape), tuple(weight.shape), stride, padding, dilation, groups
+        )
+
+    if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
+        pruned = input.requires_grad or placement == "output"
+        key = _key(input, weight, pruned and prunes(percentile), generator)
+        output = torch.ops.sparsebwd.conv2d(
+            input,
+            weight,
+            bias,
+            stride,
+            padding,
+            dilation,
+            groups,
+            key,
+            percentile,
+            placement,
+            sigma_estimator,
+            backend,
+            layer_id,
+        )
+    else:
+        output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    return output if batched else output.squeeze(0)
+
+
+def _pad_as_named(
+    input: Tensor, weight: Tensor, padding: str, stride: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[Tensor, tuple[int, int]]:
+    """The input and the numeric padding that amount to "valid" or "same" padding of ``input``."""
+    _check_choice("padding", padding, ("valid", "same"))
+    if padding == "valid":
+        return input, (0, 0)
+    if stride != (1, 1):
+        raise ValueError(f"padding: got 'same' with stride {stride}; accepted: with stride 1")
+    total = [d * (size - 1) for d, size in zip(dilation, weight.shape[2:])]
+    # What is odd goes to the bottom and to the right, as in PyTorch.
+    if any(amount % 2 for amount in total):
+        input = F.pad(input, (0, total[1] % 2, 0, total[0] % 2))
+    return input, (total[0] // 2, total[1] // 2)

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layer: :class:`SparseConv2d`."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .functional import (
+    check_backend,
+    check_percentile,
+    check_placement,
+    check_sigma_estimator,
+    prunes,
+    sparse_conv2d,
+)
+
+__all__ = ["SparseConv2d"]
+
+_layer_ids = itertools.count(1)
+
+
+def _setting(name: str, check: Callable, doc: str) -> property:
+    """An attribute whose value is checked when it is set."""
+    private = f"_{name}"
+
+    def get(self):
+        return getattr(self, private)
+
+    def set(self, value):
+        setattr(self, private, check(value))
+
+    return property(get, set, doc=doc)
+
+
+class SparseConv2d(nn.Conv2d):
+    """:class:`torch.nn.Conv2d` whose backward pass prunes and skips zeros.
+
+    Arguments, parameters and state_dict keys are those of nn.Conv2d. In training mode it computes
+    :func:`sparsebwd.functional.sparse_conv2d`; in eval mode, and where no gradient is needed, it
+    is an nn.Conv2d. With a ``padding_mode`` other than "zeros" and placement "input", the gradient
+    of the padded input is what is pruned.
+
+    Args:
+        percentile: in [50, 100), or None: nothing is pruned, zeros are skipped all the same.
+        placement: "output" (Conv-BN-ReLU) or "input" (Conv-ReLU): which gradient is pruned.
+        backend: "auto" or the name of one.
+        sigma_estimator: "corrected", or "as_printed" for the biased estimate that the paper prints.
+
+    All four may be set later. Raises TypeError or ValueError naming the one that is wrong, both
+    times; RuntimeError in forward if the backend asked for cannot run.
+
+    ``layer_id`` is an int unique in the process, fresh for copies, as reported to
+    ``sparsebwd.backends.observers``.
+    """
+
+    percentile = _setting(
+        "percentile", check_percentile, "In [50, 100), or None: nothing is pruned."
+    )
+    placement = _setting("placement", check_placement, '"output" or "input".')
+    backend = _setting("backend", check_backend, '"auto" or the name of one.')
+    sigma_estimator = _setting(
+        "sigma_estimator", check_sigma_estimator, '"corrected" or "as_printed".'
+    )
+
+    def __init__(
+        self,
+        *args,
+        percentile: float | None = 90.0,
+        placement: str = "output",
+        backend: str = "auto",
+        sigma_estimator: str = "corrected",
+        **kwargs,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._configure(percentile, placement, backend, sigma_estimator)
+
+    def _configure(
+        self, percentile: float | None, placement: str, backend: str, sigma_estimator: str
+    ) -> None:
+        self.percentile = percentile
+        self.placement = placement
+        self.backend = backend
+        self.sigma_estimator = sigma_estimator
+        self.layer_id = next(_layer_ids)
+
+    @classmethod
+    def from_conv2d(
+        cls,
+        conv: nn.Conv2d,
+        percentile: float | None = 90.0,
+        placement: str = "output",
+        backend: str = "auto",
+        sigma_estimator: str = "corrected",
+    ) -> SparseConv2d:
+        """A layer that shares the parameters of ``conv`` (the same Parameter objects), with its
+        settings, hooks and training flag.
+
+        Raises TypeError if ``conv`` is of a subclass of nn.Conv2d: its forward pass may differ.
+        """
+        if type(conv) not in (nn.Conv2d, cls):
+            raise TypeError(f"conv: got {type(conv).__name__}; accepted: torch.nn.Conv2d")
+        layer = _share(conv, cls)
+        layer._configure(percentile, placement, backend, sigma_estimator)
+        return layer
+
+    def to_conv2d(self) -> nn.Conv2d:
+        """The plain nn.Conv2d that shares the parameters, hooks and training flag of this layer."""
+        conv = _share(self, nn.Conv2d)
+        for name in ("_percentile", "_placement", "_backend", "_sigma_estimator", "layer_id"):
+            del conv.__dict__[name]
+        return conv
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not self.training:
+            return super()._conv_forward(input, weight, bias)
+        if (
+            prunes(self.percentile)
+            and not torch.is_grad_enabled()
+            and (input.requires_grad or weight.requires_grad)
+        ):
+            # Reentrant checkpointing runs forward without gradients first. Drawing the key that
+            # its replay will draw keeps the generator in step, so that no two layers share one.
+            torch.ops.sparsebwd.draw_key(input, weight)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(
+                input, self._reversed_padding_repeated_twice, mode=self.padding_mode
+            )
+            padding = 0
+        return sparse_conv2d(
+            input,
+            weight,
+            bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            percentile=self.percentile,
+            placement=self.placement,
+            sigma_estimator=self.sigma_estimator,
+            backend=self.backend,
+            layer_id=self.layer_id,
+        )
+
+    def __setstate__(self, state: dict) -> None:
+        # Called for copies and when unpickling.
+        super().__setstate__(state)
+        self.layer_id = next(_layer_ids)
+
+    def extra_repr(self) -> str:
+        text = f"{super().extra_repr()}, percentile={self.percentile}, placement={self.placement}"
+        if self.backend != "auto":
+            text += f", backend={self.backend}"
+        if self.sigma_estimator != "corrected":
+            text += f", sigma_estimator={self.sigma_estimator}"
+        return text
+
+
+def _share(conv: nn.Conv2d, cls: type[nn.Conv2d]) -> nn.Conv2d:
+    """A module of class ``cls`` with the attributes of ``conv``; containers are copied, what they
+    contain is shared. Unlike construction it draws no random numbers."""
+    module = cls.__new__(cls)
+    for name, value in conv.__dict__.items():
+        module.__dict__[name] = copy.copy(value) if isinstance(value, (dict, set)) else value
+    return module

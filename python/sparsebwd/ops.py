@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators ``torch.ops.sparsebwd.*``: schemas, implementations, fakes, autograd, autocast.
+
+Sizes, strides and so on are as in :mod:`torch.nn.functional`; ``percentile`` None prunes nothing.
+The implementations choose a backend, call it and see to it that memory formats are as the fakes
+promise: the gradient of a tensor has the format of that tensor.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .backends import LayerStats, choose_backend, observers
+from .problem import ConvProblem
+from .reference import density, memory_format
+
+_GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
+_PRUNING = (
+    "Tensor key, float? percentile, str placement, str sigma_estimator, str backend, int layer_id"
+)
+
+_library = torch.library.Library("sparsebwd", "DEF")
+
+problem_of = lru_cache(maxsize=4096)(ConvProblem.from_sizes)
+
+
+def _problem(
+    input_size: Sequence[int],
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> ConvProblem:
+    return problem_of(
+        tuple(input_size), tuple(weight_size), tuple(stride), tuple(padding), tuple(dilation), groups
+    )
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """``tensor``, copied if it is neither contiguous nor channels_last."""
+    return tensor.contiguous(memory_format=memory_format(tensor))
+
+
+def _define(signature: str, implementation: Callable, fake: Callable, *tags: torch.Tag) -> None:
+    name = signature[: signature.index("(")]
+    _library.define(signature, tags=(torch.Tag.pt2_compliant_tag, *tags))
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sparsebwd::{name}", fake, lib=_library)
+
+
+def _register_autocast(name: str, cast: bool) -> None:
+    """Run the operator with autocast off, on operands cast to its dtype if ``cast``."""
+    operator = getattr(torch.ops.sparsebwd, name).default
+
+    def register(device_type: str, key: torch._C.DispatchKey) -> None:
+        def kernel(*args):
+            if cast:
+                dtype = torch.get_autocast_dtype(device_type)
+                args = tuple(_cast(arg, device_type, dtype) for arg in args)
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+                return operator(*args)
+
+        _library.impl(name, kernel, str(key).removeprefix("DispatchKey."))
+
+    register("cpu", torch._C.DispatchKey.AutocastCPU)
+    register("cuda", torch._C.DispatchKey.AutocastCUDA)
+
+
+def _cast(arg: object, device_type: str, dtype: torch.dtype) -> object:
+    # As PyTorch's own convolution does, float64 is left alone.
+    if (
+        isinstance(arg, Tensor)
+        and arg.is_floating_point()
+        and arg.dtype != torch.float64
+        and arg.device.type == device_type
+    ):
+        return arg.to(dtype)
+    return arg
+
+
+def _not_differentiable(name: str) -> None:
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            f"sparsebwd::{name} is not differentiable: gradients through it, and double backward "
+            "through a sparse convolution, are not supported"
+        )
+
+    torch.library.register_autograd(f"sparsebwd::{name}", backward, lib=_library)
+
+
+# draw_key: the weight is an argument so that a compiler that merges identical calls merges them
+# only where it also merges the convolutions; two layers may well share their input.
+
+
+def _draw_key(input: Tensor, weight: Tensor | None) -> Tensor:
+    return torch.empty(2, dtype=torch.int64, device=input.device).random_()
+
+
+def _draw_key_fake(input: Tensor, weight: Tensor | None) -> Tensor:
+    return torch.empty(2, dtype=torch.int64, device=input.device)
+
+
+_define(
+    "draw_key(Tensor input, Tensor? weight) -> Tensor",
+    _draw_key,
+    _draw_key_fake,
+    torch.Tag.nondeterministic_seeded,
+)
+
+
+def _prune(
+    grad: Tensor, key: Tensor, percentile: float, sigma_estimator: str, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    chosen = choose_backend(backend, None, grad.device.type, grad.dtype)
+    values, tau, sigma, density = chosen.prune(_dense(grad), key, percentile, sigma_estimator)
+    return values.contiguous(memory_format=memory_format(grad)), tau, sigma, density
+
+
+def _prune_fake(
+    grad: Tensor, key: Tensor, percentile: float, sigma_estimator: str, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tau, sigma, density = (grad.new_empty((), dtype=torch.float32) for _ in range(3))
+    return torch.empty_like(grad, memory_format=memory_format(grad)), tau, sigma, density
+
+
+_define(
+    "prune(Tensor grad, Tensor key, float percentile, str sigma_estimator, str backend)"
+    " -> (Tensor values, Tensor tau, Tensor sigma, Tensor density)",
+    _prune,
+    _prune_fake,
+)
+_not_differentiable("prune")
+_register_autocast("prune", cast=False)
+
+
+# conv2d_input and conv2d_weight: the result has the memory format of the operand that has its
+# kind of shape, grad_output or input.
+
+
+def _check_grad_output(grad_output: Tensor, problem: ConvProblem) -> None:
+    if tuple(grad_output.shape) != problem.output_size:
+        raise ValueError(
+            f"grad_output: got shape {tuple(grad_output.shape)}; accepted: {problem.output_size}, "
+            f"the output of {problem}"
+        )
+
+
+def _conv2d_input(
+    input_size: Sequence[int],
+    weight: Tensor,
+    grad_output: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    backend: str,
+) -> Tensor:
+    problem = _problem(input_size, weight.shape, stride, padding, dilation, groups)
+    _check_grad_output(grad_output, problem)
+    chosen = choose_backend(backend, problem, grad_output.device.type, grad_output.dtype)
+    grad_input = chosen.conv2d_input(problem, _dense(weight), _dense(grad_output))
+    return grad_input.contiguous(memory_format=memory_format(grad_output))
+
+
+def _conv2d_input_fake(
+    input_size, weight, grad_output, stride, padding, dilation, groups, backend
+) -> Tensor:
+    return torch.empty_like(
+        grad_output.new_empty(input_size), memory_format=memory_format(grad_output)
+    )
+
+
+def _conv2d_weight(
+    input: Tensor,
+    weight_size: Sequence[int],
+    grad_output: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    backend: str,
+) -> Tensor:
+    problem = _problem(input.shape, weight_size, stride, padding, dilation, groups)
+    _check_grad_output(grad_output, problem)
+    chosen = choose_backend(backend, problem, grad_output.device.type, grad_output.dtype)
+    grad_weight = chosen.conv2d_weight(problem, _dense(input), _dense(grad_output))
+    return grad_weight.contiguous(memory_format=memory_format(input))
+
+
+def _conv2d_weight_fake(
+    input, weight_size, grad_output, stride, padding, dilation, groups, backend
+) -> Tensor:
+    return torch.empty_like(input.new_empty(weight_size), memory_format=memory_format(input))
+
+
+_define(
+    "conv2d_input(SymInt[] input_size, Tensor weight, Tensor grad_output,"
+    f" {_GEOMETRY}, str backend) -> Tensor",
+    _conv2d_input,
+    _conv2d_input_fake,
+)
+_define(
+    "conv2d_weight(Tensor input, SymInt[] weight_size, Tensor grad_output,"
+    f" {_GEOMETRY}, str backend) -> Tensor",
+    _conv2d_weight,
+    _conv2d_weight_fake,
+)
+for _name in ("conv2d_input", "conv2d_weight"):
+    _not_differentiable(_name)
+    _register_autocast(_name, cast=True)
+
+
+def _conv2d_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    key: Tensor,
+    percentile: float | None,
+    placement: str,
+    sigma_estimator: str,
+    backend: str,
+    layer_id: int,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_output = _dense(grad_output)
+    grad_input, grad_weight, grad_bias = (grad_output.new_empty(0) for _ in range(3))
+    if output_mask[2]:
+        grad_bias = grad_output.sum((0, 2, 3))
+    if output_mask[0] or output_mask[1]:
+        problem = _problem(input.shape, weight.shape, stride, padding, dilation, groups)
+        chosen = choose_backend(backend, problem, grad_output.device.type, grad_output.dtype)
+        start = time.perf_counter()
+        result = chosen.conv2d_backward(
+            problem,
+            grad_output,
+            _dense(input),
+            _dense(weight),
+            key,
+            percentile,
+            sigma_estimator,
+            placement,
+            output_mask[:2],
+            layer_id,
+        )
+        seconds = time.perf_counter() - start
+        if output_mask[0]:
+            grad_input = result.grad_input.contiguous(memory_format=memory_format(input))
+        if output_mask[1]:
+            grad_weight = result.grad_weight.contiguous(memory_format=memory_format(weight))
+        if observers:
+            stats = LayerStats(
+                layer_id=layer_id,
+                backend=chosen.name,
+                implementation=result.implementation,
+                problem=problem,
+                percentile=percentile,
+                placement=placement,
+                density=density(grad_output) if result.density is None else result.density,
+                sigma=result.sigma,
+                tau=result.tau,
+                numel=grad_output.numel(),
+                seconds=seconds,
+            )
+            for observer in tuple(observers):
+                observer(stats)
+    return grad_input, grad_weight, grad_bias
+
+
+def _conv2d_backward_fake(grad_output, input, weight, *config) -> tuple[Tensor, Tensor, Tensor]:
+    output_mask = config[-1]
+    grad_input, grad_weight, grad_bias = (grad_output.new_empty(0) for _ in range(3))
+    if output_mask[0]:
+        grad_input = torch.empty_like(input, memory_format=memory_format(input))
+    if output_mask[1]:
+        grad_weight = torch.empty_like(weight, memory_format=memory_format(weight))
+    if output_mask[2]:
+        grad_bias = grad_output.new_empty(weight.shape[0])
+    return grad_input, grad_weight, grad_bias
+
+
+_define(
+    "conv2d_backward(Tensor grad_output, Tensor input, Tensor weight,"
+    f" {_GEOMETRY}, {_PRUNING}, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+    _conv2d_backward,
+    _conv2d_backward_fake,
+)
+_not_differentiable("conv2d_backward")
+_register_autocast("conv2d_backward", cast=False)
+
+
+def _conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    key: Tensor,
+    percentile: float | None,
+    placement: str,
+    sigma_estimator: str,
+    backend: str,
+    layer_id: int,
+) -> Tensor:
+    if backend != "auto":
+        # Refuse now rather than in the backward pass.
+        problem = _problem(input.shape, weight.shape, stride, padding, dilation, groups)
+        choose_backend(backend, problem, input.device.type, input.dtype)
+    return _convolution(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _conv2d_fake(input, weight, bias, stride, padding, dilation, groups, *config) -> Tensor:
+    return _convolution(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _convolution(input, weight, bias, stride, padding, dilation, groups) -> Tensor:
+    return torch.convolution(
+        input, weight, bias, stride, padding, dilation, False, (0, 0), groups
+    )
+
+
+def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+    input, weight, _, *ctx.geometry, key = inputs[:8]
+    ctx.pruning = inputs[8:]
+    ctx.save_for_backward(input, weight, key)
+
+
+def _backward(ctx, grad_output: Tensor) -> tuple:
+    input, weight, key = ctx.saved_tensors
+    output_mask = ctx.needs_input_grad[:3]
+    grads = torch.ops.sparsebwd.conv2d_backward(
+        grad_output, input, weight, *ctx.geometry, key, *ctx.pruning, output_mask
+    )
+    wanted = (grad if want else None for grad, want in zip(grads, output_mask))
+    return (*wanted, *(None for _ in (*ctx.geometry, key, *ctx.pruning)))
+
+
+_define(
+    f"conv2d(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}, {_PRUNING}) -> Tensor",
+    _conv2d,
+    _conv2d_fake,
+)
+torch.library.register_autograd(
+    "sparsebwd::conv2d", _backward, setup_context=_setup_context, lib=_library
+)
+_register_autocast("conv2d", cast=True)

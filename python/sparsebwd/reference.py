@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The oracle: pruning and both backward convolutions in plain PyTorch, exact before it is fast.
+
+Every backend must produce the pruned gradients of this module bit for bit given the same sigma,
+and its convolutions are compared with those of this module in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .problem import ConvProblem
+
+SIGMA_COEFFICIENT = {
+    # E|g| = sqrt(2/pi) sigma for a normal g, hence the factor sqrt(pi/2). The paper prints the
+    # inverse, which underestimates sigma by 2/pi; it is kept to reproduce the paper's tables.
+    "corrected": math.sqrt(math.pi / 2),
+    "as_printed": math.sqrt(2 / math.pi),
+}
+
+PHILOX_ROUNDS = 7
+_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+_MASK32 = 0xFFFFFFFF
+
+
+class PrunedGradient(NamedTuple):
+    """A pruned gradient and how it was pruned.
+
+    values: as the gradient in shape, dtype and memory format.
+    tau, sigma, density: 0-dim float32 tensors on the gradient's device. tau is the threshold as
+    rounded to the gradient's dtype, sigma the estimated standard deviation, density the fraction
+    of ``values`` that is not zero (0 for an empty tensor).
+    """
+
+    values: Tensor
+    tau: Tensor
+    sigma: Tensor
+    density: Tensor
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """channels_last for a 4-D tensor stored so, else contiguous; the latter where both hold."""
+    if (
+        tensor.dim() == 4
+        and not tensor.is_contiguous()
+        and tensor.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def density(tensor: Tensor) -> Tensor:
+    """Fraction of elements that are not zero, a 0-dim float32 tensor; 0 for an empty tensor."""
+    return (torch.count_nonzero(tensor).double() / max(tensor.numel(), 1)).float()
+
+
+def quantile(percentile: float) -> float:
+    """The standard normal quantile of ``percentile`` per cent."""
+    return NormalDist().inv_cdf(percentile / 100)
+
+
+def threshold(
+    abs_sum: Tensor, numel: int, percentile: float, sigma_estimator: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Estimate sigma and tau of a gradient of ``numel`` elements from ``abs_sum`` = sum |g|.
+
+    abs_sum: 0-dim float64 tensor. Returns (sigma, tau), 0-dim float32 tensors; tau is rounded to
+    ``dtype``, so that the probabilities computed from it are those of the values written.
+    sigma = C mean|g| and tau = sigma Phi^-1(p/100): "Threshold determination" in Ye et al. 2019,
+    corrected as docs/numerics says. tau is 0, which prunes nothing, where sum |g| or tau itself is
+    not finite.
+    """
+    sigma = (SIGMA_COEFFICIENT[sigma_estimator] * (abs_sum / max(numel, 1))).float()
+    tau = (sigma.double() * quantile(percentile)).float()
+    if dtype != torch.float64:
+        tau = tau.to(dtype).float()
+    finite = torch.isfinite(abs_sum) & torch.isfinite(tau)
+    return sigma, torch.where(finite, tau, torch.zeros_like(tau))
+
+
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor],
+    key: tuple[Tensor, Tensor],
+    rounds: int = PHILOX_ROUNDS,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32 (Salmon et al., SC 2011) on int64 tensors that hold uint32 values.
+
+    Counter words and key words broadcast together. Returns the four output words.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for i in range(rounds):
+        if i:
+            k0, k1 = (k0 + _PHILOX_WEYL[0]) & _MASK32, (k1 + _PHILOX_WEYL[1]) & _MASK32
+        # The product is taken modulo 2^64, so its high word needs the mask after the signed shift.
+        product0, product1 = c0 * _PHILOX_MULTIPLIERS[0], c2 * _PHILOX_MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & _MASK32) ^ c1 ^ k0,
+            product1 & _MASK32,
+            ((product0 >> 32) & _MASK32) ^ c3 ^ k1,
+            product0 & _MASK32,
+        )
+    return c0, c1, c2, c3
+
+
+def uniform(shape: tuple[int, int, int, int], key: Tensor) -> Tensor:
+    """Random numbers in [0, 1) of a gradient of shape (N, C, H, W): float32, multiples of 2^-24.
+
+    key: int64[2]. The number at (n, c, h, w) depends on the key and on that position only.
+    """
+    n, c, h, w = shape
+    device = key.device
+
+    def axis(size: int, dim: int) -> Tensor:
+        return torch.arange(size, device=device).view([-1 if d == dim else 1 for d in range(4)])
+
+    words = philox4x32(
+        (
+            axis(w, 3) ^ (key[1] & _MASK32),
+            axis(h, 2) ^ ((key[1] >> 32) & _MASK32),
+            axis(n, 0),
+            axis((c + 3) // 4, 1),
+        ),
+        (key[0] & _MASK32, (key[0] >> 32) & _MASK32),
+    )
+    # Four neighbouring channels take the four words of one counter.
+    channels = torch.stack([word.expand(n, (c + 3) // 4, h, w) for word in words], dim=2)
+    channels = channels.reshape(n, (c + 3) // 4 * 4, h, w)[:, :c]
+    return (channels >> 8).float() * 2.0**-24
+
+
+def prune_at(grad: Tensor, key: Tensor, tau: Tensor) -> Tensor:
+    """Stochastic pruning (Ye et al. 2019, Algorithm 1) at the threshold ``tau``.
+
+    grad: (N, C, H, W); key: int64[2]; tau: 0-dim float32, representable in the dtype of grad.
+    |g| < tau becomes copysign(tau, g) if |g| > tau * r with r uniform in [0, 1), else +0;
+    everything else keeps its bits. Returns a new tensor in the memory format of ``grad``.
+    """
+    magnitude = grad.abs()
+    if grad.dtype != torch.float64:
+        magnitude = magnitude.float()
+    kept = torch.where(
+        magnitude > tau * uniform(tuple(grad.shape), key),
+        torch.copysign(tau.to(grad.dtype), grad),
+        torch.zeros_like(grad),
+    )
+    values = torch.where(magnitude < tau, kept, grad)
+    return values.contiguous(memory_format=memory_format(grad))
+
+
+def prune(grad: Tensor, key: Tensor, percentile: float, sigma_estimator: str) -> PrunedGradient:
+    """Prune a gradient (N, C, H, W) of any floating dtype; see :func:`sparsebwd.prune_gradient`."""
+    abs_sum = grad.abs().sum(dtype=torch.float64)
+    sigma, tau = threshold(abs_sum, grad.numel(), percentile, sigma_estimator, grad.dtype)
+    values = prune_at(grad, key, tau)
+    return PrunedGradient(values, tau, sigma, density(values))
+
+
+def conv2d_input(problem: ConvProblem, weight: Tensor, grad_output: Tensor) -> Tensor:
+    """AGB in float64: the gradient (N, C, H, W) from weight (K, C/groups, R, S) and
+    grad_output (N, K, P, Q)."""
+    groups = problem.groups
+    columns = torch.einsum(
+        "gkm,ngkl->ngml",
+        weight.double().reshape(groups, problem.k // groups, -1),
+        grad_output.double().reshape(problem.n, groups, problem.k // groups, problem.p * problem.q),
+    )
+    return F.fold(
+        columns.reshape(problem.n, problem.c * problem.r * problem.s, problem.p * problem.q),
+        (problem.h, problem.w),
+        (problem.r, problem.s),
+        problem.dilation,
+        problem.padding,
+        problem.stride,
+    )
+
+
+def conv2d_weight(problem: ConvProblem, input: Tensor, grad_output: Tensor) -> Tensor:
+    """WGC in float64: the gradient (K, C/groups, R, S) from input (N, C, H, W) and
+    grad_output (N, K, P, Q)."""
+    groups, pixels = problem.groups, problem.p * problem.q
+    columns = F.unfold(
+        input.double(),
+        (problem.r, problem.s),
+        problem.dilation,
+        problem.padding,
+        problem.stride,
+    )
+    return torch.einsum(
+        "ngkl,ngml->gkm",
+        grad_output.double().reshape(problem.n, groups, problem.k // groups, pixels),
+        columns.reshape(
+            problem.n, groups, problem.c // groups * problem.r * problem.s, pixels
+        ),
+    ).reshape(problem.weight_size)

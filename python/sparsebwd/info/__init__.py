@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What runs on this machine, and why the rest does not: :func:`info`, or ``python -m sparsebwd.info [--json]``.
+
+A package, not a module, so that ``python -m`` runs its ``__main__``, which importing sparsebwd does not load.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sparsebwd
+from sparsebwd import backends
+
+
+class Info(dict[str, Any]):
+    """A dictionary of plain values, as :func:`info` returns it; str() of it is for people."""
+
+    def __str__(self) -> str:
+        lines = [(name, self[name]) for name in ("sparsebwd", "torch", "python", "platform")]
+        cpu, isa = self["cpu"], self["cpu"]["isa"]
+        in_use = isa["in_use"] or "none: the C++ kernels are not loaded"
+        limit = f", SPARSEBWD_MAX_ISA={isa['limit']}" if isa["limit"] else ""
+        lines += [
+            ("CPU", f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads in use"),
+            ("instruction set", f"{in_use} (runs here: {', '.join(isa['supported']) or 'unknown'}{limit})"),
+        ]
+        lines += [("GPU", text) for text in self["gpus"]] or [("GPU", f"none: {self['no_gpu']}")]
+        lines += [
+            (f"backend {name}", "runs" if reason is None else f"does not run: {reason}")
+            for name, reason in self["backends"].items()
+        ]
+        width = max(len(name) for name, _ in lines)
+        return "\n".join(f"{name:{width}}  {text}" for name, text in lines)
+
+    __repr__ = __str__
+
+
+def info() -> Info:
+    """Versions, CPU and instruction sets, GPUs, and each backend with the reason if it does not run.
+
+    Returns:
+        A dictionary that prints as a table and that json.dumps() takes:
+            sparsebwd, torch, python, platform: versions, str.
+            cpu: {name, cores (that this process may use), threads (of PyTorch's pool),
+                isa: {in_use (None if the C++ kernels are not loaded), supported: [...], limit (SPARSEBWD_MAX_ISA)}}.
+            gpus: descriptions, [str]; no_gpu: why the list is empty, or None.
+            backends: {name: None if it runs, else the reason}, in the order of preference, the last first choice.
+    """
+    reasons = {name: backends.get_backend(name).available() for name in backends.registered_backends()}
+    kernels = torch.ops.sparsebwd_cpu if reasons.get("cpu", "no such backend") is None else None
+    gpus = [_gpu(i) for i in range(torch.cuda.device_count())]
+    return Info(
+        sparsebwd=sparsebwd.__version__,
+        torch=torch.__version__,
+        python=platform.python_version(),
+        platform=platform.platform(),
+        cpu={
+            "name": _cpu_name(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "isa": {
+                "in_use": kernels.isa() if kernels else None,
+                "supported": list(kernels.supported_isas()) if kernels else [],
+                "limit": os.environ.get("SPARSEBWD_MAX_ISA") or None,
+            },
+        },
+        gpus=gpus,
+        no_gpu=None if gpus else _why_no_gpu(),
+        backends=reasons,
+    )
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _gpu(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    return (
+        f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+        f"{properties.total_memory / 2**30:.0f} GiB"
+    )
+
+
+def _why_no_gpu() -> str:
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "this build of PyTorch is for CPUs only"
+    return "PyTorch finds no device"

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m sparsebwd.info``: print what runs on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from sparsebwd.info import info
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m sparsebwd.info", description="What runs on this machine, and why the rest does not."
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    found = info()
+    print(json.dumps(found, indent=2) if parser.parse_args().json else found)
+
+
+if __name__ == "__main__":
+    main()

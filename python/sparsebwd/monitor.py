@@ -19,7 +19,7 @@ from .nn import SparseConv2d
 
 @dataclass
 class _Tally:
-    """Sums over the backward passes of one layer, or of several.
+    """Sums over the backward passes of one layer, or of all.
 
     density, sigma and tau are sums weighted by elements of grad_output. They stay 0-dim tensors on the device until
     they are read, so that recording a GPU's statistics does not wait for it.
@@ -47,7 +47,8 @@ class _Tally:
             self.tau = self.tau + stats.tau.double() * stats.numel
 
     def merge(self, other: _Tally) -> None:
-        for name in ("steps", "seconds", "consumed", "pruned"):
+        self.steps = max(self.steps, other.steps)
+        for name in ("seconds", "consumed", "pruned"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("density", "sigma", "tau"):  # layers may lie on different devices
             setattr(self, name, float(getattr(self, name)) + float(getattr(other, name)))
@@ -123,7 +124,8 @@ class DensityMonitor:
             density: non-zeros / elements of the gradient that AGB and WGC consumed, over all steps.
             sigma, tau: estimated standard deviation of the gradient that was pruned, and threshold; means over all
                 steps.
-            seconds: host time in backward, summed. steps: number of backward passes.
+            seconds: host time in backward, summed.
+            steps: number of backward passes; in total, that of the layer with the most.
             implementations: {name of what ran: number of backward passes}.
         The means are weighted by elements; density, sigma and tau are None where nothing was recorded.
         """

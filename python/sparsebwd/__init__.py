@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train convolutional networks faster: pruned activation gradients, sparse backward convolutions."""
 
-from . import functional, grad, nn
-from .functional import prune_gradient
-from .nn import SparseConv2d
-
 __version__ = "0.1.0"
 
+from . import functional, grad, nn
+from .convert import convert, revert
+from .functional import prune_gradient
+from .info import info
+from .monitor import DensityMonitor
+from .nn import SparseConv2d
+
 __all__ = [
+    "DensityMonitor",
     "SparseConv2d",
+    "convert",
     "functional",
     "grad",
+    "info",
     "nn",
     "prune_gradient",
+    "revert",
 ]

@@ -40,16 +40,16 @@ $(INSTALLED): requirements.txt tools/check_system.sh
 	@tools/check_system.sh '$(PYTHON)'
 	@$(USABLE) || { echo "Creating $(VENV)"; '$(PYTHON)' -m venv $(VENV); $(USABLE); } || \
 	    { echo "sparsebwd: $(VENV) does not hold a working Python 3.11 or newer with pip; remove it and run make again." >&2; exit 1; }
-	@echo "Installing pinned dependencies into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@echo "Installing pinned dependencies into $(VENV) (PyTorch is large: this may take minutes)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements.txt
 	@touch $@
 
 $(BUILT): $(INSTALLED) setup.py pyproject.toml $(SOURCES)
 	@tools/check_system.sh $(BIN)/python
 	@echo "Building the C++ kernels (a few minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 
 $(LINTER): $(INSTALLED) requirements-lint.txt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-lint.txt
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements-lint.txt
 	@touch $@

@@ -106,9 +106,10 @@ def _shadow(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
         if key.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
             state[key] = OrderedDict()
     state["_parameters"] = {
-        name: None if p is None else nn.Parameter(_meta(p), requires_grad=False) for name, p in module._parameters.items()
+        name: None if parameter is None else nn.Parameter(_meta(parameter), requires_grad=False)
+        for name, parameter in module._parameters.items()
     }
-    state["_buffers"] = {name: None if b is None else _meta(b) for name, b in module._buffers.items()}
+    state["_buffers"] = {name: None if buffer is None else _meta(buffer) for name, buffer in module._buffers.items()}
     state["_modules"] = {k: None if m is None else _shadow(m, made) for k, m in state["_modules"].items()}
     twin.__dict__.update(state)
     return twin

@@ -106,3 +106,14 @@ def poisoned_memory() -> Iterator[None]:
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = was_filling
         torch.use_deterministic_algorithms(was_enabled, warn_only=was_warn_only)
+
+
+def fenced(tensor: Tensor) -> Tensor:
+    """A copy of ``tensor`` with the same strides that lies, unaligned, between NaNs.
+
+    What reads outside of it computes NaN.
+    """
+    fence = 67
+    size = tensor.untyped_storage().nbytes() // tensor.element_size()
+    buffer = tensor.new_full((size + 2 * fence,), float("nan"))
+    return buffer.as_strided(tensor.shape, tensor.stride(), fence).copy_(tensor)

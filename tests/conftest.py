@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import hypothesis
+import pytest
+import torch
+
+from sparsebwd.backends import available_backends, observers
+
+hypothesis.settings.register_profile(
+    "sparsebwd", derandomize=True, deadline=None, database=None, max_examples=60
+)
+hypothesis.settings.load_profile("sparsebwd")
+
+
+@pytest.fixture(params=available_backends())
+def backend(request) -> str:
+    """Each backend that runs on this machine."""
+    return request.param
+
+
+@pytest.fixture(params=[torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def memory_format(request) -> torch.memory_format:
+    return request.param
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(20260801)
+
+
+@pytest.fixture
+def stats():
+    """The LayerStats of all backward passes within the test."""
+    recorded = []
+    observers.append(recorded.append)
+    yield recorded
+    observers.remove(recorded.append)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AGB and WGC of every backend that runs here, against float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from sparsebwd import grad, reference
+from sparsebwd.backends import available_backends, get_backend
+from sparsebwd.problem import ConvProblem
+from sparsebwd.testing import (
+    assert_error_bounded,
+    assert_bit_equal,
+    fenced,
+    poisoned_memory,
+    random_tensor,
+)
+
+GRID = [
+    "n2c16h8w8k32r3s3p1",
+    "n2c40h9w7k33r3s3p1",  # no size is a multiple of a vector
+    "n2c64h4w4k64r3s3p1",
+    "n3c20h14w15k24r3s3u2p1",
+    "n2c33h10w10k70r1s1",
+    "n2c64h8w8k16r1s1",
+    "n2c24h11w9k20r1s1u2",
+    "n1c3h17w18k16r7s7u2p3",
+    "n2c8h12w9k12r5s2u2x1p2x0",
+    "n2c12h13w13k16r3s3p2d2",
+    "n2c24h10w10k32r3s3p1g4",
+    "n2c32h10w11k32r3s3p1g32",
+    "n2c16h9w9k32r3s3u2p1g16",
+    "n2c10h6w5k9r1s1p1",  # pixels that only see padding
+    "n2c8h16w16k8r2s2u3",  # pixels that are not seen at all
+    "n1c1h20w20k1r3s3p1",
+    "n1c128h2w2k96r3s3p1",
+]
+SMALL_GRID = GRID[1:5] + GRID[8:11]
+
+
+def _operands(problem: ConvProblem, density: float, dtype, memory_format, generator, integer=False):
+    settings = {
+        "generator": generator,
+        "dtype": dtype,
+        "memory_format": memory_format,
+        "integer": integer,
+    }
+    return (
+        fenced(random_tensor(problem.input_size, **settings)),
+        fenced(random_tensor(problem.weight_size, **settings)),
+        fenced(random_tensor(problem.output_size, density=density, **settings)),
+    )
+
+
+def _backward(backend: str, problem: ConvProblem, input, weight, grad_output):
+    """Both convolutions, through the public functions, on poisoned memory."""
+    geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
+    with poisoned_memory():
+        return (
+            grad.conv2d_input(problem.input_size, weight, grad_output, *geometry, backend=backend),
+            grad.conv2d_weight(input, problem.weight_size, grad_output, *geometry, backend=backend),
+        )
+
+
+def _layer_backward(backend: str, problem: ConvProblem, input, weight, grad_output):
+    """Both convolutions in the one call that training makes, without pruning."""
+    with poisoned_memory():
+        return torch.ops.sparsebwd.conv2d_backward(
+            grad_output,
+            input,
+            weight,
+            problem.stride,
+            problem.padding,
+            problem.dilation,
+            problem.groups,
+            torch.zeros(2, dtype=torch.int64),
+            None,
+            "output",
+            "corrected",
+            backend,
+            0,
+            (True, True, False),
+        )[:2]
+
+
+def _oracle(problem: ConvProblem, input, weight, grad_output):
+    return (
+        reference.conv2d_input(problem, weight, grad_output),
+        reference.conv2d_weight(problem, input, grad_output),
+    )
+
+
+def _check_errors(backend, text, density, dtype, memory_format, generator):
+    problem = ConvProblem.parse(text)
+    operands = _operands(problem, density, dtype, memory_format, generator)
+    expected = _oracle(problem, *operands)
+    dense = _backward("dense", problem, *operands)
+    for run in (_backward, _layer_backward):
+        for name, *results in zip(
+            ("AGB", "WGC"), run(backend, problem, *operands), expected, dense
+        ):
+            assert_error_bounded(*results, f"{name} of {problem}")
+
+
+@pytest.mark.parametrize("density", [0.35, 0.03])
+@pytest.mark.parametrize("text", GRID)
+def test_error_is_at_most_twice_that_of_dense(
+    backend, text, density, dtype, memory_format, generator
+):
+    _check_errors(backend, text, density, dtype, memory_format, generator)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("density", [1.0, 0.1])
+@pytest.mark.parametrize("text", SMALL_GRID)
+def test_error_on_each_instruction_set(text, density, dtype, memory_format, generator):
+    _check_errors("auto", text, density, dtype, memory_format, generator)
+
+
+def _pairs(low: int, high: int):
+    return st.tuples(st.integers(low, high), st.integers(low, high))
+
+
+@st.composite
+def problems(draw) -> ConvProblem:
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    try:
+        return ConvProblem(
+            n=draw(st.integers(0, 3)),
+            c=groups * draw(st.integers(1, 40)),
+            h=draw(st.integers(1, 12)),
+            w=draw(st.integers(1, 12)),
+            k=groups * draw(st.integers(1, 40)),
+            r=draw(st.integers(1, 5)),
+            s=draw(st.integers(1, 5)),
+            stride=draw(_pairs(1, 3)),
+            padding=draw(_pairs(0, 3)),
+            dilation=draw(_pairs(1, 2)),
+            groups=groups,
+        )
+    except ValueError:
+        assume(False)
+
+
+CHOICES = {
+    "problem": problems(),
+    "density": st.sampled_from([0.0, 0.01, 0.1, 0.4, 1.0]),
+    "memory_format": st.sampled_from([torch.contiguous_format, torch.channels_last]),
+    "seed": st.integers(0, 2**32),
+}
+
+
+def _check_exactness(backend, problem, density, dtype, memory_format, seed):
+    """Operands are small integers, so that sums are exact in float32 in whatever order they are
+    taken, and a result in bfloat16 is the exact sum rounded once."""
+    generator = torch.Generator().manual_seed(seed)
+    operands = _operands(problem, density, dtype, memory_format, generator, integer=True)
+    expected = [tensor.to(dtype) for tensor in _oracle(problem, *operands)]
+    for run in (_backward, _layer_backward):
+        for name, actual, wanted in zip(
+            ("AGB", "WGC"), run(backend, problem, *operands), expected
+        ):
+            # Adding 0 makes a zero positive: its sign is no part of the contract here.
+            assert_bit_equal(actual + 0, wanted + 0, f"{name} of {problem}")
+
+
+# How often dense PyTorch rounds in bfloat16 depends on the machine.
+EXACT = [
+    (backend, dtype)
+    for backend, dtype in itertools.product(available_backends(), (torch.float32, torch.bfloat16))
+    if (backend, dtype) != ("dense", torch.bfloat16)
+]
+
+
+@pytest.mark.parametrize("backend, dtype", EXACT)
+@given(**CHOICES)
+def test_integers_are_exact_for_any_geometry(
+    backend, dtype, problem, density, memory_format, seed
+):
+    assume(get_backend(backend).can_run(problem, "cpu", dtype) is None)
+    _check_exactness(backend, problem, density, dtype, memory_format, seed)
+
+
+@pytest.mark.isa
+@given(**CHOICES)
+def test_integers_are_exact_on_each_instruction_set(problem, density, memory_format, seed):
+    _check_exactness("auto", problem, density, torch.float32, memory_format, seed)
+
+
+# PyTorch's own kernels promise this for a fixed number of threads only.
+@pytest.mark.parametrize("backend", [name for name in available_backends() if name != "dense"])
+def test_results_do_not_depend_on_the_number_of_threads(backend, dtype, memory_format, generator):
+    threads = torch.get_num_threads()
+    for text in SMALL_GRID:
+        problem = ConvProblem.parse(text)
+        operands = _operands(problem, 0.3, dtype, memory_format, generator)
+        results = []
+        try:
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                results.append(_backward(backend, problem, *operands))
+        finally:
+            torch.set_num_threads(threads)
+        for other in results[1:]:
+            for one, two in zip(results[0], other):
+                assert_bit_equal(one, two, str(problem))

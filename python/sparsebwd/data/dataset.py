@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 # Enough images for three digits of the mean; a data set on disk is not read as a whole for it.
 _STATISTICS_IMAGES = 50_000
 _CHUNK = 1024
+_FINGERPRINT_IMAGES = 256
 
 
 class DataError(ValueError):
@@ -43,6 +46,27 @@ class ImageData:
             test_images=test_images,
             test_labels=test_labels,
         )
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """Name, numbers of images and classes, and image size in pixels."""
+        return {
+            "name": self.name,
+            "train_images": len(self.train_images),
+            "test_images": len(self.test_images),
+            "classes": len(self.classes),
+            "image_size": self.train_images.shape[1],
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all labels, the classes and some of the images: tells one data set from another."""
+        digest = hashlib.blake2b(repr((self.description, self.classes)).encode(), digest_size=16)
+        for images, labels in ((self.train_images, self.train_labels), (self.test_images, self.test_labels)):
+            digest.update(labels.tobytes())
+            some, _ = _spread(images, labels, _FINGERPRINT_IMAGES)
+            digest.update(np.ascontiguousarray(some).tobytes())
+        return digest.hexdigest()
 
     @cached_property
     def statistics(self) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training run is. The defaults are the settings of Ye et al. (2019) for CIFAR."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+
+from .. import data, models
+from ..backends import get_backend
+from ..functional import check_backend, check_percentile, check_placement, check_sigma_estimator
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SCHEDULES = ("step", "cosine")
+
+# A resumed run may change these: they do not alter what was computed up to the checkpoint. The length of the run
+# is among them, unless the learning rate depends on it.
+_FREE = {"data_dir", "cache_dir", "checkpoint_steps", "measure_every", "threads", "device"}
+_LENGTH = {"epochs", "max_steps"}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All options of a run.
+
+    percentile: in [50, 100), or None: nothing is pruned, only exact zeros are skipped.
+    placement: "auto", "output" or "input"; backend, sigma_estimator: see `sparsebwd.convert`.
+    compare: train the dense twin too, from the same weights, on the same batches, in turns.
+    batch_size: images per step, over all processes.
+    learning_rate: None takes the paper's, 0.05 for AlexNet and 0.1 for the others.
+    schedule: "step" multiplies the rate by `decay_factor` every `decay_epochs`; "cosine" takes it to 0 at the end.
+    warmup_steps: the rate rises linearly over so many steps.
+    max_steps: stop after so many steps, also in mid-epoch.
+    train_subset, test_subset: use so many images, spread over the data set.
+    checkpoint_steps: write a checkpoint every so many steps, besides those at the end of each epoch.
+    measure_every: every so many steps, densities and convolution times are recorded instead of step times.
+    dtype: "float32", or "bfloat16" for autocast.
+    device: "auto", "cpu" or "cuda".
+
+    Raises:
+        ValueError: an option is out of range; the message names it, what was got and what is accepted.
+    """
+
+    model: str = "resnet18"
+    data: str = "digits"
+    percentile: float | None = 90.0
+    placement: str = "auto"
+    sigma_estimator: str = "corrected"
+    backend: str = "auto"
+    compare: bool = False
+    epochs: int = 300
+    max_steps: int | None = None
+    batch_size: int = 128
+    learning_rate: float | None = None
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: str = "step"
+    decay_epochs: int = 100
+    decay_factor: float = 0.1
+    warmup_steps: int = 0
+    seed: int = 0
+    augment: bool = True
+    image_size: int = 32
+    train_subset: int | None = None
+    test_subset: int | None = None
+    dtype: str = "float32"
+    channels_last: bool = True
+    device: str = "auto"
+    threads: int | None = None
+    data_dir: str | None = None
+    cache_dir: str | None = None
+    checkpoint_steps: int | None = None
+    measure_every: int = 10
+
+    def __post_init__(self) -> None:
+        _among("model", self.model, models.names())
+        _among("data", self.data, data.names())
+        _among("schedule", self.schedule, SCHEDULES)
+        _among("dtype", self.dtype, DTYPES)
+        _among("device", self.device, ("auto", "cpu", "cuda"))
+        check_percentile(self.percentile)
+        check_sigma_estimator(self.sigma_estimator)
+        check_backend(self.backend)
+        if self.backend != "auto" and (reason := get_backend(self.backend).available()):
+            raise ValueError(f"backend: got {self.backend!r}, which cannot run here: {reason}")
+        if self.placement != "auto":
+            check_placement(self.placement)
+        for name in ("epochs", "batch_size", "decay_epochs", "image_size", "measure_every"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("max_steps", "train_subset", "test_subset", "threads", "checkpoint_steps"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
+        for name in ("warmup_steps", "seed", "weight_decay"):
+            _at_least(name, getattr(self, name), 0)
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate: got {self.learning_rate}, accepted are numbers above 0")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum: got {self.momentum}, accepted are numbers in [0, 1)")
+        if not 0 < self.decay_factor <= 1:
+            raise ValueError(f"decay_factor: got {self.decay_factor}, accepted are numbers in (0, 1]")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device: got 'cuda', but PyTorch sees no CUDA device here; accepted are auto, cpu")
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Length of the run."""
+        steps = self.epochs * steps_per_epoch
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    def learning_rate_at(self, step: int, steps_per_epoch: int) -> float:
+        """The learning rate of step `step`, counted from 0 over the whole run."""
+        rate = self.learning_rate
+        if rate is None:
+            rate = 0.05 if self.model == "alexnet" else 0.1
+        if self.schedule == "step":
+            rate *= self.decay_factor ** (step // steps_per_epoch // self.decay_epochs)
+        else:
+            rate *= 0.5 * (1 + math.cos(math.pi * step / self.total_steps(steps_per_epoch)))
+        return rate * min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else rate
+
+    def differences(self, saved: Mapping[str, Any]) -> list[str]:
+        """How the options of a checkpoint differ from these, where a resumed run must have the same."""
+        free = _FREE | _LENGTH if self.schedule == "step" else _FREE
+        mine = asdict(self)
+        return [
+            f"{field.name} is {saved.get(field.name)!r} in the checkpoint and {mine[field.name]!r} here"
+            for field in fields(self)
+            if field.name not in free and saved.get(field.name) != mine[field.name]
+        ]
+
+
+def _among(name: str, value: str, accepted) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name}: got {value!r}, accepted are {', '.join(accepted)}")
+
+
+def _at_least(name: str, value: float, lowest: int) -> None:
+    if not lowest <= value < math.inf:
+        raise ValueError(f"{name}: got {value}, accepted are numbers from {lowest}")

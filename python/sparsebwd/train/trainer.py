@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import warnings
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+from .. import models
+from ..convert import convert
+from ..data import Batches, ImageData, Normalize, ordered_batches
+from ..monitor import DensityMonitor
+from . import checkpoint
+from .config import DTYPES, TrainConfig
+from .log import RunLog
+from .measure import ConvBackwardTimer, EpochTally, speedups, summarize
+from .report import Reporter
+from .world import World
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on."""
+
+
+@dataclass
+class Twin:
+    """A model in training. `parallel` is the model, wrapped where there are several processes."""
+
+    name: str  # sparse or dense
+    model: nn.Module
+    parallel: nn.Module
+    optimizer: torch.optim.Optimizer
+    tally: EpochTally
+
+
+class Trainer:
+    """Trains a sparse model, and with `config.compare` its dense twin, step by step in turns.
+
+    Everything random in a step (the batch, dropout, the keys of the pruning) is a function of the seed, the step's
+    number and the process's rank, so that a checkpoint needs no generator states and a run resumes at any step.
+
+    Args:
+        config: the run.
+        data: its images.
+        folder: where checkpoint and logs go; None writes nothing.
+        world: the processes; those of rank above 0 neither write nor print.
+        reporter: what shows the progress.
+    """
+
+    def __init__(
+        self, config: TrainConfig, data: ImageData, folder: Path | None, world: World, reporter: Reporter
+    ) -> None:
+        self.config, self.world, self.reporter = config, world, reporter
+        self.data = data.subset(config.train_subset, config.test_subset)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self._checkpoint = None if folder is None else folder / checkpoint.FILE
+        self._batches = Batches(
+            self.data.train_images,
+            self.data.train_labels,
+            config.batch_size,
+            seed=config.seed,
+            augment=config.augment,
+            mirror=self.data.mirror,
+            rank=world.rank,
+            world_size=world.size,
+        )
+        self._normalize = Normalize(*self.data.statistics, world.device, config.channels_last)
+        self.twins = self._build_twins()
+        self._total_steps = config.total_steps(len(self._batches))
+        self._step = 0
+        self._history: list[dict[str, Any]] = []
+        self._log = None
+        if folder is not None and world.rank == 0:
+            header = {
+                "config": asdict(config),
+                "environment": self._environment(),
+                "data": self.data.description,
+                "parameters": self.parameters,
+            }
+            self._log = RunLog(folder, header)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of the model."""
+        return sum(parameter.numel() for parameter in self.twins[0].model.parameters())
+
+    @property
+    def steps_done(self) -> int:
+        """Steps since the start of the run, those before a resumed checkpoint included."""
+        return self._step
+
+    def resume(self) -> bool:
+        """Continue from the checkpoint in the folder; False where there is none.
+
+        Raises:
+            CheckpointError: it is corrupt or of another run.
+        """
+        if self._checkpoint is None or not self._checkpoint.is_file():
+            return False
+        state = checkpoint.load(self._checkpoint, self.config, self.data.fingerprint)
+        for key, value in self._environment().items():
+            if state["environment"].get(key) != value:
+                self.reporter.warn(
+                    f"resumed with {key} {value}, but the checkpoint was made with {state['environment'].get(key)}: "
+                    "the results may differ in the last bits"
+                )
+        for twin in self.twins:
+            saved = state["twins"][twin.name]
+            twin.model.load_state_dict(saved["model"])
+            twin.optimizer.load_state_dict(saved["optimizer"])
+            twin.tally = EpochTally(**saved["tally"])
+        self._step, self._history = state["step"], state["history"]
+        return True
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the end, and return the summary that also goes into the log.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        if self._step < self._total_steps:
+            # Where an earlier run stopped within an epoch, this one goes on within it.
+            self._history = [entry for entry in self._history if entry["complete"]]
+        self._write_log()
+        with self.reporter.running(self._step, self._total_steps):
+            while self._step < self._total_steps:
+                self._train_step()
+                if self._step % len(self._batches) == 0:
+                    self._close_epoch(complete=True)
+                elif self.config.checkpoint_steps and self._step % self.config.checkpoint_steps == 0:
+                    self._save()
+            if not self._history or self._history[-1]["global_step"] != self._step:
+                self._close_epoch(complete=False)
+        summary = summarize(self._history)
+        self._write_log(summary)
+        return summary
+
+    def _build_twins(self) -> list[Twin]:
+        config = self.config
+        torch.manual_seed(config.seed)
+        dense = models.create(config.model, len(self.data.classes)).to(self.world.device)
+        if config.channels_last:
+            dense = dense.to(memory_format=torch.channels_last)
+        sparse = copy.deepcopy(dense) if config.compare else dense
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            convert(
+                sparse,
+                percentile=config.percentile,
+                placement=config.placement,
+                backend=config.backend,
+                sigma_estimator=config.sigma_estimator,
+            )
+        for warning in caught:
+            self.reporter.warn(str(warning.message))
+        twins = [self._build_twin("sparse", sparse)]
+        if config.compare:
+            twins.append(self._build_twin("dense", dense))
+        return twins
+
+    def _build_twin(self, name: str, model: nn.Module) -> Twin:
+        parallel = DistributedDataParallel(model) if self.world.size > 1 else model
+        # The rate of each step is set before it.
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=0.0, momentum=self.config.momentum, weight_decay=self.config.weight_decay
+        )
+        return Twin(name, model, parallel, optimizer, EpochTally())
+
+    def _train_step(self) -> None:
+        """One step of every twin on the same batch. They take turns at going first."""
+        per_epoch = len(self._batches)
+        images, labels = self._batches.batch(*divmod(self._step, per_epoch))
+        inputs, labels = self._normalize(images), labels.to(self.world.device)
+        rate = self.config.learning_rate_at(self._step, per_epoch)
+        # Consecutive seeds: all steps of all processes of a run have different ones.
+        seed = (self.config.seed * 0x9E3779B1 + self._step * self.world.size + self.world.rank) % 2**32
+        measured = self._step % self.config.measure_every == self.config.measure_every - 1
+        order = self.twins if self._step % 2 == 0 else self.twins[::-1]
+        losses = {}
+        for twin in order:
+            torch.manual_seed(seed)
+            losses[twin.name] = self._step_twin(twin, inputs, labels, rate, measured)
+        self._step += 1
+        for twin in self.twins:
+            if not math.isfinite(losses[twin.name]):
+                raise TrainingError(
+                    f"the loss of the {twin.name} model became {losses[twin.name]} in step {self._step}: "
+                    "try a lower --learning-rate, some --warmup-steps or a lower --percentile"
+                )
+        self.reporter.step(losses, {twin.name: twin.tally.step[-1] for twin in self.twins if twin.tally.step})
+
+    def _step_twin(self, twin: Twin, inputs: Tensor, labels: Tensor, rate: float, measured: bool) -> float:
+        """Forward, backward, update. Returns the mean loss over all processes."""
+        twin.parallel.train()
+        for group in twin.optimizer.param_groups:
+            group["lr"] = rate
+        twin.optimizer.zero_grad()
+        begin = self._clock()
+        logits = self._forward(twin.parallel, inputs)
+        loss = cross_entropy(logits, labels)
+        middle = self._clock()
+        if measured:
+            with ExitStack() as stack:
+                timer = stack.enter_context(ConvBackwardTimer(self.world.synchronize))
+                monitor = stack.enter_context(DensityMonitor(twin.model)) if twin.name == "sparse" else None
+                loss.backward()
+            twin.tally.conv_backward.append(timer.seconds)
+            if monitor is not None:
+                twin.tally.add_densities(monitor.as_dict())
+        else:
+            loss.backward()
+        after = self._clock()
+        twin.optimizer.step()
+        end = self._clock()
+        if not measured:
+            twin.tally.step.append(end - begin)
+            twin.tally.forward.append(middle - begin)
+            twin.tally.backward.append(after - middle)
+        with torch.no_grad():
+            correct = (logits.argmax(1) == labels).sum().item()
+        total, correct, count = self.world.sum([loss.item() * len(labels), correct, len(labels)])
+        twin.tally.loss += total
+        twin.tally.correct += correct
+        twin.tally.images += count
+        return total / count
+
+    def _forward(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """Logits in float32."""
+        dtype = DTYPES[self.config.dtype]
+        with torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32):
+            return model(inputs).float()
+
+    @torch.no_grad()
+    def _evaluate(self, twin: Twin) -> dict[str, float]:
+        """Loss and accuracy on the test images."""
+        twin.model.eval()
+        loss = correct = count = 0.0
+        for images, labels in ordered_batches(
+            self.data.test_images,
+            self.data.test_labels,
+            self.config.batch_size,
+            rank=self.world.rank,
+            world_size=self.world.size,
+        ):
+            labels = labels.to(self.world.device)
+            logits = self._forward(twin.model, self._normalize(images))
+            loss += cross_entropy(logits, labels, reduction="sum").item()
+            correct += (logits.argmax(1) == labels).sum().item()
+            count += len(labels)
+        loss, correct, count = self.world.sum([loss, correct, count])
+        return {"test_loss": loss / count, "test_accuracy": correct / count}
+
+    def _close_epoch(self, complete: bool) -> None:
+        """Test, report, write. The sums of an incomplete epoch are kept, for a longer run to resume within it."""
+        per_epoch = len(self._batches)
+        variants = {twin.name: {**twin.tally.row(), **self._evaluate(twin)} for twin in self.twins}
+        entry = {
+            "epoch": -(-self._step // per_epoch),
+            "global_step": self._step,
+            "complete": complete,
+            "learning_rate": self.config.learning_rate_at(self._step - 1, per_epoch),
+            "variants": variants,
+            "speedup": speedups(variants),
+        }
+        self._history.append(entry)
+        if complete:
+            for twin in self.twins:
+                twin.tally = EpochTally()
+        self._save()
+        self._write_log()
+        self.reporter.epoch(entry)
+
+    def _write_log(self, summary: dict[str, Any] | None = None) -> None:
+        if self._log is not None:
+            self._log.write(self._history, summary)
+
+    def _save(self) -> None:
+        if self._log is None:
+            return
+        twins = {
+            twin.name: {
+                "model": twin.model.state_dict(),
+                "optimizer": twin.optimizer.state_dict(),
+                "tally": asdict(twin.tally),
+            }
+            for twin in self.twins
+        }
+        state = {
+            "environment": self._environment(),
+            "step": self._step,
+            "history": self._history,
+            "twins": twins,
+        }
+        checkpoint.save(self._checkpoint, asdict(self.config), self.data.fingerprint, state)
+
+    def _environment(self) -> dict[str, Any]:
+        """What else the last bits of a result depend on."""
+        return {
+            "torch": str(torch.__version__),
+            "device": self.world.device.type,
+            "threads": torch.get_num_threads(),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "processes": self.world.size,
+        }
+
+    def _clock(self) -> float:
+        self.world.synchronize()
+        return time.perf_counter()

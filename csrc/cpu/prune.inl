@@ -12,6 +12,7 @@
 
 constexpr int kCounters = kLanes / 2;
 constexpr int kBlock = 4 * kCounters;  // channels that a Counters vector serves: two vectors
+constexpr int kGroup = 4;              // blocks computed together, to hide latency
 constexpr int kPartialSums = 32;       // of the definition of abs_sum
 
 // ---- Philox
@@ -34,59 +35,72 @@ struct State {
   Counters x0, x1, x2, x3;
 };
 
-// The rounds from number First (counted from 0) on.
+// The rounds from number First (counted from 0) on, of a group of independent states.
 template <int First>
-inline State finish(State s, const KeySchedule& keys) {
+inline void finish(State (&s)[kGroup], const KeySchedule& keys) {
   const Counters m0 = broadcast_counter(kPhiloxMultiplier0);
   const Counters m1 = broadcast_counter(kPhiloxMultiplier1);
 #pragma GCC unroll 8
   for (int round = First; round < kPhiloxRounds; ++round) {
-    const Counters p0 = multiply(s.x0, m0), p1 = multiply(s.x2, m1);
-    s = {xor3(high(p1), s.x1, keys.k0[round]), p1, xor3(high(p0), s.x3, keys.k1[round]), p0};
+#pragma GCC unroll 8
+    for (int i = 0; i < kGroup; ++i) {
+      const Counters p0 = multiply(s[i].x0, m0), p1 = multiply(s[i].x2, m1);
+      s[i] = {xor3(high(p1), s[i].x1, keys.k0[round]), p1,
+              xor3(high(p0), s[i].x3, keys.k1[round]), p0};
+    }
   }
-  return s;
 }
 
-// Words of counters (w, h, n, c4) with one n for all.
-inline State philox(Counters w, Counters h, uint32_t n, Counters c4, const KeySchedule& keys) {
+// The first round of counters (w, h, n, c4) with one n for all.
+inline State first_round(Counters w, Counters h, uint32_t n, Counters c4,
+                         const KeySchedule& keys) {
   const uint64_t p1 = static_cast<uint64_t>(kPhiloxMultiplier1) * n;
   const Counters p0 = multiply(w, broadcast_counter(kPhiloxMultiplier0));
-  return finish<1>({xor3(h, broadcast_counter(static_cast<uint32_t>(p1 >> 32)), keys.k0[0]),
-                    broadcast_counter(static_cast<uint32_t>(p1)), xor3(high(p0), c4, keys.k1[0]),
-                    p0},
-                   keys);
+  return {xor3(h, broadcast_counter(p1 >> 32), keys.k0[0]), broadcast_counter(p1),
+          xor3(high(p0), c4, keys.k1[0]), p0};
 }
 
-// What the counters of a pixel have in common: the first round but for one xor, and half of each
-// of the next two.
-struct PixelState {
-  Counters x2_round1, x0_round2, x0_round3, x1_round3, x2_round3;
+// Pixels of a row. What all counters of a pixel have in common is computed once: the first round
+// but for one xor, and half of each of the next two.
+constexpr int kPixels = 64;
+
+struct PixelStates {
+  Counters x0_round2, x2_round3;  // common to the row
+  uint64_t x2_round1[kPixels + kGroup], x0_round3[kPixels + kGroup], x1_round3[kPixels + kGroup];
 };
 
-inline PixelState pixel_state(const PruneSpec& spec, uint32_t n, uint32_t h, uint32_t w) {
-  const uint32_t k0 = spec.key.word[0], k1 = spec.key.word[1];
-  const uint64_t round1_p0 = static_cast<uint64_t>(kPhiloxMultiplier0) * (w ^ spec.w_xor);
+inline void start_pixels(PixelStates& states, const PruneSpec& spec, const KeySchedule& keys,
+                         uint32_t n, uint32_t h, uint32_t w, int64_t pixels) {
+  const Counters m0 = broadcast_counter(kPhiloxMultiplier0);
+  const Counters m1 = broadcast_counter(kPhiloxMultiplier1);
   const uint64_t round1_p1 = static_cast<uint64_t>(kPhiloxMultiplier1) * n;
-  const uint32_t x0 = static_cast<uint32_t>(round1_p1 >> 32) ^ h ^ spec.h_xor ^ k0;
-  const uint64_t round2_p0 = static_cast<uint64_t>(kPhiloxMultiplier0) * x0;
-  const uint32_t x2 = static_cast<uint32_t>(round2_p0 >> 32) ^ static_cast<uint32_t>(round1_p0) ^
-                      (k1 + kPhiloxWeyl1);
-  const uint64_t round3_p1 = static_cast<uint64_t>(kPhiloxMultiplier1) * x2;
-  return {
-      broadcast_counter(static_cast<uint32_t>(round1_p0 >> 32) ^ k1),
-      broadcast_counter(static_cast<uint32_t>(round1_p1) ^ (k0 + kPhiloxWeyl0)),
-      broadcast_counter(static_cast<uint32_t>(round3_p1 >> 32) ^ (k0 + 2 * kPhiloxWeyl0)),
-      broadcast_counter(static_cast<uint32_t>(round3_p1)),
-      broadcast_counter(static_cast<uint32_t>(round2_p0) ^ (k1 + 2 * kPhiloxWeyl1)),
-  };
+  const uint32_t round1_x0 =
+      static_cast<uint32_t>(round1_p1 >> 32) ^ h ^ spec.h_xor ^ spec.key.word[0];
+  const uint64_t round2_p0 = static_cast<uint64_t>(kPhiloxMultiplier0) * round1_x0;
+  const Counters round2_x2 = xor2(broadcast_counter(round2_p0 >> 32), keys.k1[1]);
+  states.x0_round2 = xor2(broadcast_counter(round1_p1), keys.k0[1]);
+  states.x2_round3 = xor2(broadcast_counter(round2_p0), keys.k1[2]);
+  for (int64_t i = 0; i < pixels; i += kCounters) {
+    const Counters column =
+        add(broadcast_counter(w + static_cast<uint32_t>(i)), load_counters(kFirstCounters));
+    const Counters round1_p0 = multiply(xor2(column, broadcast_counter(spec.w_xor)), m0);
+    const Counters round3_p1 = multiply(xor2(round1_p0, round2_x2), m1);
+    store(states.x2_round1 + i, xor2(high(round1_p0), keys.k1[0]));
+    store(states.x0_round3 + i, xor2(high(round3_p1), keys.k0[2]));
+    store(states.x1_round3 + i, round3_p1);
+  }
 }
 
-inline State philox(const PixelState& pixel, Counters c4, const KeySchedule& keys) {
-  const Counters p1 = multiply(xor2(c4, pixel.x2_round1), broadcast_counter(kPhiloxMultiplier1));
-  const Counters x0 = xor2(high(p1), pixel.x0_round2);
-  const Counters p0 = multiply(x0, broadcast_counter(kPhiloxMultiplier0));
-  return finish<3>(
-      {xor2(p1, pixel.x0_round3), pixel.x1_round3, xor2(high(p0), pixel.x2_round3), p0}, keys);
+// The first three rounds of the counters of a pixel, from number c4 on.
+inline State three_rounds(const PixelStates& states, int64_t pixel, uint64_t c4) {
+  // c4 is a multiple of the number of lanes: xor adds it to the lanes' own numbers.
+  const Counters round1_x2 =
+      xor2(load_counters(kMemoryOrder), broadcast_counter(c4 ^ states.x2_round1[pixel]));
+  const Counters p1 = multiply(round1_x2, broadcast_counter(kPhiloxMultiplier1));
+  const Counters p0 =
+      multiply(xor2(high(p1), states.x0_round2), broadcast_counter(kPhiloxMultiplier0));
+  return {xor2(p1, broadcast_counter(states.x0_round3[pixel])),
+          broadcast_counter(states.x1_round3[pixel]), xor2(high(p0), states.x2_round3), p0};
 }
 
 // Positions (outer, inner) of counters along a grid whose rows are `width` long: lane i starts
@@ -95,7 +109,7 @@ struct Walk {
   Counters outer, inner;
 };
 
-inline Walk walk_from(uint32_t outer, uint32_t inner, uint32_t width, const int* offsets) {
+inline Walk walk_from(uint32_t outer, uint32_t inner, uint32_t width, const uint64_t* offsets) {
   uint32_t outers[kLanes], inners[kLanes];
   for (int i = 0; i < kLanes; ++i) {
     outers[i] = outer;
@@ -132,7 +146,7 @@ inline void advance(Walk& walk, const WalkStep& step) {
 
 struct Pruner {
   Floats tau;
-  Words zeros;  // in each lane, the number of pruned elements that became zero
+  Words zeros;  // in each lane, the number of elements that pruning made zero
 
   inline Floats operator()(Floats g, Words words) {
     return prune_vector(g, tau, multiply(tau, uniform(words)), zeros);
@@ -146,7 +160,7 @@ inline void pad(typename Element::Storage* buffer, int count) {
     Element::store(buffer + i, broadcast_float(__builtin_inff()));
 }
 
-// kBlock elements of channels_last order; counter i of them is in lane kMemoryOrder^-1[i].
+// kBlock elements in channels_last order; lane i of the state is counter kMemoryOrder[i] of them.
 template <class Element, bool kOut, bool kF32>
 inline void prune_block(const typename Element::Storage* g, typename Element::Storage* out,
                         float* out_f32, const State& state, Pruner& pruner) {
@@ -163,6 +177,23 @@ inline void prune_block(const typename Element::Storage* g, typename Element::St
   }
 }
 
+// A block that only its first `count` elements fill. Returns the number of zeros.
+template <class Element>
+__attribute__((noinline)) int64_t prune_part(const typename Element::Storage* g,
+                                             typename Element::Storage* out, float* out_f32,
+                                             int64_t count, State state, Floats tau) {
+  Pruner pruner = {tau, zero_words()};
+  typename Element::Storage buffer[kBlock];
+  float buffer_f32[kBlock];
+  const auto size = static_cast<size_t>(count);
+  pad<Element>(buffer, kBlock);
+  memcpy(buffer, g, size * sizeof(*buffer));
+  prune_block<Element, true, true>(buffer, buffer, buffer_f32, state, pruner);
+  if (out) memcpy(out, buffer, size * sizeof(*buffer));
+  if (out_f32) memcpy(out_f32, buffer_f32, size * sizeof(*buffer_f32));
+  return sum(pruner.zeros);
+}
+
 // ---- channels_last
 
 struct Row {
@@ -171,97 +202,128 @@ struct Row {
   int64_t pixels, channels;
 };
 
-// Pixel by pixel.
+// Many channels: the blocks of a pixel, pixel by pixel; the last block of a pixel may be a part.
 template <class Element, bool kOut, bool kF32>
 int64_t prune_wide_row(const typename Element::Storage* g, typename Element::Storage* out,
                        float* out_f32, const Row& row, const PruneSpec& spec) {
   const KeySchedule keys = key_schedule(spec);
-  const Counters first_c4 = load_counters(kMemoryOrder);
-  const Counters next_block = broadcast_counter(kCounters);
   Pruner pruner = {broadcast_float(spec.tau), zero_words()};
-  const int64_t whole = row.channels / kBlock * kBlock;
-  const auto rest = static_cast<size_t>(row.channels - whole);
-  for (int64_t i = 0; i < row.pixels; ++i) {
-    const PixelState pixel = pixel_state(spec, row.n, row.h, row.w + static_cast<uint32_t>(i));
-    Counters c4 = first_c4;
-    for (int64_t c = 0; c < whole; c += kBlock) {
-      prune_block<Element, kOut, kF32>(g + c, kOut ? out + c : nullptr,
-                                       kF32 ? out_f32 + c : nullptr, philox(pixel, c4, keys),
-                                       pruner);
-      c4 = add(c4, next_block);
+  int64_t zeros = 0;
+  const int64_t blocks = (row.channels + kBlock - 1) / kBlock;
+  const int64_t last_count = row.channels - (blocks - 1) * kBlock;
+  PixelStates states = {};
+  for (int64_t first = 0; first < row.pixels; first += kPixels) {
+    const int64_t pixels = row.pixels - first < kPixels ? row.pixels - first : kPixels;
+    start_pixels(states, spec, keys, row.n, row.h, row.w + static_cast<uint32_t>(first), pixels);
+    int64_t pixel = 0, block = 0;
+    int64_t offset = first * row.pixel_stride, offset_f32 = first * row.f32_stride;
+    while (pixel < pixels) {
+      // The last group may reach past the last pixel; such blocks have a count of 0.
+      State group[kGroup];
+      int64_t at[kGroup], at_f32[kGroup], count[kGroup];
+#pragma GCC unroll 8
+      for (int i = 0; i < kGroup; ++i) {
+        group[i] = three_rounds(states, pixel, static_cast<uint64_t>(block) * kCounters);
+        at[i] = offset + block * kBlock;
+        at_f32[i] = offset_f32 + block * kBlock;
+        count[i] = pixel < pixels ? kBlock : 0;
+        if (++block == blocks) {
+          if (count[i]) count[i] = last_count;
+          block = 0;
+          ++pixel;
+          offset += row.pixel_stride;
+          offset_f32 += row.f32_stride;
+        }
+      }
+      finish<3>(group, keys);
+#pragma GCC unroll 8
+      for (int i = 0; i < kGroup; ++i) {
+        if (__builtin_expect(count[i] == kBlock, 1))
+          prune_block<Element, kOut, kF32>(g + at[i], kOut ? out + at[i] : nullptr,
+                                           kF32 ? out_f32 + at_f32[i] : nullptr, group[i], pruner);
+        else if (count[i] > 0)
+          zeros += prune_part<Element>(g + at[i], kOut ? out + at[i] : nullptr,
+                                       kF32 ? out_f32 + at_f32[i] : nullptr, count[i], group[i],
+                                       pruner.tau);
+      }
     }
-    if (rest) {
-      typename Element::Storage buffer[kBlock];
-      float buffer_f32[kBlock];
-      pad<Element>(buffer, kBlock);
-      memcpy(buffer, g + whole, rest * sizeof(*buffer));
-      prune_block<Element, true, true>(buffer, buffer, buffer_f32, philox(pixel, c4, keys), pruner);
-      if (kOut) memcpy(out + whole, buffer, rest * sizeof(*buffer));
-      if (kF32) memcpy(out_f32 + whole, buffer_f32, rest * sizeof(*buffer_f32));
-    }
-    g += row.pixel_stride;
-    if (kOut) out += row.pixel_stride;
-    if (kF32) out_f32 += row.f32_stride;
   }
-  return row.pixels * row.channels - sum(pruner.zeros);
+  return row.pixels * row.channels - sum(pruner.zeros) - zeros;
 }
 
-// Few channels: a block spans pixels.
+// The block of a narrow row that starts at counter `first`, with its elements wherever they are.
+// Returns the number of zeros.
+template <class Element>
+__attribute__((noinline)) int64_t prune_scattered(const typename Element::Storage* g,
+                                                  typename Element::Storage* out, float* out_f32,
+                                                  const Row& row, int64_t first, State state,
+                                                  Floats tau) {
+  const int64_t quads = (row.channels + 3) / 4;
+  int64_t pixel = first / quads, channel = first % quads * 4;
+  int64_t at[kBlock], at_f32[kBlock];  // -1: a slot with no element
+  for (int slot = 0; slot < kBlock; slot += 4) {
+    for (int j = 0; j < 4; ++j) {
+      const bool exists = pixel < row.pixels && channel + j < row.channels;
+      at[slot + j] = exists ? pixel * row.pixel_stride + channel + j : -1;
+      at_f32[slot + j] = pixel * row.f32_stride + channel + j;
+    }
+    channel += 4;
+    if (channel >= row.channels) {
+      channel = 0;
+      ++pixel;
+    }
+  }
+  Pruner pruner = {tau, zero_words()};
+  typename Element::Storage buffer[kBlock];
+  float buffer_f32[kBlock];
+  pad<Element>(buffer, kBlock);
+  for (int slot = 0; slot < kBlock; ++slot)
+    if (at[slot] >= 0) buffer[slot] = g[at[slot]];
+  prune_block<Element, true, true>(buffer, buffer, buffer_f32, state, pruner);
+  for (int slot = 0; slot < kBlock; ++slot) {
+    if (at[slot] < 0) continue;
+    if (out) out[at[slot]] = buffer[slot];
+    if (out_f32) out_f32[at_f32[slot]] = buffer_f32[slot];
+  }
+  return sum(pruner.zeros);
+}
+
+// Few channels: a block spans pixels, with four slots for each counter even where C % 4 != 0.
 template <class Element, bool kOut, bool kF32>
 int64_t prune_narrow_row(const typename Element::Storage* g, typename Element::Storage* out,
                          float* out_f32, const Row& row, const PruneSpec& spec) {
   const KeySchedule keys = key_schedule(spec);
+  Pruner pruner = {broadcast_float(spec.tau), zero_words()};
+  int64_t zeros = 0;
   const int64_t quads = (row.channels + 3) / 4;
   const int64_t counters = row.pixels * quads;
   const bool dense = row.channels % 4 == 0 && row.pixel_stride == row.channels &&
                      (!kF32 || row.f32_stride == row.channels);
-  Pruner pruner = {broadcast_float(spec.tau), zero_words()};
-  int offsets[kCounters];
-  for (int i = 0; i < kCounters; ++i) offsets[i] = static_cast<int>(kMemoryOrder[i]);
-  Walk walk = walk_from(row.w, 0, static_cast<uint32_t>(quads), offsets);
+  Walk walk = walk_from(row.w, 0, static_cast<uint32_t>(quads), kMemoryOrder);
   const WalkStep step = walk_step(kCounters, static_cast<uint32_t>(quads));
   const Counters w_xor = broadcast_counter(spec.w_xor);
   const Counters h = broadcast_counter(row.h ^ spec.h_xor);
-  for (int64_t i = 0; i < counters; i += kCounters, advance(walk, step)) {
-    const State state = philox(xor2(walk.outer, w_xor), h, row.n, walk.inner, keys);
-    if (dense && i + kCounters <= counters) {
-      prune_block<Element, kOut, kF32>(g + 4 * i, kOut ? out + 4 * i : nullptr,
-                                       kF32 ? out_f32 + 4 * i : nullptr, state, pruner);
-      continue;
+  for (int64_t begin = 0; begin < counters; begin += kGroup * kCounters) {
+    State group[kGroup];
+#pragma GCC unroll 8
+    for (int i = 0; i < kGroup; ++i) {
+      group[i] = first_round(xor2(walk.outer, w_xor), h, row.n, walk.inner, keys);
+      advance(walk, step);
     }
-    typename Element::Storage buffer[kBlock];
-    float buffer_f32[kBlock];
-    // Calls visit(slot, pixel, channel, count) for each run of up to four channels.
-    const auto for_each_quad = [&](const auto& visit) {
-      int64_t pixel = i / quads, channel = i % quads * 4;
-      for (int slot = 0; slot < kBlock && pixel < row.pixels; slot += 4) {
-        visit(slot, pixel, channel,
-              row.channels - channel < 4 ? static_cast<int>(row.channels - channel) : 4);
-        channel += 4;
-        if (channel >= row.channels) {
-          channel = 0;
-          ++pixel;
-        }
+    finish<1>(group, keys);
+#pragma GCC unroll 8
+    for (int i = 0; i < kGroup; ++i) {
+      const int64_t c = begin + i * kCounters;
+      if (dense && c + kCounters <= counters) {
+        prune_block<Element, kOut, kF32>(g + 4 * c, kOut ? out + 4 * c : nullptr,
+                                         kF32 ? out_f32 + 4 * c : nullptr, group[i], pruner);
+      } else if (c < counters) {
+        zeros += prune_scattered<Element>(g, kOut ? out : nullptr, kF32 ? out_f32 : nullptr, row, c,
+                                          group[i], pruner.tau);
       }
-    };
-    pad<Element>(buffer, kBlock);
-    for_each_quad([&](int slot, int64_t pixel, int64_t channel, int count) {
-      const auto* from = g + pixel * row.pixel_stride + channel;
-      for (int j = 0; j < count; ++j) buffer[slot + j] = from[j];
-    });
-    prune_block<Element, true, true>(buffer, buffer, buffer_f32, state, pruner);
-    for_each_quad([&](int slot, int64_t pixel, int64_t channel, int count) {
-      if (kOut) {
-        auto* to = out + pixel * row.pixel_stride + channel;
-        for (int j = 0; j < count; ++j) to[j] = buffer[slot + j];
-      }
-      if (kF32) {
-        auto* to = out_f32 + pixel * row.f32_stride + channel;
-        for (int j = 0; j < count; ++j) to[j] = buffer_f32[slot + j];
-      }
-    });
+    }
   }
-  return row.pixels * row.channels - sum(pruner.zeros);
+  return row.pixels * row.channels - sum(pruner.zeros) - zeros;
 }
 
 template <class Element>
@@ -269,7 +331,7 @@ int64_t prune_row(const void* g_data, void* out_data, float* out_f32, const Row&
                   const PruneSpec& spec) {
   const auto* g = static_cast<const typename Element::Storage*>(g_data);
   auto* out = static_cast<typename Element::Storage*>(out_data);
-  // A wide row wastes up to a block of random numbers for each pixel.
+  // A wide row computes up to a block of random numbers too many for each pixel.
   if (row.channels % kBlock == 0 || row.channels >= 4 * kBlock) {
     if (out && out_f32) return prune_wide_row<Element, true, true>(g, out, out_f32, row, spec);
     if (out_f32) return prune_wide_row<Element, false, true>(g, out, out_f32, row, spec);
@@ -331,53 +393,67 @@ int64_t load_pixels(const void* g_data, int64_t pixel_stride, void* out_data, fl
 
 // ---- contiguous (NCHW)
 
-// kLanes pixels of up to four planes; even and odd pixels have a Counters vector each.
+// kLanes pixels of eight planes at a time; even and odd pixels have a state each.
 template <class Element>
 int64_t prune_planes(const void* g_data, void* out_data, int64_t plane_stride, uint32_t n,
                      int64_t c_begin, int64_t c_end, int64_t first, int64_t pixels, int64_t width,
                      const PruneSpec& spec) {
+  using Storage = typename Element::Storage;
+  constexpr int kPlanes = 2 * kGroup;
   const KeySchedule keys = key_schedule(spec);
   Pruner pruner = {broadcast_float(spec.tau), zero_words()};
-  int even[kCounters], odd[kCounters];
+  uint64_t even[kCounters], odd[kCounters];
   for (int i = 0; i < kCounters; ++i) {
-    even[i] = 2 * i;
-    odd[i] = 2 * i + 1;
+    even[i] = static_cast<uint64_t>(2 * i);
+    odd[i] = even[i] + 1;
   }
   const auto h = static_cast<uint32_t>(first / width), w = static_cast<uint32_t>(first % width);
   const auto row_length = static_cast<uint32_t>(width);
-  const Walk even_start = walk_from(h, w, row_length, even);
-  const Walk odd_start = walk_from(h, w, row_length, odd);
+  const Walk starts[2] = {walk_from(h, w, row_length, even), walk_from(h, w, row_length, odd)};
   const WalkStep step = walk_step(kLanes, row_length);
   const Counters w_xor = broadcast_counter(spec.w_xor), h_xor = broadcast_counter(spec.h_xor);
-  for (int64_t c = c_begin; c < c_end; c += 4) {
-    const int planes = c_end - c < 4 ? static_cast<int>(c_end - c) : 4;
-    const auto* g = static_cast<const typename Element::Storage*>(g_data) +
-                    (c - c_begin) * plane_stride + first;
-    auto* out =
-        static_cast<typename Element::Storage*>(out_data) + (c - c_begin) * plane_stride + first;
-    const Counters c4 = broadcast_counter(static_cast<uint32_t>(c / 4));
-    Walk even_walk = even_start, odd_walk = odd_start;
+  for (int64_t c = c_begin; c < c_end; c += kPlanes) {
+    const int planes = c_end - c < kPlanes ? static_cast<int>(c_end - c) : kPlanes;
+    const int64_t offset = (c - c_begin) * plane_stride + first;
+    const auto* g = static_cast<const Storage*>(g_data) + offset;
+    auto* out = static_cast<Storage*>(out_data) + offset;
+    Walk walks[2] = {starts[0], starts[1]};
     for (int64_t i = 0; i < pixels; i += kLanes) {
-      const State a =
-          philox(xor2(even_walk.inner, w_xor), xor2(even_walk.outer, h_xor), n, c4, keys);
-      const State b = philox(xor2(odd_walk.inner, w_xor), xor2(odd_walk.outer, h_xor), n, c4, keys);
-      advance(even_walk, step);
-      advance(odd_walk, step);
-      const Words words[4] = {words_of(interleave(a.x0, b.x0)), words_of(interleave(a.x1, b.x1)),
-                              words_of(interleave(a.x2, b.x2)), words_of(interleave(a.x3, b.x3))};
-      if (pixels - i >= kLanes) {
-        for (int j = 0; j < planes; ++j)
+      State group[kGroup];
+#pragma GCC unroll 8
+      for (int k = 0; k < kGroup; ++k) {
+        const Walk& walk = walks[k % 2];
+        const auto c4 = static_cast<uint32_t>(c / 4 + k / 2);
+        group[k] = first_round(xor2(walk.inner, w_xor), xor2(walk.outer, h_xor), n,
+                               broadcast_counter(c4), keys);
+      }
+      advance(walks[0], step);
+      advance(walks[1], step);
+      finish<1>(group, keys);
+      Words words[kPlanes];
+#pragma GCC unroll 8
+      for (int k = 0; k < kGroup / 2; ++k) {
+        const State &a = group[2 * k], &b = group[2 * k + 1];
+        words[4 * k] = words_of(interleave(a.x0, b.x0));
+        words[4 * k + 1] = words_of(interleave(a.x1, b.x1));
+        words[4 * k + 2] = words_of(interleave(a.x2, b.x2));
+        words[4 * k + 3] = words_of(interleave(a.x3, b.x3));
+      }
+      if (planes == kPlanes && pixels - i >= kLanes) {
+#pragma GCC unroll 8
+        for (int j = 0; j < kPlanes; ++j)
           Element::store(out + j * plane_stride + i,
                          pruner(Element::load(g + j * plane_stride + i), words[j]));
-      } else {
-        const auto rest = static_cast<size_t>(pixels - i);
-        for (int j = 0; j < planes; ++j) {
-          typename Element::Storage buffer[kLanes];
-          pad<Element>(buffer, kLanes);
-          memcpy(buffer, g + j * plane_stride + i, rest * sizeof(*buffer));
-          Element::store(buffer, pruner(Element::load(buffer), words[j]));
-          memcpy(out + j * plane_stride + i, buffer, rest * sizeof(*buffer));
-        }
+        continue;
+      }
+      const auto size =
+          static_cast<size_t>(pixels - i < kLanes ? pixels - i : kLanes) * sizeof(Storage);
+      for (int j = 0; j < planes; ++j) {
+        Storage buffer[kLanes];
+        pad<Element>(buffer, kLanes);
+        memcpy(buffer, g + j * plane_stride + i, size);
+        Element::store(buffer, pruner(Element::load(buffer), words[j]));
+        memcpy(out + j * plane_stride + i, buffer, size);
       }
     }
   }

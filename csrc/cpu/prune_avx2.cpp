@@ -15,8 +15,9 @@ using Doubles = __m256d;
 using Counters = __m256i;
 constexpr int kLanes = 8;
 
-// Counter i of a block is in this lane's place: after unpack_low and unpack_high the words of
-// counters 0, 1 and 2, 3 are in order.
+// Numbers of the lanes, and the same in the order in which unpack_low and unpack_high, after
+// interleave, put the words of a block into memory order.
+constexpr uint64_t kFirstCounters[] = {0, 1, 2, 3};
 constexpr uint64_t kMemoryOrder[] = {0, 2, 1, 3};
 
 struct Float32 {
@@ -40,11 +41,14 @@ struct BFloat16 {
   }
 };
 
-inline Counters broadcast_counter(uint32_t x) {
+inline Counters broadcast_counter(uint64_t x) {
   return _mm256_set1_epi64x(static_cast<int64_t>(x));
 }
 inline Counters load_counters(const uint64_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+inline void store(uint64_t* p, Counters a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a);
 }
 inline Counters add(Counters a, Counters b) { return _mm256_add_epi64(a, b); }
 inline Counters multiply(Counters a, Counters b) { return _mm256_mul_epu32(a, b); }

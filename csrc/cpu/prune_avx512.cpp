@@ -15,8 +15,9 @@ using Doubles = __m512d;
 using Counters = __m512i;
 constexpr int kLanes = 16;
 
-// Counter i of a block is in this lane's place: after unpack_low and unpack_high the words of
-// counters 0 .. 3 and 4 .. 7 are in order.
+// Numbers of the lanes, and the same in the order in which unpack_low and unpack_high, after
+// interleave, put the words of a block into memory order.
+constexpr uint64_t kFirstCounters[] = {0, 1, 2, 3, 4, 5, 6, 7};
 constexpr uint64_t kMemoryOrder[] = {0, 4, 1, 5, 2, 6, 3, 7};
 
 struct Float32 {
@@ -38,10 +39,11 @@ struct BFloat16 {
   }
 };
 
-inline Counters broadcast_counter(uint32_t x) {
+inline Counters broadcast_counter(uint64_t x) {
   return _mm512_set1_epi64(static_cast<int64_t>(x));
 }
 inline Counters load_counters(const uint64_t* p) { return _mm512_loadu_si512(p); }
+inline void store(uint64_t* p, Counters a) { _mm512_storeu_si512(p, a); }
 inline Counters add(Counters a, Counters b) { return _mm512_add_epi64(a, b); }
 inline Counters multiply(Counters a, Counters b) { return _mm512_mul_epu32(a, b); }
 inline Counters high(Counters a) { return _mm512_srli_epi64(a, 32); }

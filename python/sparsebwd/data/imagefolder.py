@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
 from rich.progress import track
 
 from .dataset import DataError, ImageData
@@ -105,9 +106,16 @@ def _decode_all(paths: Sequence[Path], shape: tuple[int, ...], target: Path) -> 
         array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
         try:
             decoded = pool.map(lambda path: decode(path, size), paths)
-            for index, image in enumerate(
-                track(decoded, total=len(paths), description=f"decoding {target.name.split('-')[0]} images", transient=True)
-            ):
+            console = Console(stderr=True)
+            shown = track(
+                decoded,
+                f"decoding {target.name.split('-')[0]} images",
+                len(paths),
+                console=console,
+                transient=True,
+                disable=not console.is_terminal,
+            )
+            for index, image in enumerate(shown):
                 array[index] = image
         except BaseException:
             pool.shutdown(cancel_futures=True)

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""info() and ``python -m sparsebwd.info``."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+
+import torch
+
+import sparsebwd
+from sparsebwd import backends
+
+
+def run(*arguments: str) -> str:
+    command = [sys.executable, "-W", "error", "-m", "sparsebwd.info", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return done.stdout
+
+
+def test_says_what_runs_and_why_the_rest_does_not(monkeypatch):
+    monkeypatch.setattr(backends.DenseBackend, "available", lambda self: "it is switched off")
+    found = sparsebwd.info()
+    assert (found["sparsebwd"], found["torch"]) == (sparsebwd.__version__, torch.__version__)
+    assert found["python"] == platform.python_version()
+    assert list(found["backends"]) == list(backends.registered_backends())
+    assert found["backends"]["reference"] is None
+    assert found["backends"]["dense"] == "it is switched off"
+    assert "backend reference  runs\n" in str(found)
+    assert "backend dense      does not run: it is switched off\n" in f"{found}\n"
+
+
+def test_cpu():
+    cpu = sparsebwd.info()["cpu"]
+    assert cpu["name"] and cpu["cores"] >= 1 and cpu["threads"] == torch.get_num_threads()
+    assert cpu["isa"]["in_use"] in cpu["isa"]["supported"]
+    assert cpu["isa"]["supported"][0] == "baseline"
+
+
+def test_instruction_set_limit(monkeypatch):
+    monkeypatch.setenv("SPARSEBWD_MAX_ISA", "baseline")
+    isa = json.loads(run("--json"))["cpu"]["isa"]
+    assert isa["in_use"] == isa["limit"] == "baseline"
+    assert "SPARSEBWD_MAX_ISA=baseline" in run()
+
+
+def test_gpus():
+    found = sparsebwd.info()
+    assert len(found["gpus"]) == torch.cuda.device_count()
+    assert (found["no_gpu"] is None) == bool(found["gpus"])
+
+
+def test_command_line_prints_the_same():
+    found = sparsebwd.info()
+    assert json.loads(run("--json")) == found
+    assert run() == f"{found}\n"

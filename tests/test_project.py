@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The project's own rules: documentation that runs, build files, licences, metadata."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import sparsebwd
+
+ROOT = Path(__file__).resolve().parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+SOURCES = [
+    path
+    for folder in ("csrc", "python", "bench", "tests", "tools", ".ci")
+    for path in sorted((ROOT / folder).rglob("*"))
+    if path.suffix in (".py", ".sh", ".h", ".hpp", ".c", ".cpp", ".inl", ".cu", ".cuh") or path == ROOT / ".ci" / "run"
+] + [ROOT / "setup.py"]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/develop.md"])
+def test_python_in_the_documentation_runs(page, tmp_path):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    assert blocks or page == "docs/develop.md"
+    program = tmp_path / "page.py"
+    program.write_text("\n".join(blocks))
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for expected in re.findall(r"^```text\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.MULTILINE | re.DOTALL):
+        assert expected in done.stdout
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_links_between_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), f"{target} is not there"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", linked.read_text("utf-8"), re.MULTILINE)
+            anchors = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert anchor in anchors, f"{target}: no such section"
+
+
+def test_make_targets_of_the_documentation_exist():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    for page in PAGES:
+        for target in re.findall(r"^make ([a-z]+)|`make ([a-z]+)`", page.read_text("utf-8"), re.MULTILINE):
+            assert "".join(target) in targets
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=relative)
+def test_sources_name_their_licence(source):
+    first, _, rest = source.read_text("utf-8").partition("\n")
+    line = rest.partition("\n")[0] if first.startswith("#!") else first
+    comment = "//" if "csrc" in source.parts and source.suffix != ".py" else "#"
+    assert line == f"{comment} SPDX-License-Identifier: Apache-2.0"
+
+
+def test_builds_are_portable_and_keep_ieee_arithmetic():
+    unwanted = re.compile(r"-march=native|-mtune=native|-ffast-math|-Ofast|-funsafe-math|fast_math")
+    for path in [ROOT / "setup.py", ROOT / "pyproject.toml", ROOT / "Makefile", *(ROOT / "csrc").rglob("*.*")]:
+        if path.is_file():
+            assert not unwanted.search(path.read_text("utf-8")), relative(path)
+
+
+def test_kernels_are_free_of_torch():
+    includes = re.compile(r"^\s*#\s*include\s*[<\"](torch|ATen|c10|Python\.h|pybind11)", re.MULTILINE)
+    kernels = [p for folder in ("include", "cpu") for p in (ROOT / "csrc" / folder).rglob("*") if p.is_file()]
+    assert kernels
+    for path in kernels:
+        assert not includes.search(path.read_text("utf-8")), relative(path)
+
+
+def test_one_version():
+    version = PYPROJECT["project"]["version"]
+    assert sparsebwd.__version__ == version
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+    assert f"\n## {version} " in (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
+def test_every_package_is_listed():
+    folders = {".".join(init.parent.relative_to(ROOT / "python").parts) for init in (ROOT / "python").rglob("__init__.py")}
+    setuptools = PYPROJECT["tool"]["setuptools"]
+    assert set(setuptools["packages"]) == folders | {"sparsebwd.bench"}
+    assert setuptools["package-dir"] == {"": "python", "sparsebwd.bench": "bench"}
+
+
+def test_pinned_requirements_cover_what_the_package_declares():
+    lines = (ROOT / "requirements.txt").read_text("utf-8").splitlines()
+    pins = dict(line.lower().split("==") for line in lines if line and not line.startswith("#"))
+    project = PYPROJECT["project"]
+    declared = [
+        *PYPROJECT["build-system"]["requires"],
+        *project["dependencies"],
+        *(r for extra in project["optional-dependencies"].values() for r in extra),
+    ]
+    for requirement in declared:
+        assert re.match(r"[\w-]+", requirement)[0].lower() in pins, requirement
+    assert pins["torch"] == "2.13.0"
+    assert all(re.fullmatch(r"[\d.]+", version) for version in pins.values())
+
+
+def test_metadata(tmp_path):
+    build = "import setuptools.build_meta as b; print(b.prepare_metadata_for_build_wheel({!r}))".format(str(tmp_path))
+    subprocess.run([sys.executable, "-c", build], cwd=ROOT, check=True, capture_output=True)
+    (info,) = tmp_path.glob("sparsebwd-*.dist-info")
+    metadata = (info / "METADATA").read_text("utf-8")
+    assert f"\nName: sparsebwd\nVersion: {sparsebwd.__version__}\n" in metadata
+    assert "\nLicense-Expression: Apache-2.0\n" in metadata
+    assert "\nRequires-Python: >=3.11\n" in metadata
+    assert "\nRequires-Dist: torch>=2.11\n" in metadata
+    assert "# sparsebwd\n" in metadata  # the README
+    assert (info / "licenses" / "LICENSE").read_text("utf-8").lstrip().startswith("Apache License")
+
+
+@pytest.mark.parametrize(
+    "environment, python, words",
+    [
+        ({}, "no-such-python", "'no-such-python' is not found; install Python 3.11 or newer"),
+        ({}, "false", "'false' does not run; install Python 3.11 or newer"),
+        ({"CXX": "no-such-compiler"}, sys.executable, "no C++ compiler is found as 'no-such-compiler'; install one"),
+        ({"CXX": "false"}, sys.executable, "'false' does not compile C++20; install"),
+    ],
+)
+def test_what_the_system_lacks_is_said_in_one_sentence(environment, python, words):
+    check = ROOT / "tools" / "check_system.sh"
+    done = subprocess.run([check, python], env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert words in done.stderr and done.stderr.startswith("sparsebwd: ") and done.stderr.count("\n") == 1
+
+
+def test_old_python_is_refused(tmp_path):
+    old = tmp_path / "python3"
+    old.write_text("#!/bin/sh\necho 3.9 0\n")
+    old.chmod(0o755)
+    done = subprocess.run([ROOT / "tools" / "check_system.sh", old], capture_output=True, text=True)
+    assert done.returncode == 1 and "is Python 3.9; install Python 3.11 or newer" in done.stderr
+
+
+def test_what_this_machine_has_passes():
+    done = subprocess.run([ROOT / "tools" / "check_system.sh", sys.executable], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

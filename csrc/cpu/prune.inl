@@ -145,19 +145,21 @@ inline void advance(Walk& walk, const WalkStep& step) {
 // ---- pruning vectors and blocks
 
 struct Pruner {
-  Floats tau;
-  Words zeros;  // in each lane, the number of elements that pruning made zero
+  Floats tau, scale;  // scale * (the 24 random bits as `random_bits` gives them) = tau * r
+  Words nonzeros;     // in each lane, the number of elements that pruning left
 
+  // With t = tau * r < tau: the magnitude becomes max(|g|, tau) where |g| > t, else 0. A NaN is kept.
   inline Floats operator()(Floats g, Words words) {
-    return prune_vector(g, tau, multiply(tau, uniform(words)), zeros);
+    return keep_above(g, multiply(scale, random_bits(words)), tau, nonzeros);
   }
 };
 
-// Fills a buffer with what pruning keeps, so that it is not counted as zero.
-template <class Element>
-inline void pad(typename Element::Storage* buffer, int count) {
-  for (int i = 0; i < count; i += kLanes)
-    Element::store(buffer + i, broadcast_float(__builtin_inff()));
+// Below this threshold scale could be inexact and t could round to tau: such gradients go to
+// the baseline.
+constexpr float kSmallestTau = 0x1p-90f;
+
+inline Pruner make_pruner(float tau) {
+  return {broadcast_float(tau), broadcast_float(tau * kRandomUnit), zero_words()};
 }
 
 // kBlock elements in channels_last order; lane i of the state is counter kMemoryOrder[i] of them.
@@ -177,21 +179,20 @@ inline void prune_block(const typename Element::Storage* g, typename Element::St
   }
 }
 
-// A block that only its first `count` elements fill. Returns the number of zeros.
+// A block that only its first `count` elements fill. Returns the number of non-zeros.
 template <class Element>
 __attribute__((noinline)) int64_t prune_part(const typename Element::Storage* g,
                                              typename Element::Storage* out, float* out_f32,
-                                             int64_t count, State state, Floats tau) {
-  Pruner pruner = {tau, zero_words()};
-  typename Element::Storage buffer[kBlock];
+                                             int64_t count, State state, float tau) {
+  Pruner pruner = make_pruner(tau);
+  typename Element::Storage buffer[kBlock] = {};
   float buffer_f32[kBlock];
   const auto size = static_cast<size_t>(count);
-  pad<Element>(buffer, kBlock);
   memcpy(buffer, g, size * sizeof(*buffer));
   prune_block<Element, true, true>(buffer, buffer, buffer_f32, state, pruner);
   if (out) memcpy(out, buffer, size * sizeof(*buffer));
   if (out_f32) memcpy(out_f32, buffer_f32, size * sizeof(*buffer_f32));
-  return sum(pruner.zeros);
+  return sum(pruner.nonzeros);
 }
 
 // ---- channels_last
@@ -207,8 +208,8 @@ template <class Element, bool kOut, bool kF32>
 int64_t prune_wide_row(const typename Element::Storage* g, typename Element::Storage* out,
                        float* out_f32, const Row& row, const PruneSpec& spec) {
   const KeySchedule keys = key_schedule(spec);
-  Pruner pruner = {broadcast_float(spec.tau), zero_words()};
-  int64_t zeros = 0;
+  Pruner pruner = make_pruner(spec.tau);
+  int64_t nonzeros = 0;
   const int64_t blocks = (row.channels + kBlock - 1) / kBlock;
   const int64_t last_count = row.channels - (blocks - 1) * kBlock;
   PixelStates states = {};
@@ -242,22 +243,22 @@ int64_t prune_wide_row(const typename Element::Storage* g, typename Element::Sto
           prune_block<Element, kOut, kF32>(g + at[i], kOut ? out + at[i] : nullptr,
                                            kF32 ? out_f32 + at_f32[i] : nullptr, group[i], pruner);
         else if (count[i] > 0)
-          zeros += prune_part<Element>(g + at[i], kOut ? out + at[i] : nullptr,
+          nonzeros += prune_part<Element>(g + at[i], kOut ? out + at[i] : nullptr,
                                        kF32 ? out_f32 + at_f32[i] : nullptr, count[i], group[i],
-                                       pruner.tau);
+                                       spec.tau);
       }
     }
   }
-  return row.pixels * row.channels - sum(pruner.zeros) - zeros;
+  return nonzeros + sum(pruner.nonzeros);
 }
 
 // The block of a narrow row that starts at counter `first`, with its elements wherever they are.
-// Returns the number of zeros.
+// Returns the number of non-zeros.
 template <class Element>
 __attribute__((noinline)) int64_t prune_scattered(const typename Element::Storage* g,
                                                   typename Element::Storage* out, float* out_f32,
                                                   const Row& row, int64_t first, State state,
-                                                  Floats tau) {
+                                                  float tau) {
   const int64_t quads = (row.channels + 3) / 4;
   int64_t pixel = first / quads, channel = first % quads * 4;
   int64_t at[kBlock], at_f32[kBlock];  // -1: a slot with no element
@@ -273,10 +274,9 @@ __attribute__((noinline)) int64_t prune_scattered(const typename Element::Storag
       ++pixel;
     }
   }
-  Pruner pruner = {tau, zero_words()};
-  typename Element::Storage buffer[kBlock];
+  Pruner pruner = make_pruner(tau);
+  typename Element::Storage buffer[kBlock] = {};
   float buffer_f32[kBlock];
-  pad<Element>(buffer, kBlock);
   for (int slot = 0; slot < kBlock; ++slot)
     if (at[slot] >= 0) buffer[slot] = g[at[slot]];
   prune_block<Element, true, true>(buffer, buffer, buffer_f32, state, pruner);
@@ -285,7 +285,7 @@ __attribute__((noinline)) int64_t prune_scattered(const typename Element::Storag
     if (out) out[at[slot]] = buffer[slot];
     if (out_f32) out_f32[at_f32[slot]] = buffer_f32[slot];
   }
-  return sum(pruner.zeros);
+  return sum(pruner.nonzeros);
 }
 
 // Few channels: a block spans pixels, with four slots for each counter even where C % 4 != 0.
@@ -293,8 +293,8 @@ template <class Element, bool kOut, bool kF32>
 int64_t prune_narrow_row(const typename Element::Storage* g, typename Element::Storage* out,
                          float* out_f32, const Row& row, const PruneSpec& spec) {
   const KeySchedule keys = key_schedule(spec);
-  Pruner pruner = {broadcast_float(spec.tau), zero_words()};
-  int64_t zeros = 0;
+  Pruner pruner = make_pruner(spec.tau);
+  int64_t nonzeros = 0;
   const int64_t quads = (row.channels + 3) / 4;
   const int64_t counters = row.pixels * quads;
   const bool dense = row.channels % 4 == 0 && row.pixel_stride == row.channels &&
@@ -318,12 +318,12 @@ int64_t prune_narrow_row(const typename Element::Storage* g, typename Element::S
         prune_block<Element, kOut, kF32>(g + 4 * c, kOut ? out + 4 * c : nullptr,
                                          kF32 ? out_f32 + 4 * c : nullptr, group[i], pruner);
       } else if (c < counters) {
-        zeros += prune_scattered<Element>(g, kOut ? out : nullptr, kF32 ? out_f32 : nullptr, row, c,
-                                          group[i], pruner.tau);
+        nonzeros += prune_scattered<Element>(g, kOut ? out : nullptr, kF32 ? out_f32 : nullptr, row, c,
+                                          group[i], spec.tau);
       }
     }
   }
-  return row.pixels * row.channels - sum(pruner.zeros) - zeros;
+  return nonzeros + sum(pruner.nonzeros);
 }
 
 template <class Element>
@@ -401,7 +401,7 @@ int64_t prune_planes(const void* g_data, void* out_data, int64_t plane_stride, u
   using Storage = typename Element::Storage;
   constexpr int kPlanes = 2 * kGroup;
   const KeySchedule keys = key_schedule(spec);
-  Pruner pruner = {broadcast_float(spec.tau), zero_words()};
+  Pruner pruner = make_pruner(spec.tau);
   uint64_t even[kCounters], odd[kCounters];
   for (int i = 0; i < kCounters; ++i) {
     even[i] = static_cast<uint64_t>(2 * i);
@@ -449,15 +449,14 @@ int64_t prune_planes(const void* g_data, void* out_data, int64_t plane_stride, u
       const auto size =
           static_cast<size_t>(pixels - i < kLanes ? pixels - i : kLanes) * sizeof(Storage);
       for (int j = 0; j < planes; ++j) {
-        Storage buffer[kLanes];
-        pad<Element>(buffer, kLanes);
+        Storage buffer[kLanes] = {};
         memcpy(buffer, g + j * plane_stride + i, size);
         Element::store(buffer, pruner(Element::load(buffer), words[j]));
         memcpy(out + j * plane_stride + i, buffer, size);
       }
     }
   }
-  return (c_end - c_begin) * pixels - sum(pruner.zeros);
+  return sum(pruner.nonzeros);
 }
 
 // ---- sum of magnitudes
@@ -512,6 +511,9 @@ int64_t prune_pixels_nhwc(const void* g, DType dtype, int64_t pixel_stride, void
                           int64_t pixels, int64_t channels, const PruneSpec& spec) {
   if (spec.tau == 0.0f)
     return load_pixels_nhwc(g, dtype, pixel_stride, out, out_f32, f32_stride, pixels, channels);
+  if (spec.tau < kSmallestTau)
+    return prune_kernels_baseline.prune_pixels_nhwc(g, dtype, pixel_stride, out, out_f32,
+                                                    f32_stride, n, h, w, pixels, channels, spec);
   const Row row = {pixel_stride, f32_stride, n, h, w, pixels, channels};
   return dtype == DType::kFloat32 ? prune_row<Float32>(g, out, out_f32, row, spec)
                                   : prune_row<BFloat16>(g, out, out_f32, row, spec);
@@ -520,6 +522,9 @@ int64_t prune_pixels_nhwc(const void* g, DType dtype, int64_t pixel_stride, void
 int64_t prune_planes_nchw(const void* g, DType dtype, int64_t plane_stride, void* out, uint32_t n,
                           int64_t c_begin, int64_t c_end, int64_t first, int64_t pixels,
                           int64_t width, const PruneSpec& spec) {
+  if (spec.tau < kSmallestTau)
+    return prune_kernels_baseline.prune_planes_nchw(g, dtype, plane_stride, out, n, c_begin, c_end,
+                                                    first, pixels, width, spec);
   const auto kernel = dtype == DType::kFloat32 ? &prune_planes<Float32> : &prune_planes<BFloat16>;
   return kernel(g, out, plane_stride, n, c_begin, c_end, first, pixels, width, spec);
 }

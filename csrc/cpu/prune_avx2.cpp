@@ -82,18 +82,20 @@ inline int64_t sum(Words a) {
 inline Floats broadcast_float(float x) { return _mm256_set1_ps(x); }
 inline Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats absolute(Floats a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
-inline Floats uniform(Words words) {
-  return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_srli_epi32(words, 8)), _mm256_set1_ps(0x1p-24f));
-}
 
-inline Floats prune_vector(Floats g, Floats tau, Floats tau_r, Words& zeros) {
+// The high 24 bits of each word: uniform on [0, 1) in units of kRandomUnit.
+constexpr float kRandomUnit = 0x1p-24f;
+inline Floats random_bits(Words words) { return _mm256_cvtepi32_ps(_mm256_srli_epi32(words, 8)); }
+
+// copysign(max(|g|, tau), g) where |g| > t or g is a NaN, else +0.
+inline Floats keep_above(Floats g, Floats t, Floats tau, Words& nonzeros) {
   const Floats sign = _mm256_set1_ps(-0.0f);
   const Floats magnitude = _mm256_andnot_ps(sign, g);
-  const Floats below = _mm256_cmp_ps(magnitude, tau, _CMP_LT_OQ);
-  const Floats zero = _mm256_and_ps(below, _mm256_cmp_ps(magnitude, tau_r, _CMP_LE_OQ));
-  zeros = _mm256_sub_epi32(zeros, _mm256_castps_si256(zero));
-  const Floats signed_tau = _mm256_or_ps(_mm256_and_ps(sign, g), tau);
-  return _mm256_andnot_ps(zero, _mm256_blendv_ps(g, signed_tau, below));
+  const Floats keep = _mm256_cmp_ps(magnitude, t, _CMP_NLE_UQ);
+  nonzeros = _mm256_sub_epi32(nonzeros, _mm256_castps_si256(keep));
+  // The second operand is the result where one is a NaN.
+  const Floats raised = _mm256_max_ps(tau, magnitude);
+  return _mm256_and_ps(keep, _mm256_or_ps(_mm256_and_ps(sign, g), raised));
 }
 
 inline void count_nonzeros(Floats a, Words& nonzeros) {

@@ -72,20 +72,23 @@ inline int64_t sum(Words a) { return _mm512_reduce_add_epi32(a); }
 inline Floats broadcast_float(float x) { return _mm512_set1_ps(x); }
 inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats absolute(Floats a) { return _mm512_abs_ps(a); }
-inline Floats uniform(Words words) {
-  return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(words, 8)), _mm512_set1_ps(0x1p-24f));
+
+// The high 24 bits of each word in place: uniform on [0, 1) in units of kRandomUnit.
+constexpr float kRandomUnit = 0x1p-32f;
+inline Floats random_bits(Words words) {
+  return _mm512_cvtepu32_ps(_mm512_and_si512(words, _mm512_set1_epi32(~0xFF)));
 }
 
-inline Floats prune_vector(Floats g, Floats tau, Floats tau_r, Words& zeros) {
+// copysign(max(|g|, tau), g) where |g| > t or g is a NaN, else +0.
+inline Floats keep_above(Floats g, Floats t, Floats tau, Words& nonzeros) {
   const Floats magnitude = _mm512_abs_ps(g);
-  const __mmask16 below = _mm512_cmp_ps_mask(magnitude, tau, _CMP_LT_OQ);
-  const __mmask16 zero = _mm512_mask_cmp_ps_mask(below, magnitude, tau_r, _CMP_LE_OQ);
-  zeros = _mm512_mask_sub_epi32(zeros, zero, zeros, _mm512_set1_epi32(-1));
-  // Below tau: the sign of g, the rest of tau.
-  const __m512i kept = _mm512_mask_ternarylogic_epi32(
-      _mm512_castps_si512(g), below, _mm512_castps_si512(tau),
-      _mm512_set1_epi32(static_cast<int>(0x80000000u)), 0xE4);
-  return _mm512_castsi512_ps(_mm512_mask_mov_epi32(kept, zero, _mm512_setzero_si512()));
+  const __mmask16 keep = _mm512_cmp_ps_mask(magnitude, t, _CMP_NLE_UQ);
+  nonzeros = _mm512_mask_sub_epi32(nonzeros, keep, nonzeros, _mm512_set1_epi32(-1));
+  // The second operand is the result where one is a NaN.
+  const Floats raised = _mm512_max_ps(tau, magnitude);
+  return _mm512_castsi512_ps(_mm512_maskz_ternarylogic_epi32(
+      keep, _mm512_castps_si512(g), _mm512_castps_si512(raised),
+      _mm512_set1_epi32(static_cast<int>(0x80000000u)), 0xE4));
 }
 
 inline void count_nonzeros(Floats a, Words& nonzeros) {

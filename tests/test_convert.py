@@ -85,6 +85,7 @@ def test_models_are_converted_and_reverted(name):
         (lambda x: F.dropout(x + 1).flatten(1).relu(), "input"),
         (lambda x: F.relu(torch.cat([x, x], 1)), "input"),
         (lambda x: F.relu(F.avg_pool2d(x, 2)), "input"),
+        (lambda x: F.relu(x.view(x.size(0), x.shape[1], -1) + torch.zeros(x.shape[-1])), "input"),
         (nn.ReLU6(), "input"),
         (nn.Sequential(nn.Dropout2d(), nn.Identity(), nn.ReLU()), "input"),
         (nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), "output"),

@@ -93,7 +93,8 @@ def test_one_version():
 
 
 def test_every_package_is_listed():
-    folders = {".".join(init.parent.relative_to(ROOT / "python").parts) for init in (ROOT / "python").rglob("__init__.py")}
+    python = ROOT / "python"
+    folders = {".".join(init.parent.relative_to(python).parts) for init in python.rglob("__init__.py")}
     setuptools = PYPROJECT["tool"]["setuptools"]
     assert set(setuptools["packages"]) == folders | {"sparsebwd.bench"}
     assert setuptools["package-dir"] == {"": "python", "sparsebwd.bench": "bench"}
@@ -115,7 +116,7 @@ def test_pinned_requirements_cover_what_the_package_declares():
 
 
 def test_metadata(tmp_path):
-    build = "import setuptools.build_meta as b; print(b.prepare_metadata_for_build_wheel({!r}))".format(str(tmp_path))
+    build = f"import setuptools.build_meta as b; b.prepare_metadata_for_build_wheel({str(tmp_path)!r})"
     subprocess.run([sys.executable, "-c", build], cwd=ROOT, check=True, capture_output=True)
     (info,) = tmp_path.glob("sparsebwd-*.dist-info")
     metadata = (info / "METADATA").read_text("utf-8")

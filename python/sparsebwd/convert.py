@@ -46,6 +46,8 @@ _PASSING_CALLS = {
     "add", "add_", "sub", "mul", "mul_", "div", "view", "reshape", "flatten", "permute", "transpose", "contiguous",
     "chunk", "split", "to", "type_as", "float", "clone",
 }  # fmt: skip
+# What asks about a tensor without passing a gradient back to it.
+_QUERIES = {"size", "dim", "numel", "shape", "ndim", "dtype", "device"}
 
 
 @dataclass(frozen=True)
@@ -136,12 +138,17 @@ def _node_kind(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, str]:
     return "other", f"{called}()"
 
 
+def _asks_only(node: fx.Node) -> bool:
+    asked = node.args[1] if node.target is getattr else node.target
+    return (node.op == "call_method" or node.target is getattr) and asked in _QUERIES
+
+
 def _deciders(conv: fx.Node, modules: dict[str, nn.Module]) -> set[tuple[str, str]]:
     """The first node on each path from ``conv`` that decides what the gradient of its output looks like."""
     found, seen, queue = set(), set(), list(conv.users)
     while queue:
         node = queue.pop()
-        if node in seen:
+        if node in seen or _asks_only(node):
             continue
         seen.add(node)
         kind, called = _node_kind(node, modules)

@@ -15,6 +15,39 @@ constexpr int kBlock = 4 * kCounters;  // channels that a Counters vector serves
 constexpr int kGroup = 4;              // blocks computed together, to hide latency
 constexpr int kPartialSums = 32;       // of the definition of abs_sum
 
+// ---- elements
+
+struct Pair {
+  Floats a, b;
+};
+
+// Two vectors of elements at a time: `a` holds the first kLanes, `b` the others.
+struct Float32 {
+  using Storage = float;
+  static inline Pair load_pair(const float* p) { return {load(p), load(p + kLanes)}; }
+  static inline void store_pair(float* p, Pair v) {
+    store(p, v.a);
+    store(p + kLanes, v.b);
+  }
+  static inline void store_pair_f32(float* p, Pair v) { store_pair(p, v); }
+  // The index of the element in lane `lane` of vector `part` of a pair.
+  static inline int index(int part, int lane) { return part * kLanes + lane; }
+};
+
+// `a` holds the elements of even index, `b` those of odd index. Storing truncates, which is exact:
+// every value came from a bfloat16 or is tau, which was rounded to one.
+struct BFloat16 {
+  using Storage = uint16_t;
+  static inline Pair load_pair(const uint16_t* p) {
+    Pair v;
+    load_even_odd(p, v.a, v.b);
+    return v;
+  }
+  static inline void store_pair(uint16_t* p, Pair v) { store_even_odd(p, v.a, v.b); }
+  static inline void store_pair_f32(float* p, Pair v) { store_zipped(p, v.a, v.b); }
+  static inline int index(int part, int lane) { return 2 * lane + part; }
+};
+
 // ---- Philox
 
 struct KeySchedule {
@@ -34,6 +67,37 @@ inline KeySchedule key_schedule(const PruneSpec& spec) {
 struct State {
   Counters x0, x1, x2, x3;
 };
+
+// Words for a pair of vectors of a block.
+struct WordPair {
+  Words a, b;
+};
+
+// Numbers of a block's counters in the order of the lanes of a state, and the words of its
+// elements, in the order of Element's pairs.
+template <class Element>
+inline const uint64_t* counter_order();
+template <class Element>
+inline WordPair block_words(const State& s);
+
+template <>
+inline const uint64_t* counter_order<Float32>() {
+  return kUnpackOrder;
+}
+template <>
+inline WordPair block_words<Float32>(const State& s) {
+  const Counters x01 = interleave(s.x0, s.x1), x23 = interleave(s.x2, s.x3);
+  return {unpack_low(x01, x23), unpack_high(x01, x23)};
+}
+
+template <>
+inline const uint64_t* counter_order<BFloat16>() {
+  return kLaneNumbers;
+}
+template <>
+inline WordPair block_words<BFloat16>(const State& s) {
+  return {words_of(interleave(s.x0, s.x2)), words_of(interleave(s.x1, s.x3))};
+}
 
 // The rounds from number First (counted from 0) on, of a group of independent states.
 template <int First>
@@ -82,7 +146,7 @@ inline void start_pixels(PixelStates& states, const PruneSpec& spec, const KeySc
   states.x2_round3 = xor2(broadcast_counter(round2_p0), keys.k1[2]);
   for (int64_t i = 0; i < pixels; i += kCounters) {
     const Counters column =
-        add(broadcast_counter(w + static_cast<uint32_t>(i)), load_counters(kFirstCounters));
+        add(broadcast_counter(w + static_cast<uint32_t>(i)), load_counters(kLaneNumbers));
     const Counters round1_p0 = multiply(xor2(column, broadcast_counter(spec.w_xor)), m0);
     const Counters round3_p1 = multiply(xor2(round1_p0, round2_x2), m1);
     store(states.x2_round1 + i, xor2(high(round1_p0), keys.k1[0]));
@@ -91,11 +155,13 @@ inline void start_pixels(PixelStates& states, const PruneSpec& spec, const KeySc
   }
 }
 
-// The first three rounds of the counters of a pixel, from number c4 on.
+// The first three rounds of the counters of a pixel, from number c4 on, in the order that
+// block_words<Element> needs.
+template <class Element>
 inline State three_rounds(const PixelStates& states, int64_t pixel, uint64_t c4) {
   // c4 is a multiple of the number of lanes: xor adds it to the lanes' own numbers.
   const Counters round1_x2 =
-      xor2(load_counters(kMemoryOrder), broadcast_counter(c4 ^ states.x2_round1[pixel]));
+      xor2(load_counters(counter_order<Element>()), broadcast_counter(c4 ^ states.x2_round1[pixel]));
   const Counters p1 = multiply(round1_x2, broadcast_counter(kPhiloxMultiplier1));
   const Counters p0 =
       multiply(xor2(high(p1), states.x0_round2), broadcast_counter(kPhiloxMultiplier0));
@@ -162,21 +228,15 @@ inline Pruner make_pruner(float tau) {
   return {broadcast_float(tau), broadcast_float(tau * kRandomUnit), zero_words()};
 }
 
-// kBlock elements in channels_last order; lane i of the state is counter kMemoryOrder[i] of them.
+// kBlock elements.
 template <class Element, bool kOut, bool kF32>
 inline void prune_block(const typename Element::Storage* g, typename Element::Storage* out,
                         float* out_f32, const State& state, Pruner& pruner) {
-  const Counters x01 = interleave(state.x0, state.x1), x23 = interleave(state.x2, state.x3);
-  const Floats first = pruner(Element::load(g), unpack_low(x01, x23));
-  const Floats second = pruner(Element::load(g + kLanes), unpack_high(x01, x23));
-  if (kOut) {
-    Element::store(out, first);
-    Element::store(out + kLanes, second);
-  }
-  if (kF32) {
-    Float32::store(out_f32, first);
-    Float32::store(out_f32 + kLanes, second);
-  }
+  const WordPair words = block_words<Element>(state);
+  Pair v = Element::load_pair(g);
+  v = {pruner(v.a, words.a), pruner(v.b, words.b)};
+  if (kOut) Element::store_pair(out, v);
+  if (kF32) Element::store_pair_f32(out_f32, v);
 }
 
 // A block that only its first `count` elements fill. Returns the number of non-zeros.
@@ -224,7 +284,7 @@ int64_t prune_wide_row(const typename Element::Storage* g, typename Element::Sto
       int64_t at[kGroup], at_f32[kGroup], count[kGroup];
 #pragma GCC unroll 8
       for (int i = 0; i < kGroup; ++i) {
-        group[i] = three_rounds(states, pixel, static_cast<uint64_t>(block) * kCounters);
+        group[i] = three_rounds<Element>(states, pixel, static_cast<uint64_t>(block) * kCounters);
         at[i] = offset + block * kBlock;
         at_f32[i] = offset_f32 + block * kBlock;
         count[i] = pixel < pixels ? kBlock : 0;
@@ -299,7 +359,7 @@ int64_t prune_narrow_row(const typename Element::Storage* g, typename Element::S
   const int64_t counters = row.pixels * quads;
   const bool dense = row.channels % 4 == 0 && row.pixel_stride == row.channels &&
                      (!kF32 || row.f32_stride == row.channels);
-  Walk walk = walk_from(row.w, 0, static_cast<uint32_t>(quads), kMemoryOrder);
+  Walk walk = walk_from(row.w, 0, static_cast<uint32_t>(quads), counter_order<Element>());
   const WalkStep step = walk_step(kCounters, static_cast<uint32_t>(quads));
   const Counters w_xor = broadcast_counter(spec.w_xor);
   const Counters h = broadcast_counter(row.h ^ spec.h_xor);
@@ -352,23 +412,25 @@ int64_t load_row(const typename Element::Storage* g, typename Element::Storage* 
     channels *= pixels;
     pixels = 1;
   }
-  const int64_t whole = channels / kLanes * kLanes;
+  const int64_t whole = channels / kBlock * kBlock;
   const auto rest = static_cast<size_t>(channels - whole);
   Words nonzeros = zero_words();
   for (int64_t i = 0; i < pixels; ++i) {
-    for (int64_t c = 0; c < whole; c += kLanes) {
-      const Floats value = Element::load(g + c);
-      count_nonzeros(value, nonzeros);
-      if (kOut) Element::store(out + c, value);
-      if (kF32) Float32::store(out_f32 + c, value);
+    for (int64_t c = 0; c < whole; c += kBlock) {
+      const Pair v = Element::load_pair(g + c);
+      count_nonzeros(v.a, nonzeros);
+      count_nonzeros(v.b, nonzeros);
+      if (kOut) Element::store_pair(out + c, v);
+      if (kF32) Element::store_pair_f32(out_f32 + c, v);
     }
     if (rest) {
-      typename Element::Storage buffer[kLanes] = {};
-      float buffer_f32[kLanes];
+      typename Element::Storage buffer[kBlock] = {};
+      float buffer_f32[kBlock];
       memcpy(buffer, g + whole, rest * sizeof(*buffer));
-      const Floats value = Element::load(buffer);
-      count_nonzeros(value, nonzeros);
-      Float32::store(buffer_f32, value);
+      const Pair v = Element::load_pair(buffer);
+      count_nonzeros(v.a, nonzeros);
+      count_nonzeros(v.b, nonzeros);
+      Element::store_pair_f32(buffer_f32, v);
       if (kOut) memcpy(out + whole, buffer, rest * sizeof(*buffer));
       if (kF32) memcpy(out_f32 + whole, buffer_f32, rest * sizeof(*buffer_f32));
     }
@@ -442,8 +504,7 @@ int64_t prune_planes(const void* g_data, void* out_data, int64_t plane_stride, u
       if (planes == kPlanes && pixels - i >= kLanes) {
 #pragma GCC unroll 8
         for (int j = 0; j < kPlanes; ++j)
-          Element::store(out + j * plane_stride + i,
-                         pruner(Element::load(g + j * plane_stride + i), words[j]));
+          store(out + j * plane_stride + i, pruner(load(g + j * plane_stride + i), words[j]));
         continue;
       }
       const auto size =
@@ -451,7 +512,7 @@ int64_t prune_planes(const void* g_data, void* out_data, int64_t plane_stride, u
       for (int j = 0; j < planes; ++j) {
         Storage buffer[kLanes] = {};
         memcpy(buffer, g + j * plane_stride + i, size);
-        Element::store(buffer, pruner(Element::load(buffer), words[j]));
+        store(buffer, pruner(load(buffer), words[j]));
         memcpy(out + j * plane_stride + i, buffer, size);
       }
     }
@@ -464,33 +525,45 @@ int64_t prune_planes(const void* g_data, void* out_data, int64_t plane_stride, u
 template <class Element>
 double abs_sum(const void* data, int64_t count, int64_t* nonzeros) {
   const auto* g = static_cast<const typename Element::Storage*>(data);
-  constexpr int kVectors = kPartialSums / kCounters;  // a Doubles has as many lanes as a Counters
-  Doubles sums[kVectors];
-  for (int v = 0; v < kVectors; ++v) sums[v] = zero_doubles();
+  constexpr int kPairs = kPartialSums / kBlock;
+  Doubles sums[kPairs][2][2];  // of [pair][vector of the pair][half of the vector]
+  for (auto& pair : sums)
+    for (auto& part : pair) part[0] = part[1] = zero_doubles();
   Words found = zero_words();
-  const auto add_chunk = [&](const typename Element::Storage* chunk) {
+  const auto add_elements = [&](const typename Element::Storage* chunk) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; v += 2) {
-      const Floats value = Element::load(chunk + v * kCounters);
-      count_nonzeros(value, found);
-      const Floats magnitude = absolute(value);
-      sums[v] = add(sums[v], widen_low(magnitude));
-      sums[v + 1] = add(sums[v + 1], widen_high(magnitude));
+    for (int i = 0; i < kPairs; ++i) {
+      const Pair v = Element::load_pair(chunk + i * kBlock);
+      const Floats parts[2] = {absolute(v.a), absolute(v.b)};
+#pragma GCC unroll 8
+      for (int part = 0; part < 2; ++part) {
+        count_nonzeros(parts[part], found);
+        sums[i][part][0] = add(sums[i][part][0], widen_low(parts[part]));
+        sums[i][part][1] = add(sums[i][part][1], widen_high(parts[part]));
+      }
     }
   };
   int64_t i = 0;
-  for (; i + kPartialSums <= count; i += kPartialSums) add_chunk(g + i);
+  for (; i + kPartialSums <= count; i += kPartialSums) add_elements(g + i);
   if (i < count) {
     typename Element::Storage buffer[kPartialSums] = {};
     memcpy(buffer, g + i, static_cast<size_t>(count - i) * sizeof(*buffer));
-    add_chunk(buffer);
+    add_elements(buffer);
   }
-  double lanes[kPartialSums];
-  for (int v = 0; v < kVectors; ++v) store(lanes + v * kCounters, sums[v]);
+  double partial[kPartialSums];
+  for (int pair = 0; pair < kPairs; ++pair) {
+    for (int part = 0; part < 2; ++part) {
+      double lanes[kLanes];
+      store(lanes, sums[pair][part][0]);
+      store(lanes + kCounters, sums[pair][part][1]);
+      for (int lane = 0; lane < kLanes; ++lane)
+        partial[pair * kBlock + Element::index(part, lane)] = lanes[lane];
+    }
+  }
   for (int half = kPartialSums / 2; half > 0; half /= 2)
-    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    for (int j = 0; j < half; ++j) partial[j] += partial[j + half];
   *nonzeros = sum(found);
-  return lanes[0];
+  return partial[0];
 }
 
 // ---- the table

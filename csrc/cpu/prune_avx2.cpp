@@ -15,31 +15,42 @@ using Doubles = __m256d;
 using Counters = __m256i;
 constexpr int kLanes = 8;
 
-// Numbers of the lanes, and the same in the order in which unpack_low and unpack_high, after
-// interleave, put the words of a block into memory order.
-constexpr uint64_t kFirstCounters[] = {0, 1, 2, 3};
-constexpr uint64_t kMemoryOrder[] = {0, 2, 1, 3};
+// Numbers of the lanes of a Counters vector; and the order of them that unpack_low and unpack_high
+// undo.
+constexpr uint64_t kLaneNumbers[] = {0, 1, 2, 3};
+constexpr uint64_t kUnpackOrder[] = {0, 2, 1, 3};
 
-struct Float32 {
-  using Storage = float;
-  static inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
-  static inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
-};
+inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
 
-struct BFloat16 {
-  using Storage = uint16_t;
-  static inline Floats load(const uint16_t* p) {
-    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-  }
-  // Exact: every value stored came from a bfloat16 or is tau, which was rounded to one.
-  static inline void store(uint16_t* p, Floats v) {
-    const __m256i bits = _mm256_srli_epi32(_mm256_castps_si256(v), 16);
-    const __m128i packed =
-        _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
-  }
-};
+inline Floats load(const uint16_t* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+inline void store(uint16_t* p, Floats v) {
+  const __m256i bits = _mm256_srli_epi32(_mm256_castps_si256(v), 16);
+  _mm_storeu_si128(
+      reinterpret_cast<__m128i*>(p),
+      _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1)));
+}
+
+// 2 * kLanes bfloat16, those of even and those of odd index.
+inline void load_even_odd(const uint16_t* p, Floats& even, Floats& odd) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  even = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+  odd = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(~0xFFFF)));
+}
+inline void store_even_odd(uint16_t* p, Floats even, Floats odd) {
+  const __m256i low = _mm256_srli_epi32(_mm256_castps_si256(even), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm256_or_si256(low, _mm256_castps_si256(odd)));
+}
+// Stores even[0], odd[0], even[1], odd[1] and so on.
+inline void store_zipped(float* p, Floats even, Floats odd) {
+  const Floats low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+  store(p, _mm256_permute2f128_ps(low, high, 0x20));
+  store(p + kLanes, _mm256_permute2f128_ps(low, high, 0x31));
+}
 
 inline Counters broadcast_counter(uint64_t x) {
   return _mm256_set1_epi64x(static_cast<int64_t>(x));

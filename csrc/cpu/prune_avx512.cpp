@@ -15,29 +15,40 @@ using Doubles = __m512d;
 using Counters = __m512i;
 constexpr int kLanes = 16;
 
-// Numbers of the lanes, and the same in the order in which unpack_low and unpack_high, after
-// interleave, put the words of a block into memory order.
-constexpr uint64_t kFirstCounters[] = {0, 1, 2, 3, 4, 5, 6, 7};
-constexpr uint64_t kMemoryOrder[] = {0, 4, 1, 5, 2, 6, 3, 7};
+// Numbers of the lanes of a Counters vector; and the order of them that unpack_low and unpack_high
+// undo.
+constexpr uint64_t kLaneNumbers[] = {0, 1, 2, 3, 4, 5, 6, 7};
+constexpr uint64_t kUnpackOrder[] = {0, 4, 1, 5, 2, 6, 3, 7};
 
-struct Float32 {
-  using Storage = float;
-  static inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
-  static inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
-};
+inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
 
-struct BFloat16 {
-  using Storage = uint16_t;
-  static inline Floats load(const uint16_t* p) {
-    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-  }
-  // Exact: every value stored came from a bfloat16 or is tau, which was rounded to one.
-  static inline void store(uint16_t* p, Floats v) {
-    const __m512i bits = _mm512_srli_epi32(_mm512_castps_si512(v), 16);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bits));
-  }
-};
+inline Floats load(const uint16_t* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+inline void store(uint16_t* p, Floats v) {
+  const __m512i bits = _mm512_srli_epi32(_mm512_castps_si512(v), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bits));
+}
+
+// 2 * kLanes bfloat16, those of even and those of odd index.
+inline void load_even_odd(const uint16_t* p, Floats& even, Floats& odd) {
+  const __m512i bits = _mm512_loadu_si512(p);
+  even = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+  odd = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(~0xFFFF)));
+}
+inline void store_even_odd(uint16_t* p, Floats even, Floats odd) {
+  const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
+  _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_castps_si512(odd)));
+}
+// Stores even[0], odd[0], even[1], odd[1] and so on.
+inline void store_zipped(float* p, Floats even, Floats odd) {
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  store(p, _mm512_permutex2var_ps(even, first, odd));
+  store(p + kLanes, _mm512_permutex2var_ps(even, second, odd));
+}
 
 inline Counters broadcast_counter(uint64_t x) {
   return _mm512_set1_epi64(static_cast<int64_t>(x));

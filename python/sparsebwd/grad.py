@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .functional import check_backend, check_operands
-from .problem import as_pair
+from .problem import Pair, as_int, as_pair
 
 __all__ = ["conv2d_input", "conv2d_weight"]
 
@@ -47,15 +47,9 @@ def conv2d_input(
     """
     check_operands(weight=weight, grad_output=grad_output)
     check_backend(backend)
+    geometry = _geometry(stride, padding, dilation, groups)
     return torch.ops.sparsebwd.conv2d_input(
-        input_size,
-        weight,
-        grad_output,
-        as_pair(stride, "stride"),
-        as_pair(padding, "padding"),
-        as_pair(dilation, "dilation"),
-        groups,
-        backend,
+        _size(input_size, "input_size"), weight, grad_output, *geometry, backend
     )
 
 
@@ -89,13 +83,29 @@ def conv2d_weight(
     """
     check_operands(input=input, grad_output=grad_output)
     check_backend(backend)
+    geometry = _geometry(stride, padding, dilation, groups)
     return torch.ops.sparsebwd.conv2d_weight(
-        input,
-        weight_size,
-        grad_output,
+        input, _size(weight_size, "weight_size"), grad_output, *geometry, backend
+    )
+
+
+def _size(size: Sequence[int], name: str) -> Sequence[int]:
+    if not isinstance(size, Sequence) or not all(isinstance(length, int) for length in size):
+        raise TypeError(f"{name}: got {size!r}; accepted: four ints")
+    if len(size) != 4:
+        raise ValueError(f"{name}: got {size!r}; accepted: four ints")
+    return size
+
+
+def _geometry(
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+) -> tuple[Pair, Pair, Pair, int]:
+    return (
         as_pair(stride, "stride"),
         as_pair(padding, "padding"),
         as_pair(dilation, "dilation"),
-        groups,
-        backend,
+        as_int(groups, "groups"),
     )

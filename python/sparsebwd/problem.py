@@ -14,6 +14,13 @@ _SIZES = "nchwkrs"
 _OPTIONS = {"u": "stride", "p": "padding", "d": "dilation", "g": "groups"}
 
 
+def as_int(value: int, name: str) -> int:
+    """Return ``value``. Raises TypeError if it is not an int."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}; accepted: an int")
+    return value
+
+
 def as_pair(value: int | Sequence[int], name: str) -> Pair:
     """Return ``value`` as a pair of ints (height, width); one int stands for both.
 
@@ -118,11 +125,12 @@ class ConvProblem:
     ) -> ConvProblem:
         """Build from the shapes (N, C, H, W) of the input and (K, C/groups, R, S) of the weight.
 
-        Raises ValueError if they do not fit together.
+        Raises ValueError if they do not fit together, TypeError for what is not made of ints.
         """
         for name, size in (("input", input_size), ("weight", weight_size)):
             if len(size) != 4:
                 raise ValueError(f"{name}: got shape {tuple(size)}; accepted: 4 dimensions")
+        groups = as_int(groups, "groups")
         n, c, h, w = input_size
         k, c_per_group, r, s = weight_size
         if c != c_per_group * groups:

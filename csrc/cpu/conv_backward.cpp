@@ -15,10 +15,18 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Panels of operands that the inner loops read at random: they have to stay in L1.
 constexpr int64_t kPanelBytes = 40 * 1024;
+// Panels of weights share L1 with the partial sums.
+constexpr int64_t kWeightPanelBytes = 32 * 1024;
 // Partial sums of AGB for a band of rows: L2.
 constexpr int64_t kBandBytes = 320 * 1024;
-// Elements of the gradient whose lists are built before they are consumed.
-constexpr int64_t kChunkElements = 512 * 1024;
+// Most output channels of a panel of weights.
+constexpr int64_t kMaxKBlock = 512;
+// Pixels whose lists are sorted by length together.
+constexpr int64_t kSortedPixels = 64;
+// Elements of the gradient, for each thread, whose lists are built before they are consumed, so that
+// the lists stay in L2; but enough pixels to make a panel of weights worth its fetching.
+constexpr int64_t kChunkElements = 128 * 1024;
+constexpr int64_t kChunkPixels = 512;
 // Pixels whose pruned values are staged between pruning and listing.
 constexpr int64_t kTilePixels = 32;
 
@@ -51,6 +59,7 @@ class Buffer {
 struct Workspace {
   Buffer pixel_values, pixel_offsets, pixel_counts;
   Buffer channel_values, channel_offsets, channel_counts;
+  Buffer visits, visit_counts, channel_order;
   Buffer operand_offsets, weight_panels, weight_sums, scratch, nonzeros;
 };
 
@@ -58,16 +67,17 @@ struct Workspace {
 
 struct AgbPlan {
   const AgbKernel* kernel = nullptr;
-  int64_t channels;      // input channels of a convolution group
-  int64_t channel_blocks;  // of kernel->group
-  int64_t column_taps;   // kernel columns / taps of the inner kernel
+  int64_t channels;           // input channels of a convolution group
+  int64_t channel_blocks;     // of kernel->group
+  int64_t column_taps;        // kernel columns / taps of the inner kernel
   int64_t k_block, k_blocks;  // output channels of a panel; panels of a convolution group
   int64_t panel_floats;
-  int64_t capacity;      // entries of the list of one row and k-block
-  int64_t padded_w;      // columns of a row of partial sums
-  int64_t band_rows;
+  int64_t capacity;  // entries of the list of one row and k-block
+  int64_t padded_w;  // columns of a row of partial sums
+  int64_t images;    // of a tile: the same row of so many images
 
   uint32_t step() const { return static_cast<uint32_t>(kernel->taps * kernel->group * 4); }
+  int64_t row_floats() const { return padded_w * kernel->group; }
 };
 
 AgbPlan plan_agb(const ConvKernels& kernels, const ConvProblem& problem) {
@@ -75,9 +85,7 @@ AgbPlan plan_agb(const ConvKernels& kernels, const ConvProblem& problem) {
   plan.channels = problem.c / problem.groups;
   for (int i = 0; i < kernels.agb_count; ++i) {
     const AgbKernel& kernel = kernels.agb[i];
-    const bool fits = kernel.taps == 1 || (kernel.taps == problem.s && problem.dil_w == 1 &&
-                                           kernel.stride == problem.stride_w);
-    if (!fits) continue;
+    if (kernel.taps > 1 && (kernel.taps != problem.s || problem.dil_w != 1)) continue;
     // Once a kernel with more taps fits, one with a single tap is never better.
     if (plan.kernel && kernel.taps < plan.kernel->taps) break;
     plan.kernel = &kernel;
@@ -87,7 +95,8 @@ AgbPlan plan_agb(const ConvKernels& kernels, const ConvProblem& problem) {
   const int64_t k_channels = problem.k / problem.groups;
   plan.channel_blocks = ceil_div(plan.channels, kernel.group);
   plan.column_taps = problem.s / kernel.taps;
-  const int64_t fitting = kPanelBytes / plan.step() / kernels.lanes * kernels.lanes;
+  const int64_t fitting =
+      std::min(kMaxKBlock, kWeightPanelBytes / plan.step() / kernels.lanes * kernels.lanes);
   plan.k_blocks = ceil_div(k_channels, std::max<int64_t>(fitting, kernels.lanes));
   plan.k_block = round_up(ceil_div(k_channels, plan.k_blocks), kernels.lanes);
   plan.k_blocks = ceil_div(k_channels, plan.k_block);
@@ -95,7 +104,7 @@ AgbPlan plan_agb(const ConvKernels& kernels, const ConvProblem& problem) {
   plan.capacity = problem.q() * std::min(plan.k_block, k_channels) + kernels.lanes;
   plan.padded_w = std::max(problem.w + 2 * problem.pad_w,
                            (problem.q() - 1) * problem.stride_w + (problem.s - 1) * problem.dil_w + 1);
-  plan.band_rows = std::max<int64_t>(1, kBandBytes / (plan.padded_w * kernel.group * 4));
+  plan.images = std::max<int64_t>(1, std::min(problem.n, kSortedPixels / problem.q()));
   return plan;
 }
 
@@ -198,8 +207,10 @@ class Backward {
   bool staged() const { return call_.prune || call_.pruned || call_.dtype != DType::kFloat32; }
 
   void prepare() {
-    const int64_t image_elements = p_ * q_ * problem_.k;
-    chunk_images_ = round_up(std::max<int64_t>(1, kChunkElements / std::max<int64_t>(1, image_elements)),
+    const int64_t image_pixels = std::max<int64_t>(1, p_ * q_);
+    const int64_t pixels = std::max(kChunkPixels, kChunkElements * pool_.threads / problem_.k);
+    // A panel never crosses the end of a chunk, so that results do not depend on it.
+    chunk_images_ = round_up(std::max({int64_t{1}, pixels / image_pixels, agb_.images}),
                              wgc_.images);
     chunk_images_ = std::min(chunk_images_, round_up(problem_.n, wgc_.images));
     const int64_t units = ceil_div(chunk_images_, wgc_.images) * wgc_.units_per_block;
@@ -210,7 +221,12 @@ class Backward {
       pixel_lists_ = {workspace_->pixel_values.get<float>(lists * agb_.capacity),
                       workspace_->pixel_offsets.get<uint16_t>(lists * agb_.capacity)};
       pixel_counts_ = workspace_->pixel_counts.get<uint16_t>(lists * q_);
-      scratch_floats = std::max(scratch_floats, band_floats());
+      const int64_t tiles = max_tiles() * problem_.groups * agb_.k_blocks;
+      visits_ = workspace_->visits.get<Visit>(tiles * agb_.images * q_);
+      visit_counts_ = workspace_->visit_counts.get<int64_t>(tiles);
+      band_rows_ = std::max<int64_t>(1, kBandBytes / (agb_.images * agb_.row_floats() * 4));
+      band_rows_ = std::min(band_rows_, problem_.h);
+      scratch_floats = std::max(scratch_floats, band_rows_ * agb_.images * agb_.row_floats());
       pack_weights();
     }
     if (call_.grad_weight) {
@@ -218,8 +234,11 @@ class Backward {
       channel_lists_ = {workspace_->channel_values.get<float>(lists * wgc_.capacity),
                         workspace_->channel_offsets.get<uint16_t>(lists * wgc_.capacity)};
       channel_counts_ = workspace_->channel_counts.get<uint16_t>(lists);
+      channel_order_ = workspace_->channel_order.get<uint16_t>(lists);
       scratch_floats = std::max(scratch_floats, kMaxPanelBytes / 4);
       fill_operand_offsets();
+      const int64_t channel_tasks = problem_.groups * wgc_.channel_blocks;
+      parts_ = std::min(k_group_, ceil_div(2 * pool_.threads, channel_tasks));
       const int64_t sums = problem_.groups * wgc_.channel_blocks * k_group_ * weight_sum_stride();
       weight_sums_ = workspace_->weight_sums.get<float>(sums);
       memset(weight_sums_, 0, sums * sizeof(float));
@@ -289,6 +308,7 @@ class Backward {
       if (call_.grad_input) list_rows_by_pixel(g, row, rows);
       if (call_.grad_weight) list_rows_by_channel(g, index, row - u.row, rows);
     }
+    if (call_.grad_weight) sort_channels(index);
     if (!staged()) found = count_listed(index, u);
     return found;
   }
@@ -364,13 +384,6 @@ class Backward {
     return std::min(agb_.k_block, k_group_ - block % agb_.k_blocks * agb_.k_block);
   }
 
-  int64_t band_row_floats() const { return agb_.padded_w * agb_.kernel->group; }
-  // Kernels read one step past a row's last column.
-  int64_t band_floats() const {
-    return agb_.band_rows * band_row_floats() +
-           (problem_.stride_w + agb_.kernel->taps) * agb_.kernel->group;
-  }
-
   int64_t weight_panel(int64_t k_block, int64_t channel_block, int64_t r, int64_t column_tap) const {
     const int64_t group = k_block / agb_.k_blocks;
     return (((group * agb_.channel_blocks + channel_block) * problem_.r + r) * agb_.column_taps +
@@ -416,30 +429,81 @@ class Backward {
     }
   }
 
+  // A tile: row p of the gradient in `images` neighbouring images.
+  int64_t max_tiles() const { return ceil_div(chunk_images_, agb_.images) * p_; }
+  int64_t tile_count() const { return ceil_div(image_end_ - image_begin_, agb_.images) * p_; }
+
+  struct Images {
+    int64_t first, count;
+  };
+  Images image_group(int64_t index) const {
+    const int64_t first = image_begin_ + index * agb_.images;
+    return {first, std::min(agb_.images, image_end_ - first)};
+  }
+
+  // Sorts the pixels of every tile and k-block by the number of their entries.
+  void sort_tiles() {
+    parallel_tasks(pool_, tile_count(), [&](int64_t tile, int) {
+      for (int64_t block = 0; block < problem_.groups * agb_.k_blocks; ++block)
+        sort_tile(tile, block);
+    });
+  }
+
+  void sort_tile(int64_t tile, int64_t block) {
+    const Images images = image_group(tile / p_);
+    const int64_t index = block * max_tiles() + tile;
+    Visit* const visits = visits_ + index * agb_.images * q_;
+    uint32_t position[kMaxKBlock + 1] = {};
+    for (int64_t i = 0; i < images.count; ++i) {
+      const uint16_t* counts = pixel_counts_ + pixel_list((images.first + i) * p_ + tile % p_, block) * q_;
+      for (int64_t q = 0; q < q_; ++q) ++position[counts[q]];
+    }
+    // Longest first; pixels without entries last, and left out.
+    uint32_t sum = 0;
+    for (int64_t n = kMaxKBlock; n >= 0; --n) {
+      const uint32_t here = position[n];
+      position[n] = sum;
+      sum += here;
+    }
+    visit_counts_[index] = position[0];
+    const uint32_t image_bytes = static_cast<uint32_t>(band_rows_ * agb_.row_floats() * 4);
+    const uint32_t pixel_bytes = static_cast<uint32_t>(problem_.stride_w * agb_.kernel->group * 4);
+    for (int64_t i = 0; i < images.count; ++i) {
+      const int64_t list = pixel_list((images.first + i) * p_ + tile % p_, block);
+      const uint16_t* counts = pixel_counts_ + list * q_;
+      uint32_t start = static_cast<uint32_t>(i * p_ * agb_.capacity);
+      for (int64_t q = 0; q < q_; ++q) {
+        if (counts[q])
+          visits[position[counts[q]]++] = {start, counts[q], static_cast<uint32_t>(i) * image_bytes +
+                                                                 static_cast<uint32_t>(q) * pixel_bytes};
+        start += counts[q];
+      }
+    }
+  }
+
   void run_agb() {
-    const int64_t rows = (image_end_ - image_begin_) * problem_.h;
-    const int64_t bands = ceil_div(rows, agb_.band_rows);
-    // Small bands only if there are too few for the threads.
+    sort_tiles();
+    const int64_t image_groups = ceil_div(image_end_ - image_begin_, agb_.images);
+    const int64_t bands = ceil_div(problem_.h, band_rows_);
     const int64_t channel_tasks = problem_.groups * agb_.channel_blocks;
-    int64_t band_rows = agb_.band_rows;
-    if (bands * channel_tasks < 2 * pool_.threads)
-      band_rows = std::max<int64_t>(1, ceil_div(rows * channel_tasks, 2 * pool_.threads));
-    band_rows = std::min(band_rows, agb_.band_rows);
-    const int64_t tasks = ceil_div(rows, band_rows) * channel_tasks;
-    parallel_tasks(pool_, tasks, [&](int64_t task, int worker) {
-      const int64_t first = image_begin_ * problem_.h + task / channel_tasks * band_rows;
-      const int64_t last = std::min(first + band_rows, image_end_ * problem_.h);
-      agb_band(first, last, task % channel_tasks, scratch(worker));
+    parallel_tasks(pool_, image_groups * bands * channel_tasks, [&](int64_t task, int worker) {
+      const int64_t band = task / channel_tasks;
+      const int64_t first = band % bands * band_rows_;
+      agb_band(band / bands, first, std::min(first + band_rows_, problem_.h), task % channel_tasks,
+               scratch(worker));
       kernels_.finish_stores();
     });
   }
 
-  // Rows [first, last) of grad_input, numbered n * h + h, for one block of input channels.
-  void agb_band(int64_t first, int64_t last, int64_t channel_task, float* sums) const {
+  // Rows [first, last) of grad_input in a group of images, for one block of input channels.
+  void agb_band(int64_t image_group_index, int64_t first, int64_t last, int64_t channel_task,
+                float* sums) const {
+    const Images images = image_group(image_group_index);
     const int64_t group_index = channel_task / agb_.channel_blocks;
     const int64_t channel_block = channel_task % agb_.channel_blocks;
     const int64_t group = agb_.kernel->group;
-    memset(sums, 0, (last - first) * band_row_floats() * sizeof(float));
+    const int64_t image_floats = band_rows_ * agb_.row_floats();
+    memset(sums, 0, images.count * image_floats * sizeof(float));
     for (int64_t r = 0; r < problem_.r; ++r)
       for (int64_t column_tap = 0; column_tap < agb_.column_taps; ++column_tap)
         for (int64_t block = 0; block < agb_.k_blocks; ++block) {
@@ -447,29 +511,31 @@ class Backward {
           const float* panel =
               weight_panels_ +
               weight_panel(k_block, channel_block, r, column_tap) * agb_.panel_floats;
-          for (int64_t row = first; row < last; ++row) {
-            const int64_t offset = row % problem_.h + problem_.pad_h - r * problem_.dil_h;
+          for (int64_t h = first; h < last; ++h) {
+            const int64_t offset = h + problem_.pad_h - r * problem_.dil_h;
             if (offset < 0 || offset % problem_.stride_h || offset / problem_.stride_h >= p_)
               continue;
-            const int64_t list =
-                pixel_list(row / problem_.h * p_ + offset / problem_.stride_h, k_block);
-            agb_.kernel->row({pixel_lists_.values + list * agb_.capacity,
+            const int64_t p = offset / problem_.stride_h;
+            const int64_t list = pixel_list(images.first * p_ + p, k_block);
+            const int64_t tile = k_block * max_tiles() + image_group_index * p_ + p;
+            agb_.kernel->run({pixel_lists_.values + list * agb_.capacity,
                               pixel_lists_.offsets + list * agb_.capacity},
-                             pixel_counts_ + list * q_, q_, panel,
-                             sums + (row - first) * band_row_floats() +
-                                 column_tap * problem_.dil_w * group,
-                             problem_.stride_w * group);
+                             visits_ + tile * agb_.images * q_, visit_counts_[tile], panel,
+                             sums + (h - first) * agb_.row_floats() +
+                                 column_tap * problem_.dil_w * group);
           }
         }
     const int64_t c = group_index * agb_.channels + channel_block * group;
     const int64_t channels = std::min(group, agb_.channels - channel_block * group);
-    for (int64_t row = first; row < last; ++row)
-      kernels_.scatter_pixels(
-          sums + (row - first) * band_row_floats() + problem_.pad_w * group, group, problem_.w,
-          channels,
-          static_cast<char*>(call_.grad_input) +
-              (row * problem_.w * problem_.c + c) * dtype_size(call_.dtype),
-          call_.dtype, problem_.c);
+    for (int64_t i = 0; i < images.count; ++i)
+      for (int64_t h = first; h < last; ++h)
+        kernels_.scatter_pixels(
+            sums + i * image_floats + (h - first) * agb_.row_floats() + problem_.pad_w * group,
+            group, problem_.w, channels,
+            static_cast<char*>(call_.grad_input) +
+                (((images.first + i) * problem_.h + h) * problem_.w * problem_.c + c) *
+                    dtype_size(call_.dtype),
+            call_.dtype, problem_.c);
   }
 
   // ---- WGC
@@ -496,22 +562,49 @@ class Backward {
     }
   }
 
+  // Output channels of a group are split into parts, a task each, if there are too few blocks of
+  // input channels to keep all threads busy.
+  int64_t part_begin(int64_t part) const { return k_group_ * part / parts_; }
+
+  // Sorts the output channels of every group and part by the length of their lists in a panel.
+  void sort_channels(int64_t unit_index) {
+    for (int64_t i = 0; i < wgc_.segments * problem_.groups; ++i) {
+      const int64_t first = unit_index * wgc_.segments * problem_.k + i * k_group_;
+      const uint16_t* counts = channel_counts_ + first;
+      uint16_t* order = channel_order_ + first;
+      for (int64_t part = 0; part < parts_; ++part)
+        sort_part(counts, order, part_begin(part), part_begin(part + 1));
+    }
+  }
+
+  // Counting sort, in classes: the inner loop only has to guess right most of the time.
+  static void sort_part(const uint16_t* counts, uint16_t* order, int64_t begin, int64_t end) {
+    constexpr int kClasses = 256;
+    uint16_t position[kClasses] = {};
+    const auto class_of = [counts](int64_t k) {
+      return std::min<int64_t>(counts[k], kClasses - 1);
+    };
+    for (int64_t k = begin; k < end; ++k) ++position[class_of(k)];
+    uint16_t sum = 0;
+    for (int i = 0; i < kClasses; ++i) {
+      const uint16_t here = position[i];
+      position[i] = sum;
+      sum = static_cast<uint16_t>(sum + here);
+    }
+    for (int64_t k = begin; k < end; ++k)
+      order[begin + position[class_of(k)]++] = static_cast<uint16_t>(k);
+  }
+
   void run_wgc() {
     const int64_t channel_tasks = problem_.groups * wgc_.channel_blocks;
-    const int64_t parts =
-        std::min(k_group_, channel_tasks >= 2 * pool_.threads
-                               ? 1
-                               : ceil_div(2 * pool_.threads, channel_tasks));
-    parallel_tasks(pool_, channel_tasks * parts, [&](int64_t task, int worker) {
-      const int64_t part = task % parts;
-      wgc_block(task / parts, k_group_ * part / parts, k_group_ * (part + 1) / parts,
-                scratch(worker));
+    parallel_tasks(pool_, channel_tasks * parts_, [&](int64_t task, int worker) {
+      wgc_block(task / parts_, task % parts_, scratch(worker));
     });
   }
 
-  // Adds this chunk's part of grad_weight for one block of input channels and the output channels
-  // [k_first, k_last) of its group.
-  void wgc_block(int64_t channel_task, int64_t k_first, int64_t k_last, float* panel) const {
+  // Adds what this chunk contributes to grad_weight, for one block of input channels and one part of
+  // its group's output channels.
+  void wgc_block(int64_t channel_task, int64_t part, float* panel) const {
     const int64_t group_index = channel_task / wgc_.channel_blocks;
     const int64_t c = group_index * wgc_.channels + channel_task % wgc_.channel_blocks * wgc_.kernel->group;
     const int64_t channels = std::min<int64_t>(wgc_.kernel->group, (group_index + 1) * wgc_.channels - c);
@@ -526,16 +619,17 @@ class Backward {
         lists.values += k * wgc_.capacity;
         lists.offsets += k * wgc_.capacity;
         const uint16_t* counts = channel_counts_ + panel_index * problem_.k + k;
+        const uint16_t* order = channel_order_ + panel_index * problem_.k + k;
         if (window()) {
           gather_window(u, c, channels, panel);
-          wgc_.kernel->run(lists, wgc_.capacity, counts, k_first, k_last, panel,
+          wgc_.kernel->run(lists, wgc_.capacity, counts, order, part_begin(part), part_begin(part + 1), panel,
                            window_row_floats() * 4, sums, weight_sum_stride());
           continue;
         }
         for (int64_t r = 0; r < problem_.r; ++r)
           for (int64_t s = 0; s < problem_.s; ++s) {
             gather_tap(u, segment, r, s, c, channels, panel);
-            wgc_.kernel->run(lists, wgc_.capacity, counts, k_first, k_last, panel, 0,
+            wgc_.kernel->run(lists, wgc_.capacity, counts, order, part_begin(part), part_begin(part + 1), panel, 0,
                              sums + (r * problem_.s + s) * wgc_.kernel->group, weight_sum_stride());
           }
       }
@@ -583,27 +677,32 @@ class Backward {
   }
 
   void write_grad_weight() const {
-    const WeightStrides& strides = call_.grad_weight_strides;
-    const int64_t group = wgc_.kernel->group;
     parallel_tasks(pool_, problem_.k, [&](int64_t k, int) {
-      for (int64_t block = 0; block < wgc_.channel_blocks; ++block) {
-        const int64_t channel_task = k / k_group_ * wgc_.channel_blocks + block;
-        const float* sums =
-            weight_sums_ + (channel_task * k_group_ + k % k_group_) * weight_sum_stride();
-        const int64_t channels = std::min(group, wgc_.channels - block * group);
-        for (int64_t c = 0; c < channels; ++c)
-          for (int64_t r = 0; r < problem_.r; ++r)
-            for (int64_t s = 0; s < problem_.s; ++s) {
-              const int64_t at = k * strides.k + (block * group + c) * strides.c + r * strides.r +
-                                 s * strides.s;
-              const float value = sums[(r * problem_.s + s) * group + c];
-              if (call_.grad_weight_dtype == DType::kFloat32)
-                static_cast<float*>(call_.grad_weight)[at] = value;
-              else
-                static_cast<uint16_t*>(call_.grad_weight)[at] = bfloat16_of_float(value);
-            }
-      }
+      if (call_.grad_weight_dtype == DType::kFloat32)
+        write_filter(static_cast<float*>(call_.grad_weight), k, [](float sum) { return sum; });
+      else
+        write_filter(static_cast<uint16_t*>(call_.grad_weight), k, bfloat16_of_float);
     });
+  }
+
+  template <class Storage, class Convert>
+  void write_filter(Storage* grad_weight, int64_t k, Convert convert) const {
+    const WeightStrides& strides = call_.grad_weight_strides;
+    const int64_t group = wgc_.kernel->group, taps = problem_.r * problem_.s;
+    for (int64_t block = 0; block < wgc_.channel_blocks; ++block) {
+      const int64_t channel_task = k / k_group_ * wgc_.channel_blocks + block;
+      const float* sums =
+          weight_sums_ + (channel_task * k_group_ + k % k_group_) * weight_sum_stride();
+      const int64_t channels = std::min(group, wgc_.channels - block * group);
+      Storage* to = grad_weight + k * strides.k + block * group * strides.c;
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        Storage* at = to + tap / problem_.s * strides.r + tap % problem_.s * strides.s;
+        if (strides.c == 1)
+          for (int64_t c = 0; c < channels; ++c) at[c] = convert(sums[tap * group + c]);
+        else
+          for (int64_t c = 0; c < channels; ++c) at[c * strides.c] = convert(sums[tap * group + c]);
+      }
+    }
   }
 
   const ConvKernels& kernels_;
@@ -622,6 +721,11 @@ class Backward {
   List pixel_lists_ = {}, channel_lists_ = {};
   uint16_t* pixel_counts_ = nullptr;
   uint16_t* channel_counts_ = nullptr;
+  uint16_t* channel_order_ = nullptr;
+  Visit* visits_ = nullptr;
+  int64_t* visit_counts_ = nullptr;
+  int64_t band_rows_ = 0;
+  int64_t parts_ = 1;
   uint16_t* operand_offsets_ = nullptr;
   float* weight_panels_ = nullptr;
   float* weight_sums_ = nullptr;

@@ -19,25 +19,29 @@ struct List {
 // Bytes that 16-bit offsets can address.
 constexpr int64_t kMaxPanelBytes = 65536;
 
-// dst[q * step + t * group + c] += value * panel[offset + t * group + c] for every entry of pixel q,
-// tap t < taps and channel c < group. counts[q] entries belong to pixel q. dst must be readable for
-// one `step` past the last column written. Kernels with more than one tap ignore dst_step: theirs
-// is stride * group.
-using AgbRow = void (*)(List list, const uint16_t* counts, int64_t pixels, const float* panel,
-                        float* dst, int64_t dst_step);
-
-struct AgbKernel {
-  int taps;    // neighbouring columns that one entry contributes to
-  int stride;  // columns between pixels; 0: any, given as dst_step
-  int group;   // input channels
-  AgbRow row;
+// The entries of one pixel for AGB: `count` of them from `start` on, added at `dst` bytes.
+struct Visit {
+  uint32_t start, count, dst;
 };
 
-// For every k in [k_begin, k_end): dw[k * dw_stride + ...] += sum over the list of k of value *
-// operands at the entry's offset in the panel. List k starts at lists + k * capacity.
-using WgcRun = void (*)(List lists, int64_t capacity, const uint16_t* counts, int64_t k_begin,
-                        int64_t k_end, const float* panel, int64_t row_bytes, float* dw,
-                        int64_t dw_stride);
+// dst[visit.dst / 4 + t * group + c] += value * panel[(offset / 4) + t * group + c] for every visit,
+// every entry of it, tap t < taps and channel c < group. Visits are sorted by count, so that the
+// inner loop's exit is predictable; two of them may overlap.
+using AgbRun = void (*)(List list, const Visit* visits, int64_t count, const float* panel,
+                        float* dst);
+
+struct AgbKernel {
+  int taps;   // neighbouring columns that one entry contributes to
+  int group;  // input channels
+  AgbRun run;
+};
+
+// For every k in order[begin .. end): dw[k * dw_stride + ...] += sum over the list of k of value *
+// operands at the entry's offset in the panel. List k starts at lists + k * capacity. `order` is
+// sorted by count, for the same reason.
+using WgcRun = void (*)(List lists, int64_t capacity, const uint16_t* counts,
+                        const uint16_t* order, int64_t begin, int64_t end, const float* panel,
+                        int64_t row_bytes, float* dw, int64_t dw_stride);
 
 struct WgcKernel {
   int window;  // 3: 3 x 3 taps, rows of the panel row_bytes apart, pixels `group` floats; 1: a tap

@@ -34,25 +34,32 @@ void list_by_pixel(const float* g, int64_t pixel_stride, int64_t pixels, int64_t
 void list_by_channel(const float* g, int64_t pixel_stride, int64_t pixels, int64_t channels,
                      const uint16_t* operand_offsets, List lists, int64_t capacity,
                      uint16_t* counts) {
-  for (int64_t k = 0; k < channels; k += kLanes) {
-    const int64_t width = channels - k < kLanes ? channels - k : kLanes;
-    for (int64_t i = 0; i < pixels; i += kLanes) {
-      const float* corner = g + i * pixel_stride + k;
+  for (int64_t i = 0; i < pixels; i += kLanes) {
+    const Offsets offsets = Offsets::load(operand_offsets + i);
+    const float* row = g + i * pixel_stride;
+    const int64_t height = pixels - i < kLanes ? pixels - i : kLanes;
+    float* values = lists.values;
+    uint16_t* list_offsets = lists.offsets;
+    for (int64_t k = 0; k < channels; k += kLanes) {
+      const int64_t width = channels - k < kLanes ? channels - k : kLanes;
       Vec tile[kLanes];
-      for (int j = 0; j < kLanes; ++j) {
-        if (i + j >= pixels)
-          tile[j] = Vec::zero();
-        else if (width == kLanes)
-          tile[j] = Vec::load(corner + j * pixel_stride);
-        else
-          tile[j] = Vec::load_first(corner + j * pixel_stride, width);
+      if (height == kLanes && width == kLanes) {
+        for (int j = 0; j < kLanes; ++j) {
+          // The tile below: strided reads are not what hardware prefetches.
+          __builtin_prefetch(row + k + (kLanes + j) * pixel_stride);
+          tile[j] = Vec::load(row + k + j * pixel_stride);
+        }
+      } else {
+        for (int j = 0; j < kLanes; ++j)
+          tile[j] = j < height ? Vec::load_first(row + k + j * pixel_stride, width) : Vec::zero();
       }
       transpose(tile);
-      const Offsets offsets = Offsets::load(operand_offsets + i);
       for (int64_t j = 0; j < width; ++j) {
-        const int64_t end = (k + j) * capacity + counts[k + j];
-        counts[k + j] += static_cast<uint16_t>(
-            append_nonzero(tile[j], offsets, lists.values + end, lists.offsets + end));
+        const int64_t end = counts[k + j];
+        counts[k + j] = static_cast<uint16_t>(
+            end + append_nonzero(tile[j], offsets, values + end, list_offsets + end));
+        values += capacity;
+        list_offsets += capacity;
       }
     }
   }
@@ -60,52 +67,42 @@ void list_by_channel(const float* g, int64_t pixel_stride, int64_t pixels, int64
 
 // ---- AGB
 
-// The Taps columns that a pixel contributes to are accumulated in registers. Moving to the next
-// pixel stores the Stride finished columns and renames the others.
-template <int Taps, int Stride, int Vectors>
-void agb_row(List list, const uint16_t* counts, int64_t pixels, const float* panel, float* dst,
-             int64_t dst_step) {
+// The columns that a pixel contributes to are accumulated in registers while its list streams by.
+template <int Taps, int Vectors>
+void agb_run(List list, const Visit* visits, int64_t count, const float* panel, float* dst) {
   constexpr int kGroup = Vectors * kLanes;
-  constexpr int kDone = Taps < Stride || Stride == 0 ? Taps : Stride;
-  constexpr int kKept = Taps - kDone;
-  if (Stride != 0) dst_step = Stride * kGroup;
   const char* const base = reinterpret_cast<const char*>(panel);
-  const float* value = list.values;
-  const uint16_t* offset = list.offsets;
-  Vec acc[Taps][Vectors];
-  for (int t = 0; t < Taps; ++t)
-    for (int v = 0; v < Vectors; ++v) acc[t][v] = Vec::load(dst + t * kGroup + v * kLanes);
-  for (int64_t q = 0; q < pixels; ++q) {
-    for (const float* end = value + counts[q]; value != end; ++value, ++offset) {
+  for (const Visit* const last = visits + count; visits != last; ++visits) {
+    float* const sums = reinterpret_cast<float*>(reinterpret_cast<char*>(dst) + visits->dst);
+    const float* value = list.values + visits->start;
+    const uint16_t* offset = list.offsets + visits->start;
+    Vec acc[Taps][Vectors];
+    for (int t = 0; t < Taps; ++t)
+      for (int v = 0; v < Vectors; ++v) acc[t][v] = Vec::load(sums + t * kGroup + v * kLanes);
+    for (const float* const end = value + visits->count; value != end; ++value, ++offset) {
       const float* operand = reinterpret_cast<const float*>(base + *offset);
       const Vec g = Vec::broadcast(value);
       for (int t = 0; t < Taps; ++t)
         for (int v = 0; v < Vectors; ++v)
           acc[t][v] = acc[t][v].fma(g, Vec::load(operand + t * kGroup + v * kLanes));
     }
-    for (int t = 0; t < kDone; ++t)
-      for (int v = 0; v < Vectors; ++v) acc[t][v].store(dst + t * kGroup + v * kLanes);
-    for (int t = 0; t < kKept; ++t)
-      for (int v = 0; v < Vectors; ++v) acc[t][v] = acc[t + kDone][v];
-    dst += dst_step;
-    for (int t = kKept; t < Taps; ++t)
-      for (int v = 0; v < Vectors; ++v) acc[t][v] = Vec::load(dst + t * kGroup + v * kLanes);
+    for (int t = 0; t < Taps; ++t)
+      for (int v = 0; v < Vectors; ++v) acc[t][v].store(sums + t * kGroup + v * kLanes);
   }
-  for (int t = 0; t < kKept; ++t)
-    for (int v = 0; v < Vectors; ++v) acc[t][v].store(dst + t * kGroup + v * kLanes);
 }
 
 // ---- WGC
 
 // All taps of a 3 x 3 window are at fixed distances from an entry's operand, so the nine sums of
 // an output channel stay in registers while its list streams by.
-void wgc_window3(List lists, int64_t capacity, const uint16_t* counts, int64_t k_begin,
-                 int64_t k_end, const float* panel, int64_t row_bytes, float* dw,
+void wgc_window3(List lists, int64_t capacity, const uint16_t* counts, const uint16_t* order,
+                 int64_t begin, int64_t last, const float* panel, int64_t row_bytes, float* dw,
                  int64_t dw_stride) {
   const char* const row0 = reinterpret_cast<const char*>(panel);
   const char* const row1 = row0 + row_bytes;
   const char* const row2 = row1 + row_bytes;
-  for (int64_t k = k_begin; k < k_end; ++k) {
+  for (int64_t i = begin; i < last; ++i) {
+    const int64_t k = order[i];
     float* sums = dw + k * dw_stride;
     const float* value = lists.values + k * capacity;
     const uint16_t* offset = lists.offsets + k * capacity;
@@ -130,10 +127,12 @@ void wgc_window3(List lists, int64_t capacity, const uint16_t* counts, int64_t k
 
 // One tap: two entries at a time, to hide the latency of the multiply-adds.
 template <int Vectors>
-void wgc_tap(List lists, int64_t capacity, const uint16_t* counts, int64_t k_begin, int64_t k_end,
-             const float* panel, int64_t, float* dw, int64_t dw_stride) {
+void wgc_tap(List lists, int64_t capacity, const uint16_t* counts, const uint16_t* order,
+             int64_t begin, int64_t last, const float* panel, int64_t, float* dw,
+             int64_t dw_stride) {
   const char* const base = reinterpret_cast<const char*>(panel);
-  for (int64_t k = k_begin; k < k_end; ++k) {
+  for (int64_t i = begin; i < last; ++i) {
+    const int64_t k = order[i];
     float* sums = dw + k * dw_stride;
     const float* value = lists.values + k * capacity;
     const uint16_t* offset = lists.offsets + k * capacity;
@@ -144,20 +143,20 @@ void wgc_tap(List lists, int64_t capacity, const uint16_t* counts, int64_t k_beg
       even[v] = Vec::load(sums + v * kLanes);
       odd[v] = Vec::zero();
     }
-    int64_t i = 0;
-    for (; i + 2 <= count; i += 2) {
-      const float* x0 = reinterpret_cast<const float*>(base + offset[i]);
-      const float* x1 = reinterpret_cast<const float*>(base + offset[i + 1]);
-      const Vec g0 = Vec::broadcast(value + i);
-      const Vec g1 = Vec::broadcast(value + i + 1);
+    int64_t e = 0;
+    for (; e + 2 <= count; e += 2) {
+      const float* x0 = reinterpret_cast<const float*>(base + offset[e]);
+      const float* x1 = reinterpret_cast<const float*>(base + offset[e + 1]);
+      const Vec g0 = Vec::broadcast(value + e);
+      const Vec g1 = Vec::broadcast(value + e + 1);
       for (int v = 0; v < Vectors; ++v) {
         even[v] = even[v].fma(g0, Vec::load(x0 + v * kLanes));
         odd[v] = odd[v].fma(g1, Vec::load(x1 + v * kLanes));
       }
     }
-    if (i < count) {
-      const float* x0 = reinterpret_cast<const float*>(base + offset[i]);
-      const Vec g0 = Vec::broadcast(value + i);
+    if (e < count) {
+      const float* x0 = reinterpret_cast<const float*>(base + offset[e]);
+      const Vec g0 = Vec::broadcast(value + e);
       for (int v = 0; v < Vectors; ++v) even[v] = even[v].fma(g0, Vec::load(x0 + v * kLanes));
     }
     for (int v = 0; v < Vectors; ++v) (even[v] + odd[v]).store(sums + v * kLanes);
@@ -208,10 +207,8 @@ void scatter_pixels(const float* src, int64_t group, int64_t pixels, int64_t cha
 // ---- the table
 
 constexpr AgbKernel kAgbKernels[] = {
-    {3, 1, 4 * kLanes, agb_row<3, 1, 4>}, {3, 1, 2 * kLanes, agb_row<3, 1, 2>},
-    {3, 2, 4 * kLanes, agb_row<3, 2, 4>}, {3, 2, 2 * kLanes, agb_row<3, 2, 2>},
-    {1, 0, 8 * kLanes, agb_row<1, 0, 8>}, {1, 0, 4 * kLanes, agb_row<1, 0, 4>},
-    {1, 0, 2 * kLanes, agb_row<1, 0, 2>}, {1, 0, kLanes, agb_row<1, 0, 1>},
+    {3, 2 * kLanes, agb_run<3, 2>}, {1, 8 * kLanes, agb_run<1, 8>}, {1, 4 * kLanes, agb_run<1, 4>},
+    {1, 2 * kLanes, agb_run<1, 2>}, {1, kLanes, agb_run<1, 1>},
 };
 
 constexpr WgcKernel kWgcKernels[] = {

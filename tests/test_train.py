@@ -1,0 +1,445 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training command on a tiny model: resuming, logs, checkpoints, bad input. Two tests start processes (20 s)."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from sparsebwd import data, models
+from sparsebwd.train import CheckpointError, TrainConfig, checkpoint, cli, log, measure
+
+TINY = """
+from torch import nn
+from sparsebwd import models
+
+def tiny(num_classes):
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.1), nn.Linear(16, num_classes),
+    )
+
+models._BUILDERS["tiny"] = tiny
+"""
+DRIVER = f"{TINY}\nimport sys\nfrom sparsebwd.train.cli import main\nif __name__ == '__main__': sys.exit(main())\n"
+
+# 96 digits of 8x8 pixels: 6 steps an epoch.
+SMALL = ["--model", "tiny", "--data", "digits", "--image-size", "8", "--train-subset", "96", "--test-subset", "40"]
+SMALL += ["--batch-size", "16", "--measure-every", "3", "--epochs", "2"]
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """Makes the model "tiny" known, and forgets it afterwards."""
+    monkeypatch.setattr(models, "_BUILDERS", dict(models._BUILDERS))
+    exec(TINY, {})
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def train(folder, *arguments):
+    assert cli.main([*SMALL, "--output", str(folder), *arguments]) == 0
+
+
+def refused(capsys, *arguments):
+    """What the command says when it refuses its arguments."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(list(arguments))
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def saved_state(folder):
+    return torch.load(folder / checkpoint.FILE, weights_only=True)["state"]
+
+
+def without_times(value):
+    """The same without what no two runs have in common."""
+    if isinstance(value, dict):
+        times = (*measure.TIMES, "speedup", "step", "forward", "backward", "conv_backward", "environment")
+        return {key: without_times(item) for key, item in value.items() if key not in times}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+def assert_same_run(first, second):
+    """Bit for bit: weights, statistics, momenta, and everything in the logs but times."""
+    first, second = saved_state(first), saved_state(second)
+    assert first["step"] == second["step"]
+    assert without_times(first["history"]) == without_times(second["history"])
+    assert first["twins"].keys() == second["twins"].keys()
+    for name, twin in first["twins"].items():
+        other = second["twins"][name]
+        assert without_times(twin["tally"]) == without_times(other["tally"])
+        for key, tensor in twin["model"].items():
+            assert torch.equal(tensor, other["model"][key]), (name, key)
+        momenta, others = twin["optimizer"]["state"], other["optimizer"]["state"]
+        assert momenta.keys() == others.keys() and momenta
+        for key in momenta:
+            assert torch.equal(momenta[key]["momentum_buffer"], others[key]["momentum_buffer"]), (name, key)
+
+
+# what a run does
+
+
+def test_it_learns(tmp_path):
+    train(tmp_path, "--epochs", "8", "--train-subset", "512", "--no-augment", "--percentile", "90")
+    rows = list(csv.DictReader(open(tmp_path / log.CSV_FILE)))
+    assert float(rows[-1]["train_loss"]) < 0.6 * float(rows[0]["train_loss"])
+    assert float(rows[-1]["test_accuracy"]) > 0.5
+
+
+def test_logs_of_a_comparison(tmp_path, capsys):
+    train(tmp_path, "--compare")
+    with open(tmp_path / log.CSV_FILE, newline="") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+        assert tuple(reader.fieldnames) == log.COLUMNS
+    assert [(row["epoch"], row["variant"]) for row in rows] == [
+        (epoch, variant) for epoch in ("1", "2") for variant in ("sparse", "dense")
+    ]
+    for row in rows:
+        dense = row["variant"] == "dense"
+        assert row["global_step"] == str(6 * int(row["epoch"])) and row["complete"] == "1"
+        for column in log.COLUMNS[4:-1]:
+            assert math.isfinite(float(row[column])), column
+        assert row["density"] == "" if dense else 0 < float(row["density"]) < 1
+        assert 0 <= float(row["test_accuracy"]) <= 1
+        parts = float(row["forward_ms"]) + float(row["backward_ms"])
+        assert 0 < parts and 0 < float(row["conv_backward_ms"])
+    record = json.loads((tmp_path / log.JSON_FILE).read_text())
+    assert set(record) == {"format", "config", "environment", "data", "parameters", "epochs", "summary"}
+    assert record["config"]["model"] == "tiny" and record["config"]["percentile"] == 90.0
+    assert record["data"] == {"name": "digits", "train_images": 96, "test_images": 40, "classes": 10, "image_size": 8}
+    assert record["parameters"] == 216 + 16 + 1152 + 32 + 170
+    assert len(record["epochs"]) == 2
+    summary = record["summary"]
+    assert set(summary["variants"]) == {"sparse", "dense"} and summary["global_step"] == 12
+    assert set(summary["speedup"]) == {"step", "forward", "backward", "conv_backward"}
+    sparse, dense = (summary["variants"][name]["step_ms"] for name in ("sparse", "dense"))
+    assert summary["speedup"]["step"] == pytest.approx(dense / sparse)
+    layers = summary["variants"]["sparse"]["layers"]
+    assert set(layers) == {"0", "3"}
+    assert all(set(layer) == {"density", "sigma", "tau"} for layer in layers.values())
+    assert not list(tmp_path.glob(".*"))
+    shown = capsys.readouterr().out
+    for text in ("tiny (0.00 million parameters), percentile 90, and its dense twin", "96 training and 40 test", "speed-up"):
+        assert text in shown
+
+
+def test_the_twin_does_not_disturb_the_sparse_model(tmp_path):
+    train(tmp_path / "alone")
+    train(tmp_path / "both", "--compare")
+    alone, both = (saved_state(tmp_path / name)["twins"]["sparse"] for name in ("alone", "both"))
+    assert all(torch.equal(alone["model"][key], both["model"][key]) for key in alone["model"])
+
+
+def test_without_pruning_the_twins_agree(tmp_path):
+    train(tmp_path, "--compare", "--percentile", "none", "--max-steps", "4")
+    for row in saved_state(tmp_path)["twins"]["sparse"], saved_state(tmp_path)["twins"]["dense"]:
+        assert row["tally"]["images"] == 64
+    sparse, dense = (saved_state(tmp_path)["twins"][name] for name in ("sparse", "dense"))
+    for key, tensor in sparse["model"].items():
+        torch.testing.assert_close(tensor, dense["model"][key], rtol=1e-3, atol=1e-5)
+
+
+def test_a_seed_reproduces_a_run(tmp_path):
+    for name in ("first", "second"):
+        train(tmp_path / name)
+    assert_same_run(tmp_path / "first", tmp_path / "second")
+    train(tmp_path / "third", "--seed", "1")
+    weights = [saved_state(tmp_path / name)["twins"]["sparse"]["model"]["0.weight"] for name in ("first", "third")]
+    assert not torch.equal(*weights)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--dtype", "bfloat16"],
+        ["--no-channels-last"],
+        ["--placement", "input"],
+        ["--sigma-estimator", "as_printed"],
+        ["--backend", "dense"],
+        ["--threads", "1"],
+        ["--no-augment"],
+    ],
+    ids=lambda options: options[0].lstrip("-"),
+)
+def test_options(tmp_path, options):
+    train(tmp_path, "--max-steps", "3", *options)
+    row = saved_state(tmp_path)["history"][0]["variants"]["sparse"]
+    assert math.isfinite(row["train_loss"]) and 0 < row["density"] <= 1
+
+
+def test_imagefolder(tmp_path):
+    draws = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for index in range(8):
+                pixels = draws.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "images" / split / name / f"{index}.png")
+    options = ["--data", "imagefolder", "--data-dir", str(tmp_path / "images"), "--cache-dir", str(tmp_path / "cache")]
+    train(tmp_path / "run", *options, "--batch-size", "8")
+    assert json.loads((tmp_path / "run" / log.JSON_FILE).read_text())["data"]["classes"] == 2
+
+
+def test_demo(tmp_path, capsys):
+    # The demo is a set of defaults: what is given beside it counts.
+    train(tmp_path, "--demo", "--epochs", "1")
+    shown = capsys.readouterr().out
+    assert "A training step with pruned gradients was" in shown and "Next:" in shown
+    config = json.loads((tmp_path / log.JSON_FILE).read_text())["config"]
+    assert config["compare"] and config["schedule"] == "cosine" and config["epochs"] == 1 and config["batch_size"] == 16
+
+
+def test_mobilenet_is_warned_of(capsys, tmp_path):
+    arguments = ["--model", "mobilenet", "--image-size", "8", "--batch-size", "2", "--train-subset", "4"]
+    arguments += ["--test-subset", "2", "--max-steps", "1", "--output", str(tmp_path)]
+    assert cli.main(arguments) == 0
+    assert "warning: the model has depthwise convolutions" in capsys.readouterr().out
+
+
+def test_learning_rates():
+    paper = TrainConfig()
+    rates = [paper.learning_rate_at(epoch * 12, 12) for epoch in (0, 99, 100, 200, 299)]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.001, 0.001])
+    assert TrainConfig(model="alexnet").learning_rate_at(0, 12) == 0.05
+    assert (paper.momentum, paper.weight_decay, paper.epochs) == (0.9, 5e-4, 300)
+    cosine = TrainConfig(schedule="cosine", learning_rate=1.0, epochs=10, warmup_steps=4)
+    rates = [cosine.learning_rate_at(step, 10) for step in range(100)]
+    assert rates[0] == pytest.approx(0.25) and rates[50] == pytest.approx(0.5) and rates[99] < 1e-3
+    assert TrainConfig(epochs=10, max_steps=7).total_steps(10) == 7
+
+
+def test_convolution_timer_sees_convolutions_only():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    timer = measure.ConvBackwardTimer(lambda: calls.append(1))
+    calls = []
+    loss = model(torch.randn(2, 3, 8, 8)).square().mean()
+    with timer:
+        loss.backward()
+    assert len(calls) == 4  # before and after each of the two
+    assert timer.seconds > 0
+
+
+# resuming
+
+
+@pytest.mark.parametrize("stop", [2, 6, 8])
+def test_resume_after_a_stop(tmp_path, stop):
+    """Within the first epoch, between epochs, within the second."""
+    train(tmp_path / "whole", "--compare")
+    train(tmp_path / "parts", "--compare", "--max-steps", str(stop))
+    rows = list(csv.DictReader(open(tmp_path / "parts" / log.CSV_FILE)))
+    assert rows[-1]["complete"] == str(int(stop == 6)) and rows[-1]["global_step"] == str(stop)
+    train(tmp_path / "parts", "--compare", "--resume")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    records = [json.loads((tmp_path / name / log.JSON_FILE).read_text()) for name in ("whole", "parts")]
+    assert without_times(records[0]["epochs"]) == without_times(records[1]["epochs"])
+
+
+def test_resume_of_a_finished_run(tmp_path, capsys):
+    train(tmp_path)
+    before = saved_state(tmp_path)
+    train(tmp_path, "--resume")
+    assert "resumed after step 12" in capsys.readouterr().out
+    assert without_times(saved_state(tmp_path)["history"]) == without_times(before["history"])
+    assert json.loads((tmp_path / log.JSON_FILE).read_text())["summary"]["global_step"] == 12
+
+
+def test_resume_killed(tmp_path):
+    """SIGKILL at two arbitrary moments, found by watching the checkpoint; the rest of the run is as if uninterrupted."""
+    arguments = [*SMALL, "--compare", "--epochs", "40", "--checkpoint-steps", "1", "--threads", "1", "--output"]
+    (tmp_path / "driver.py").write_text(DRIVER)
+    command = [sys.executable, str(tmp_path / "driver.py"), *arguments]
+    file = tmp_path / "killed" / checkpoint.FILE
+    for saves, options in ((1, []), (40, ["--resume"])):
+        process = subprocess.Popen([*command, str(tmp_path / "killed"), *options], stdout=subprocess.DEVNULL)
+        try:
+            seen = set()
+            started = file.stat().st_mtime_ns if file.exists() else None
+            deadline = time.monotonic() + 120
+            while len(seen - {started}) < saves:
+                assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+                if file.exists():
+                    seen.add(file.stat().st_mtime_ns)
+                time.sleep(0.0005)
+        finally:
+            process.kill()
+            process.wait()
+        assert process.returncode == -signal.SIGKILL
+    assert 1 < saved_state(tmp_path / "killed")["step"] < 240
+    train(tmp_path / "killed", *arguments[len(SMALL) : -1], "--resume")
+    train(tmp_path / "whole", *arguments[len(SMALL) : -1])
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["checkpoint.pt", "epochs.csv", "log.json"]
+
+
+def test_resume_without_a_checkpoint_starts(tmp_path, capsys):
+    train(tmp_path, "--resume", "--max-steps", "1")
+    assert "no checkpoint in" in capsys.readouterr().out
+
+
+def test_two_processes(tmp_path):
+    """Under torchrun: process 0 writes and prints, and a resumed run is the same."""
+    common = [*SMALL, "--compare", "--device", "cpu", "--output"]
+    runs = [
+        [*common, str(tmp_path / "whole"), "--distributed"],
+        [*common, str(tmp_path / "parts"), "--max-steps", "8"],
+        [*common, str(tmp_path / "parts"), "--resume"],
+    ]
+    driver = f"{TINY}\nfrom sparsebwd.train.cli import main\nfor run in {runs!r}:\n    assert main(run) == 0\n"
+    (tmp_path / "driver.py").write_text(driver)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [*command, str(tmp_path / "driver.py")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("processes: 2") == len(runs)
+    assert saved_state(tmp_path / "whole")["history"][0]["variants"]["sparse"]["train_loss"] > 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+# checkpoints that do not fit
+
+
+def test_checkpoint_of_another_run(tmp_path, capsys):
+    train(tmp_path, "--max-steps", "1")
+    arguments = [*SMALL, "--output", str(tmp_path), "--resume"]
+    message = refused(capsys, *arguments, "--percentile", "95", "--seed", "3")
+    assert "percentile is 90.0 in the checkpoint and 95.0 here; seed is 0 in the checkpoint and 3 here" in message
+    message = refused(capsys, *arguments, "--model", "resnet18")
+    assert "model is 'tiny' in the checkpoint and 'resnet18' here" in message
+    assert "compare is False in the checkpoint and True here" in refused(capsys, *arguments, "--compare")
+    # Two data sets of the same name, as image folders may be.
+    config = TrainConfig(model="tiny", image_size=8, train_subset=96, test_subset=40, batch_size=16, epochs=2)
+    with pytest.raises(CheckpointError, match="the images or labels are not the same"):
+        checkpoint.load(tmp_path / checkpoint.FILE, config, "other images")
+
+
+@pytest.mark.parametrize("size", [0, 100, -1, -1000])
+def test_truncated_checkpoint(tmp_path, capsys, size):
+    train(tmp_path, "--max-steps", "1")
+    path = tmp_path / checkpoint.FILE
+    os.truncate(path, size if size >= 0 else path.stat().st_size + size)
+    message = refused(capsys, *SMALL, "--output", str(tmp_path), "--resume")
+    assert f"{path}: truncated or corrupt" in message
+
+
+def test_checkpoint_with_code_is_not_run(tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "was_run",)
+
+    torch.save({"format": 1, "config": {}, "fingerprint": "", "state": Evil()}, tmp_path / checkpoint.FILE)
+    assert "truncated or corrupt" in refused(capsys, *SMALL, "--output", str(tmp_path), "--resume")
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    train(tmp_path, "--max-steps", "1")
+    before = (tmp_path / checkpoint.FILE).read_bytes()
+
+    def half(record, file):
+        file.write(b"half of a checkpo")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", half)
+        assert cli.main([*SMALL, "--output", str(tmp_path), "--resume"]) == 1
+    assert (tmp_path / checkpoint.FILE).read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_existing_run_is_not_replaced(tmp_path, capsys):
+    train(tmp_path, "--max-steps", "1")
+    assert "holds a run already" in refused(capsys, *SMALL, "--output", str(tmp_path))
+    train(tmp_path, "--max-steps", "2", "--overwrite")
+    assert saved_state(tmp_path)["step"] == 2
+
+
+# bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "vgg"], "model: got 'vgg', accepted are resnet18, "),
+        (["--data", "mnist"], "data: got 'mnist', accepted are digits, cifar10, cifar100, imagefolder"),
+        (["--data", "cifar10"], "data_dir: got none"),
+        (["--data", "cifar10", "--data-dir", "/nowhere", "--image-size", "32"], "no test_batch.bin in /nowhere"),
+        (["--data", "imagefolder", "--data-dir", "/nowhere"], "/nowhere needs the folders train/ and test/"),
+        (["--percentile", "49"], "percentile: got 49"),
+        (["--percentile", "100"], "percentile: got 100"),
+        (["--percentile", "nan"], "percentile: got nan"),
+        (["--percentile", "much"], "--percentile: got 'much', accepted are numbers in [50, 100) and none"),
+        (["--placement", "middle"], "placement: got 'middle'"),
+        (["--backend", "abacus"], "backend: got 'abacus'"),
+        (["--sigma-estimator", "guess"], "sigma_estimator: got 'guess'"),
+        (["--dtype", "int8"], "dtype: got 'int8', accepted are float32, bfloat16"),
+        (["--schedule", "random"], "schedule: got 'random', accepted are step, cosine"),
+        (["--device", "tpu"], "device: got 'tpu', accepted are auto, cpu, cuda"),
+        (["--epochs", "0"], "epochs: got 0, accepted are numbers from 1"),
+        (["--batch-size", "-1"], "batch_size: got -1"),
+        (["--batch-size", "97"], "batch_size: got 97, accepted are 1 to 96, the training images"),
+        (["--batch-size", "many"], "--batch-size"),
+        (["--max-steps", "0"], "max_steps: got 0"),
+        (["--lr", "0"], "learning_rate: got 0"),
+        (["--lr", "nan"], "learning_rate: got nan"),
+        (["--momentum", "1"], "momentum: got 1"),
+        (["--weight-decay", "-1"], "weight_decay: got -1"),
+        (["--decay-factor", "2"], "decay_factor: got 2"),
+        (["--seed", "-1"], "seed: got -1"),
+        (["--image-size", "0"], "image_size: got 0"),
+        (["--distributed"], "distributed: start the processes with torchrun"),
+    ],
+    ids=lambda value: "_".join(value).replace("--", "") if isinstance(value, list) else "",
+)
+def test_bad_arguments(capsys, tmp_path, arguments, message):
+    assert message in refused(capsys, *SMALL, "--output", str(tmp_path / "run"), *arguments)
+    assert not (tmp_path / "run" / checkpoint.FILE).exists()
+
+
+def test_output_that_cannot_be_written(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert f"{tmp_path / 'file'}" in refused(capsys, *SMALL, "--output", str(tmp_path / "file" / "run"))
+
+
+def test_module_refuses_without_a_traceback():
+    command = [sys.executable, "-m", "sparsebwd.train", "--model", "vgg"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "model: got 'vgg'" in result.stderr
+
+
+def test_divergence_is_reported(tmp_path, capsys):
+    assert cli.main([*SMALL, "--output", str(tmp_path), "--lr", "1e30"]) == 1
+    assert "the loss of the sparse model became" in capsys.readouterr().err
+
+
+def test_interrupt_is_reported(tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data.Batches, "batch", interrupt)
+    assert cli.main([*SMALL, "--output", str(tmp_path)]) == 130
+    assert "--resume" in capsys.readouterr().err

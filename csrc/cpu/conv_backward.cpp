@@ -16,7 +16,7 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // Panels of operands that the inner loops read at random: they have to stay in L1.
 constexpr int64_t kPanelBytes = 40 * 1024;
 // Panels of weights share L1 with the partial sums.
-constexpr int64_t kWeightPanelBytes = 32 * 1024;
+constexpr int64_t kWeightPanelBytes = 37 * 1024;
 // Partial sums of AGB for a band of rows: L2.
 constexpr int64_t kBandBytes = 320 * 1024;
 // Most output channels of a panel of weights.
@@ -69,42 +69,45 @@ struct AgbPlan {
   const AgbKernel* kernel = nullptr;
   int64_t channels;           // input channels of a convolution group
   int64_t channel_blocks;     // of kernel->group
-  int64_t column_taps;        // kernel columns / taps of the inner kernel
+  int64_t column_steps;       // columns of the filter / those of the inner kernel
   int64_t k_block, k_blocks;  // output channels of a panel; panels of a convolution group
   int64_t panel_floats;
   int64_t capacity;  // entries of the list of one row and k-block
   int64_t padded_w;  // columns of a row of partial sums
+  int64_t band_rows;  // rows of grad_input whose partial sums are held at a time, per image
   int64_t images;    // of a tile: the same row of so many images
 
-  uint32_t step() const { return static_cast<uint32_t>(kernel->taps * kernel->group * 4); }
+  uint32_t step() const { return static_cast<uint32_t>(kernel->columns * kernel->group * 4); }
   int64_t row_floats() const { return padded_w * kernel->group; }
 };
 
 AgbPlan plan_agb(const ConvKernels& kernels, const ConvProblem& problem) {
   AgbPlan plan;
   plan.channels = problem.c / problem.groups;
+  plan.padded_w = std::max(problem.w + 2 * problem.pad_w,
+                           (problem.q() - 1) * problem.stride_w + (problem.s - 1) * problem.dil_w + 1);
+  plan.images = std::max<int64_t>(1, std::min(problem.n, kSortedPixels / problem.q()));
   for (int i = 0; i < kernels.agb_count; ++i) {
     const AgbKernel& kernel = kernels.agb[i];
-    if (kernel.taps > 1 && (kernel.taps != problem.s || problem.dil_w != 1)) continue;
-    // Once a kernel with more taps fits, one with a single tap is never better.
-    if (plan.kernel && kernel.taps < plan.kernel->taps) break;
+    if (kernel.columns > 1 && (kernel.columns != problem.s || problem.dil_w != 1)) continue;
+    // Once a kernel with more columns fits, one with fewer is never better.
+    if (plan.kernel && kernel.columns < plan.kernel->columns) break;
     plan.kernel = &kernel;
     if (kernel.group <= plan.channels) break;
   }
   const AgbKernel& kernel = *plan.kernel;
   const int64_t k_channels = problem.k / problem.groups;
   plan.channel_blocks = ceil_div(plan.channels, kernel.group);
-  plan.column_taps = problem.s / kernel.taps;
+  plan.column_steps = problem.s / kernel.columns;
   const int64_t fitting =
       std::min(kMaxKBlock, kWeightPanelBytes / plan.step() / kernels.lanes * kernels.lanes);
   plan.k_blocks = ceil_div(k_channels, std::max<int64_t>(fitting, kernels.lanes));
   plan.k_block = round_up(ceil_div(k_channels, plan.k_blocks), kernels.lanes);
   plan.k_blocks = ceil_div(k_channels, plan.k_block);
-  plan.panel_floats = plan.k_block * kernel.taps * kernel.group;
+  plan.panel_floats = plan.k_block * kernel.columns * kernel.group;
   plan.capacity = problem.q() * std::min(plan.k_block, k_channels) + kernels.lanes;
-  plan.padded_w = std::max(problem.w + 2 * problem.pad_w,
-                           (problem.q() - 1) * problem.stride_w + (problem.s - 1) * problem.dil_w + 1);
-  plan.images = std::max<int64_t>(1, std::min(problem.n, kSortedPixels / problem.q()));
+  const int64_t fitting_rows = kBandBytes / (plan.images * plan.row_floats() * 4);
+  plan.band_rows = std::max<int64_t>(1, std::min(fitting_rows, problem.h));
   return plan;
 }
 
@@ -224,9 +227,7 @@ class Backward {
       const int64_t tiles = max_tiles() * problem_.groups * agb_.k_blocks;
       visits_ = workspace_->visits.get<Visit>(tiles * agb_.images * q_);
       visit_counts_ = workspace_->visit_counts.get<int64_t>(tiles);
-      band_rows_ = std::max<int64_t>(1, kBandBytes / (agb_.images * agb_.row_floats() * 4));
-      band_rows_ = std::min(band_rows_, problem_.h);
-      scratch_floats = std::max(scratch_floats, band_rows_ * agb_.images * agb_.row_floats());
+      scratch_floats = std::max(scratch_floats, agb_.images * image_floats());
       pack_weights();
     }
     if (call_.grad_weight) {
@@ -384,33 +385,35 @@ class Backward {
     return std::min(agb_.k_block, k_group_ - block % agb_.k_blocks * agb_.k_block);
   }
 
-  int64_t weight_panel(int64_t k_block, int64_t channel_block, int64_t r, int64_t column_tap) const {
+  int64_t weight_panel(int64_t k_block, int64_t channel_block, int64_t r,
+                       int64_t column_step) const {
     const int64_t group = k_block / agb_.k_blocks;
-    return (((group * agb_.channel_blocks + channel_block) * problem_.r + r) * agb_.column_taps +
-            column_tap) * agb_.k_blocks + k_block % agb_.k_blocks;
+    const int64_t row = (group * agb_.channel_blocks + channel_block) * problem_.r + r;
+    return (row * agb_.column_steps + column_step) * agb_.k_blocks + k_block % agb_.k_blocks;
   }
 
   // Panels of [k][tap][channel], zero behind the last channel of a group.
   void pack_weights() {
     const int64_t k_blocks = problem_.groups * agb_.k_blocks;
-    weight_panels_ = workspace_->weight_panels.get<float>(
-        k_blocks * agb_.channel_blocks * problem_.r * agb_.column_taps * agb_.panel_floats);
-    const int64_t group = agb_.kernel->group, taps = agb_.kernel->taps;
+    weight_panels_ = workspace_->weight_panels.get<float>(k_blocks * agb_.channel_blocks *
+                                                          problem_.r * agb_.column_steps *
+                                                          agb_.panel_floats);
+    const AgbKernel& kernel = *agb_.kernel;
     const WeightStrides& strides = call_.weight_strides;
     parallel_tasks(pool_, k_blocks * agb_.channel_blocks, [&](int64_t task, int) {
       const int64_t block = task / agb_.channel_blocks, channel_block = task % agb_.channel_blocks;
-      const int64_t c_begin = channel_block * group;
-      const int64_t channels = std::min(group, agb_.channels - c_begin);
+      const int64_t c_begin = channel_block * kernel.group;
+      const int64_t channels = std::min<int64_t>(kernel.group, agb_.channels - c_begin);
       for (int64_t k = 0; k < k_size(block); ++k)
         for (int64_t r = 0; r < problem_.r; ++r)
           for (int64_t s = 0; s < problem_.s; ++s) {
-            float* to = weight_panels_ +
-                        weight_panel(block, channel_block, r, s / taps) * agb_.panel_floats +
-                        (k * taps + s % taps) * group;
+            const int64_t panel = weight_panel(block, channel_block, r, s / kernel.columns);
+            float* to = weight_panels_ + panel * agb_.panel_floats +
+                        (k * kernel.columns + s % kernel.columns) * kernel.group;
             const int64_t from = (k_begin(block) + k) * strides.k + c_begin * strides.c +
                                  r * strides.r + s * strides.s;
             load_weights(from, channels, to);
-            for (int64_t c = channels; c < group; ++c) to[c] = 0.0f;
+            for (int64_t c = channels; c < kernel.group; ++c) to[c] = 0.0f;
           }
     });
   }
@@ -466,7 +469,7 @@ class Backward {
       sum += here;
     }
     visit_counts_[index] = position[0];
-    const uint32_t image_bytes = static_cast<uint32_t>(band_rows_ * agb_.row_floats() * 4);
+    const uint32_t image_bytes = static_cast<uint32_t>(image_floats() * 4);
     const uint32_t pixel_bytes = static_cast<uint32_t>(problem_.stride_w * agb_.kernel->group * 4);
     for (int64_t i = 0; i < images.count; ++i) {
       const int64_t list = pixel_list((images.first + i) * p_ + tile % p_, block);
@@ -481,15 +484,18 @@ class Backward {
     }
   }
 
+  // Partial sums of one image's part of a band.
+  int64_t image_floats() const { return agb_.band_rows * agb_.row_floats(); }
+
   void run_agb() {
     sort_tiles();
     const int64_t image_groups = ceil_div(image_end_ - image_begin_, agb_.images);
-    const int64_t bands = ceil_div(problem_.h, band_rows_);
+    const int64_t bands = ceil_div(problem_.h, agb_.band_rows);
     const int64_t channel_tasks = problem_.groups * agb_.channel_blocks;
     parallel_tasks(pool_, image_groups * bands * channel_tasks, [&](int64_t task, int worker) {
       const int64_t band = task / channel_tasks;
-      const int64_t first = band % bands * band_rows_;
-      agb_band(band / bands, first, std::min(first + band_rows_, problem_.h), task % channel_tasks,
+      const int64_t first = band % bands * agb_.band_rows;
+      agb_band(band / bands, first, std::min(first + agb_.band_rows, problem_.h), task % channel_tasks,
                scratch(worker));
       kernels_.finish_stores();
     });
@@ -502,27 +508,20 @@ class Backward {
     const int64_t group_index = channel_task / agb_.channel_blocks;
     const int64_t channel_block = channel_task % agb_.channel_blocks;
     const int64_t group = agb_.kernel->group;
-    const int64_t image_floats = band_rows_ * agb_.row_floats();
-    memset(sums, 0, images.count * image_floats * sizeof(float));
+    memset(sums, 0, images.count * image_floats() * sizeof(float));
     for (int64_t r = 0; r < problem_.r; ++r)
-      for (int64_t column_tap = 0; column_tap < agb_.column_taps; ++column_tap)
+      for (int64_t column_step = 0; column_step < agb_.column_steps; ++column_step)
         for (int64_t block = 0; block < agb_.k_blocks; ++block) {
           const int64_t k_block = group_index * agb_.k_blocks + block;
           const float* panel =
               weight_panels_ +
-              weight_panel(k_block, channel_block, r, column_tap) * agb_.panel_floats;
+              weight_panel(k_block, channel_block, r, column_step) * agb_.panel_floats;
+          float* to = sums + column_step * problem_.dil_w * group;
           for (int64_t h = first; h < last; ++h) {
             const int64_t offset = h + problem_.pad_h - r * problem_.dil_h;
-            if (offset < 0 || offset % problem_.stride_h || offset / problem_.stride_h >= p_)
-              continue;
-            const int64_t p = offset / problem_.stride_h;
-            const int64_t list = pixel_list(images.first * p_ + p, k_block);
-            const int64_t tile = k_block * max_tiles() + image_group_index * p_ + p;
-            agb_.kernel->run({pixel_lists_.values + list * agb_.capacity,
-                              pixel_lists_.offsets + list * agb_.capacity},
-                             visits_ + tile * agb_.images * q_, visit_counts_[tile], panel,
-                             sums + (h - first) * agb_.row_floats() +
-                                 column_tap * problem_.dil_w * group);
+            if (offset >= 0 && offset % problem_.stride_h == 0 && offset / problem_.stride_h < p_)
+              agb_tile(image_group_index, offset / problem_.stride_h, k_block, panel,
+                       to + (h - first) * agb_.row_floats());
           }
         }
     const int64_t c = group_index * agb_.channels + channel_block * group;
@@ -530,12 +529,22 @@ class Backward {
     for (int64_t i = 0; i < images.count; ++i)
       for (int64_t h = first; h < last; ++h)
         kernels_.scatter_pixels(
-            sums + i * image_floats + (h - first) * agb_.row_floats() + problem_.pad_w * group,
+            sums + i * image_floats() + (h - first) * agb_.row_floats() + problem_.pad_w * group,
             group, problem_.w, channels,
             static_cast<char*>(call_.grad_input) +
                 (((images.first + i) * problem_.h + h) * problem_.w * problem_.c + c) *
                     dtype_size(call_.dtype),
             call_.dtype, problem_.c);
+  }
+
+  // What row p of a group of images contributes through one panel of weights.
+  void agb_tile(int64_t image_group_index, int64_t p, int64_t k_block, const float* panel,
+                float* to) const {
+    const int64_t list = pixel_list(image_group(image_group_index).first * p_ + p, k_block);
+    const int64_t tile = k_block * max_tiles() + image_group_index * p_ + p;
+    agb_.kernel->run({pixel_lists_.values + list * agb_.capacity,
+                      pixel_lists_.offsets + list * agb_.capacity},
+                     visits_ + tile * agb_.images * q_, visit_counts_[tile], panel, to);
   }
 
   // ---- WGC
@@ -724,7 +733,6 @@ class Backward {
   uint16_t* channel_order_ = nullptr;
   Visit* visits_ = nullptr;
   int64_t* visit_counts_ = nullptr;
-  int64_t band_rows_ = 0;
   int64_t parts_ = 1;
   uint16_t* operand_offsets_ = nullptr;
   float* weight_panels_ = nullptr;

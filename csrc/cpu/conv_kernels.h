@@ -24,15 +24,15 @@ struct Visit {
   uint32_t start, count, dst;
 };
 
-// dst[visit.dst / 4 + t * group + c] += value * panel[(offset / 4) + t * group + c] for every visit,
-// every entry of it, tap t < taps and channel c < group. Visits are sorted by count, so that the
-// inner loop's exit is predictable; two of them may overlap.
+// For every visit, every entry of it, column j < columns and channel c < group:
+// dst[visit.dst / 4 + j * group + c] += value * panel[offset / 4 + j * group + c]. Visits are sorted
+// by count, so that the inner loop's exit is predictable; the places of two of them may overlap.
 using AgbRun = void (*)(List list, const Visit* visits, int64_t count, const float* panel,
                         float* dst);
 
 struct AgbKernel {
-  int taps;   // neighbouring columns that one entry contributes to
-  int group;  // input channels
+  int columns;  // of the input that one entry contributes to
+  int group;    // input channels
   AgbRun run;
 };
 

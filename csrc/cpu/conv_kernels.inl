@@ -11,6 +11,8 @@ namespace sparsebwd {
 namespace {
 
 constexpr int kLanes = Vec::kLanes;
+// A part of a pixel's channels is a strided read, which hardware prefetches badly.
+constexpr int64_t kPrefetchPixels = 16;
 
 // ---- lists
 
@@ -22,6 +24,7 @@ void list_by_pixel(const float* g, int64_t pixel_stride, int64_t pixels, int64_t
   for (int64_t q = 0; q < pixels; ++q, g += pixel_stride) {
     const float* start = values;
     for (int64_t k = 0; k < channels; k += kLanes) {
+      __builtin_prefetch(g + k + kPrefetchPixels * pixel_stride);
       const Vec v = k + kLanes <= channels ? Vec::load(g + k) : Vec::load_first(g + k, channels - k);
       const int n = append_nonzero(v, lane_steps + static_cast<uint32_t>(k) * step, values, offsets);
       values += n;
@@ -45,8 +48,7 @@ void list_by_channel(const float* g, int64_t pixel_stride, int64_t pixels, int64
       Vec tile[kLanes];
       if (height == kLanes && width == kLanes) {
         for (int j = 0; j < kLanes; ++j) {
-          // The tile below: strided reads are not what hardware prefetches.
-          __builtin_prefetch(row + k + (kLanes + j) * pixel_stride);
+          __builtin_prefetch(row + k + (kPrefetchPixels + j) * pixel_stride);
           tile[j] = Vec::load(row + k + j * pixel_stride);
         }
       } else {
@@ -67,27 +69,23 @@ void list_by_channel(const float* g, int64_t pixel_stride, int64_t pixels, int64
 
 // ---- AGB
 
-// The columns that a pixel contributes to are accumulated in registers while its list streams by.
-template <int Taps, int Vectors>
+// What a pixel contributes to is accumulated in registers while its list streams by.
+template <int Columns, int Vectors>
 void agb_run(List list, const Visit* visits, int64_t count, const float* panel, float* dst) {
-  constexpr int kGroup = Vectors * kLanes;
+  constexpr int kSums = Columns * Vectors;
   const char* const base = reinterpret_cast<const char*>(panel);
   for (const Visit* const last = visits + count; visits != last; ++visits) {
     float* const sums = reinterpret_cast<float*>(reinterpret_cast<char*>(dst) + visits->dst);
     const float* value = list.values + visits->start;
     const uint16_t* offset = list.offsets + visits->start;
-    Vec acc[Taps][Vectors];
-    for (int t = 0; t < Taps; ++t)
-      for (int v = 0; v < Vectors; ++v) acc[t][v] = Vec::load(sums + t * kGroup + v * kLanes);
+    Vec acc[kSums];
+    for (int i = 0; i < kSums; ++i) acc[i] = Vec::load(sums + i * kLanes);
     for (const float* const end = value + visits->count; value != end; ++value, ++offset) {
       const float* operand = reinterpret_cast<const float*>(base + *offset);
       const Vec g = Vec::broadcast(value);
-      for (int t = 0; t < Taps; ++t)
-        for (int v = 0; v < Vectors; ++v)
-          acc[t][v] = acc[t][v].fma(g, Vec::load(operand + t * kGroup + v * kLanes));
+      for (int i = 0; i < kSums; ++i) acc[i] = acc[i].fma(g, Vec::load(operand + i * kLanes));
     }
-    for (int t = 0; t < Taps; ++t)
-      for (int v = 0; v < Vectors; ++v) acc[t][v].store(sums + t * kGroup + v * kLanes);
+    for (int i = 0; i < kSums; ++i) acc[i].store(sums + i * kLanes);
   }
 }
 
@@ -172,7 +170,10 @@ void gather_pixels(const void* src, DType dtype, int64_t src_stride, int64_t pix
     int64_t c = 0;
     if (dtype == DType::kFloat32) {
       const float* p = static_cast<const float*>(src) + i * src_stride;
-      for (; c < whole; c += kLanes) Vec::load(p + c).store(dst + c);
+      for (; c < whole; c += kLanes) {
+        __builtin_prefetch(p + c + kPrefetchPixels * src_stride);
+        Vec::load(p + c).store(dst + c);
+      }
       if (c < channels) Vec::load_first(p + c, channels - c).store(dst + c);
       if (c < channels) c += kLanes;
     } else {

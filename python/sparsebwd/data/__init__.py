@@ -7,9 +7,19 @@ from pathlib import Path
 
 from .batches import Batches, Normalize, ordered_batches
 from .dataset import DataError, ImageData
-from .files import atomic_write
+from .files import atomic_write, remove_leftovers
 
-__all__ = ["Batches", "DataError", "ImageData", "Normalize", "atomic_write", "load", "names", "ordered_batches"]
+__all__ = [
+    "Batches",
+    "DataError",
+    "ImageData",
+    "Normalize",
+    "atomic_write",
+    "load",
+    "names",
+    "ordered_batches",
+    "remove_leftovers",
+]
 
 _NAMES = ("digits", "cifar10", "cifar100", "imagefolder")
 

@@ -82,7 +82,6 @@ def _prepare(config: TrainConfig, folder: Path, options: argparse.Namespace, wor
             f"output: {folder} holds a run already: continue it with --resume, replace it with --overwrite, "
             "or name another folder"
         )
-    folder.mkdir(parents=True, exist_ok=True)
     with world.one_first():
         images = data.load(
             config.data, data_dir=config.data_dir, cache_dir=config.cache_dir, image_size=config.image_size

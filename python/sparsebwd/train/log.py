@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..data import atomic_write
+from ..data import atomic_write, remove_leftovers
 
 CSV_FILE, JSON_FILE = "epochs.csv", "log.json"
 
@@ -40,6 +40,8 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, header: dict[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
         self.folder = folder
         self._header = header
 

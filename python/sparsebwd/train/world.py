@@ -54,7 +54,8 @@ def launched() -> bool:
 def join(device: str = "auto") -> Iterator[World]:
     """The world of this process: that of torchrun where it started the process, else this process alone.
 
-    Processes on CPUs talk by gloo, those on GPUs by nccl.
+    Processes on CPUs talk by gloo, those on GPUs by nccl. A process group that the program has set up already is used
+    as it is, and left.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,12 +64,14 @@ def join(device: str = "auto") -> Iterator[World]:
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        distributed.init_process_group("nccl")
         here = torch.device("cuda", torch.cuda.current_device())
     else:
-        distributed.init_process_group("gloo")
         here = torch.device("cpu")
+    ours = not distributed.is_initialized()
+    if ours:
+        distributed.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
         yield World(here, distributed.get_rank(), distributed.get_world_size())
     finally:
-        distributed.destroy_process_group()
+        if ours:
+            distributed.destroy_process_group()

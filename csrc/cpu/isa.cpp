@@ -11,8 +11,9 @@ namespace {
 bool always() { return true; }
 
 #ifdef SPARSEBWD_X86
-// The builtin also asks whether the operating system saves the registers.
+// __builtin_cpu_supports also asks whether the operating system saves the registers.
 bool has_avx2() {
+  __builtin_cpu_init();
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
          __builtin_cpu_supports("popcnt");

@@ -159,8 +159,7 @@ int64_t prune(const Tensor& g, const Tensor& key, double tau, Tensor out) {
   const sparsebwd::PruneSpec spec = checked_prune_spec(key, tau, dtype);
   const sparsebwd::PruneShape shape = {g.size(0), g.size(1), g.size(2), g.size(3), channels_last};
   return sparsebwd::prune(sparsebwd::active_kernels().prune, task_pool(), g.const_data_ptr(), dtype,
-                          shape, spec,
-                          out.mutable_data_ptr());
+                          shape, spec, out.mutable_data_ptr());
 }
 
 void check_activation(const Tensor& tensor, const char* name, const Tensor& grad_output,
@@ -268,7 +267,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparsebwd_cpu, CompositeExplicitAutograd, m) {
 }
 
 // `import sparsebwd._C` loads this file, which registers the operators; the module is empty.
-extern "C" PyMODINIT_FUNC PyInit__C() {
+PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
   return PyModule_Create(&module);
 }

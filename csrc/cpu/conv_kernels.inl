@@ -69,7 +69,8 @@ void list_by_channel(const float* g, int64_t pixel_stride, int64_t pixels, int64
 
 // ---- AGB
 
-// What a pixel contributes to is accumulated in registers while its list streams by.
+// What a pixel contributes is accumulated in registers while its list streams by. The sums start at
+// zero, not at what is there: short chains of additions keep the rounding errors small.
 template <int Columns, int Vectors>
 void agb_run(List list, const Visit* visits, int64_t count, const float* panel, float* dst) {
   constexpr int kSums = Columns * Vectors;
@@ -79,13 +80,13 @@ void agb_run(List list, const Visit* visits, int64_t count, const float* panel, 
     const float* value = list.values + visits->start;
     const uint16_t* offset = list.offsets + visits->start;
     Vec acc[kSums];
-    for (int i = 0; i < kSums; ++i) acc[i] = Vec::load(sums + i * kLanes);
+    for (int i = 0; i < kSums; ++i) acc[i] = Vec::zero();
     for (const float* const end = value + visits->count; value != end; ++value, ++offset) {
       const float* operand = reinterpret_cast<const float*>(base + *offset);
       const Vec g = Vec::broadcast(value);
       for (int i = 0; i < kSums; ++i) acc[i] = acc[i].fma(g, Vec::load(operand + i * kLanes));
     }
-    for (int i = 0; i < kSums; ++i) acc[i].store(sums + i * kLanes);
+    for (int i = 0; i < kSums; ++i) (Vec::load(sums + i * kLanes) + acc[i]).store(sums + i * kLanes);
   }
 }
 
@@ -107,7 +108,7 @@ void wgc_window3(List lists, int64_t capacity, const uint16_t* counts, const uin
     const float* const end = value + counts[k];
     if (value == end) continue;
     Vec acc[9];
-    for (int t = 0; t < 9; ++t) acc[t] = Vec::load(sums + t * kLanes);
+    for (int t = 0; t < 9; ++t) acc[t] = Vec::zero();
     for (; value != end; ++value, ++offset) {
       const int64_t at = *offset;
       const Vec g = Vec::broadcast(value);
@@ -119,7 +120,7 @@ void wgc_window3(List lists, int64_t capacity, const uint16_t* counts, const uin
             acc[6 + s].fma(g, Vec::load(reinterpret_cast<const float*>(row2 + at) + s * kLanes));
       }
     }
-    for (int t = 0; t < 9; ++t) acc[t].store(sums + t * kLanes);
+    for (int t = 0; t < 9; ++t) (Vec::load(sums + t * kLanes) + acc[t]).store(sums + t * kLanes);
   }
 }
 
@@ -138,7 +139,7 @@ void wgc_tap(List lists, int64_t capacity, const uint16_t* counts, const uint16_
     if (count == 0) continue;
     Vec even[Vectors], odd[Vectors];
     for (int v = 0; v < Vectors; ++v) {
-      even[v] = Vec::load(sums + v * kLanes);
+      even[v] = Vec::zero();
       odd[v] = Vec::zero();
     }
     int64_t e = 0;
@@ -157,7 +158,8 @@ void wgc_tap(List lists, int64_t capacity, const uint16_t* counts, const uint16_
       const Vec g0 = Vec::broadcast(value + e);
       for (int v = 0; v < Vectors; ++v) even[v] = even[v].fma(g0, Vec::load(x0 + v * kLanes));
     }
-    for (int v = 0; v < Vectors; ++v) (even[v] + odd[v]).store(sums + v * kLanes);
+    for (int v = 0; v < Vectors; ++v)
+      (Vec::load(sums + v * kLanes) + (even[v] + odd[v])).store(sums + v * kLanes);
   }
 }
 

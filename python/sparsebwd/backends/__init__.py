@@ -12,6 +12,7 @@ from .base import (
     register,
     registered_backends,
 )
+from .cpu import CpuBackend
 from .dense import DenseBackend
 from .reference import ReferenceBackend
 
@@ -30,3 +31,4 @@ __all__ = [
 # "auto" takes the last of these that can run.
 register(ReferenceBackend())
 register(DenseBackend())
+register(CpuBackend())

@@ -76,16 +76,17 @@ class Backend(ABC):
         """None if this backend runs on this machine at all, else the reason why not."""
         return None
 
+    def for_auto(self) -> Backend:
+        """What "auto" uses when it comes to this backend: itself, or a form of it that leaves to
+        other implementations what they do faster."""
+        return self
+
     @abstractmethod
-    def can_run(
-        self, problem: ConvProblem | None, device_type: str, dtype: torch.dtype
-    ) -> str | None:
+    def can_run(self, problem: ConvProblem | None, device_type: str, dtype: torch.dtype) -> str | None:
         """None if it can compute this, else the reason why not. Without a problem: prune."""
 
     @abstractmethod
-    def prune(
-        self, grad: Tensor, key: Tensor, percentile: float, sigma_estimator: str
-    ) -> PrunedGradient:
+    def prune(self, grad: Tensor, key: Tensor, percentile: float, sigma_estimator: str) -> PrunedGradient:
         """Prune ``grad`` (N, C, H, W) with the int64[2] ``key``."""
 
     @abstractmethod
@@ -113,16 +114,12 @@ class Backend(ABC):
         are wanted."""
         gradient, tau, sigma, density = grad_output, None, None, None
         if percentile is not None and placement == "output":
-            gradient, tau, sigma, density = self.prune(
-                grad_output, key, percentile, sigma_estimator
-            )
+            gradient, tau, sigma, density = self.prune(grad_output, key, percentile, sigma_estimator)
         grad_input = grad_weight = None
         if output_mask[0]:
             grad_input = self.conv2d_input(problem, weight, gradient)
             if percentile is not None and placement == "input":
-                grad_input, tau, sigma, _ = self.prune(
-                    grad_input, key, percentile, sigma_estimator
-                )
+                grad_input, tau, sigma, _ = self.prune(grad_input, key, percentile, sigma_estimator)
         if output_mask[1]:
             grad_weight = self.conv2d_weight(problem, input, gradient)
         return BackwardResult(grad_input, grad_weight, tau, sigma, density, self.name)
@@ -158,9 +155,7 @@ def get_backend(name: str) -> Backend:
 
 
 @lru_cache(maxsize=4096)
-def choose_backend(
-    name: str, problem: ConvProblem | None, device_type: str, dtype: torch.dtype
-) -> Backend:
+def choose_backend(name: str, problem: ConvProblem | None, device_type: str, dtype: torch.dtype) -> Backend:
     """The backend called ``name``, or for "auto" the last in the list that can run.
 
     Raises ValueError for an unknown name, RuntimeError with the reasons if it, or for "auto" every
@@ -173,7 +168,7 @@ def choose_backend(
         reason = backend.available() or backend.can_run(problem, device_type, dtype)
         if reason is None:
             logger.debug("%s: backend %r runs it", what, backend.name)
-            return backend
+            return backend.for_auto() if name == "auto" else backend
         logger.debug("%s: backend %r refuses: %s", what, backend.name, reason)
         refusals.append(f"{backend.name!r}: {reason}")
     raise RuntimeError(f"backend: {name!r} cannot run {what} ({'; '.join(refusals)})")

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sparse kernels for CPUs: csrc/cpu behind the raw operators ``torch.ops.sparsebwd_cpu.*``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..problem import ConvProblem
+from ..reference import PrunedGradient
+from .base import Backend, BackwardResult, logger
+from .dense import DenseBackend
+
+try:
+    from .. import _C  # noqa: F401  registers torch.ops.sparsebwd_cpu
+
+    _unavailable = None
+except ImportError as error:
+    _unavailable = f"the native module sparsebwd._C cannot be loaded: {error}"
+
+_raw = torch.ops.sparsebwd_cpu
+
+
+class _Convolved(NamedTuple):
+    density: float
+    pruned: Tensor | None
+    grad_input: Tensor | None
+    grad_weight: Tensor | None
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _density(nonzeros: int, numel: int) -> Tensor:
+    return torch.tensor(nonzeros / max(numel, 1), dtype=torch.float32)
+
+
+def _threshold(
+    grad: Tensor, percentile: float, sigma_estimator: str
+) -> tuple[Tensor, Tensor]:
+    """(sigma, tau) of ``grad``, see :func:`sparsebwd.reference.threshold`."""
+    abs_sum, _ = _raw.abs_sum(grad)
+    return reference.threshold(
+        torch.tensor(abs_sum, dtype=torch.float64),
+        grad.numel(),
+        percentile,
+        sigma_estimator,
+        grad.dtype,
+    )
+
+
+def _convolve(
+    problem: ConvProblem,
+    grad_output: Tensor,
+    input: Tensor | None = None,
+    weight: Tensor | None = None,
+    key: Tensor | None = None,
+    tau: Tensor | None = None,
+    keep_pruned: bool = False,
+) -> _Convolved:
+    """Prune if there is a key, AGB if there is a weight, WGC if there is an input; in one call."""
+    grad_output = _channels_last(grad_output)
+    pruned = torch.empty_like(grad_output) if keep_pruned else None
+    grad_input = grad_weight = None
+    if weight is not None:
+        grad_input = grad_output.new_empty(problem.input_size).to(
+            memory_format=torch.channels_last
+        )
+    if input is not None:
+        grad_weight = input.new_empty(problem.weight_size)
+        grad_weight = grad_weight.to(memory_format=reference.memory_format(input))
+        input = _channels_last(input)
+    nonzeros = _raw.conv2d_backward(
+        grad_output,
+        input,
+        weight,
+        problem.input_size,
+        problem.weight_size,
+        problem.stride,
+        problem.padding,
+        problem.dilation,
+        problem.groups,
+        key,
+        0.0 if tau is None else tau.item(),
+        pruned,
+        grad_input,
+        grad_weight,
+    )
+    return _Convolved(nonzeros / max(grad_output.numel(), 1), pruned, grad_input, grad_weight)
+
+
+class CpuBackend(Backend):
+    """Always the sparse kernels, whatever the density."""
+
+    name = "cpu"
+
+    def available(self) -> str | None:
+        return _unavailable
+
+    def can_run(
+        self, problem: ConvProblem | None, device_type: str, dtype: torch.dtype
+    ) -> str | None:
+        if device_type != "cpu":
+            return f"the device is {device_type}, not cpu"
+        if dtype not in (torch.float32, torch.bfloat16):
+            return f"{dtype} is not float32 or bfloat16"
+        return None
+
+    def for_auto(self) -> Backend:
+        return AdaptiveCpuBackend()
+
+    def prune(
+        self, grad: Tensor, key: Tensor, percentile: float, sigma_estimator: str
+    ) -> PrunedGradient:
+        sigma, tau = _threshold(grad, percentile, sigma_estimator)
+        values = torch.empty_like(grad)
+        nonzeros = _raw.prune(grad, key, tau.item(), values)
+        return PrunedGradient(values, tau, sigma, _density(nonzeros, grad.numel()))
+
+    def conv2d_input(self, problem: ConvProblem, weight: Tensor, grad_output: Tensor) -> Tensor:
+        return _convolve(problem, grad_output, weight=weight).grad_input
+
+    def conv2d_weight(self, problem: ConvProblem, input: Tensor, grad_output: Tensor) -> Tensor:
+        return _convolve(problem, grad_output, input=input).grad_weight
+
+    def sparse_pays(
+        self, problem: ConvProblem, dtype: torch.dtype, density: float
+    ) -> tuple[bool, bool]:
+        """Whether AGB and WGC run on the sparse kernels at this density of the gradient."""
+        return True, True
+
+    def expected_density(self, grad: Tensor, key: Tensor | None, tau: Tensor | None) -> float:
+        """Density of the gradient that the convolutions will consume, as far as it is needed."""
+        return 0.0
+
+    def conv2d_backward(
+        self,
+        problem: ConvProblem,
+        grad_output: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        key: Tensor,
+        percentile: float | None,
+        sigma_estimator: str,
+        placement: str,
+        output_mask: Sequence[bool],
+        layer_id: int,
+    ) -> BackwardResult:
+        sigma = tau = None
+        prune_output = percentile is not None and placement == "output"
+        if prune_output:
+            sigma, tau = _threshold(grad_output, percentile, sigma_estimator)
+        prune_key = key if prune_output else None
+
+        density = self.expected_density(grad_output, prune_key, tau)
+        pays = self.sparse_pays(problem, grad_output.dtype, density)
+        sparse = [wanted and pay for wanted, pay in zip(output_mask, pays)]
+        dense = [wanted and not pay for wanted, pay in zip(output_mask, pays)]
+        if any(sparse):
+            result = _convolve(
+                problem,
+                grad_output,
+                input if sparse[1] else None,
+                weight if sparse[0] else None,
+                prune_key,
+                tau,
+                keep_pruned=prune_output and any(dense),
+            )
+            density, pruned, grad_input, grad_weight = result
+        else:
+            pruned = grad_input = grad_weight = None
+            if prune_output:
+                pruned = torch.empty_like(grad_output)
+                nonzeros = _raw.prune(grad_output, key, tau.item(), pruned)
+                density = nonzeros / max(grad_output.numel(), 1)
+        gradient = grad_output if pruned is None else pruned
+        if dense[0]:
+            grad_input = _dense.conv2d_input(problem, weight, gradient)
+        if dense[1]:
+            grad_weight = _dense.conv2d_weight(problem, input, gradient)
+
+        if percentile is not None and placement == "input" and grad_input is not None:
+            grad_input, tau, sigma, _ = self.prune(grad_input, key, percentile, sigma_estimator)
+        implementation = "+".join(
+            name for name, ran in ((self.name, any(sparse)), ("dense", any(dense))) if ran
+        )
+        return BackwardResult(
+            grad_input,
+            grad_weight,
+            tau,
+            sigma,
+            torch.tensor(density, dtype=torch.float32),
+            implementation,
+        )
+
+
+_dense = DenseBackend()
+
+
+class AdaptiveCpuBackend(CpuBackend):
+    """The sparse kernels where they pay, PyTorch's dense ones on the pruned gradient where not.
+
+    The choice depends on the problem, the dtype and the density of this very gradient, never on
+    time measured, so that a run can be repeated bit for bit.
+    """
+
+    def sparse_pays(
+        self, problem: ConvProblem, dtype: torch.dtype, density: float
+    ) -> tuple[bool, bool]:
+        limits = _break_even(problem, dtype)
+        pays = density <= limits[0], density <= limits[1]
+        logger.debug(
+            "%s in %s at density %.3f: AGB %s, WGC %s (break-even %.2f, %.2f)",
+            problem,
+            dtype,
+            density,
+            *("sparse" if pay else "dense" for pay in pays),
+            *limits,
+        )
+        return pays
+
+    def expected_density(self, grad: Tensor, key: Tensor | None, tau: Tensor | None) -> float:
+        if key is None:
+            return _raw.abs_sum(grad)[1] / max(grad.numel(), 1)
+        # Two images tell enough, at a fraction of the cost of pruning them all.
+        sample = grad[:: max(1, grad.shape[0] // 2)][:2]
+        nonzeros = 0
+        for image in sample.split(1):
+            nonzeros += _raw.prune(image, key, tau.item(), torch.empty_like(image))
+        return nonzeros / max(sample.numel(), 1)
+
+    def conv2d_input(self, problem: ConvProblem, weight: Tensor, grad_output: Tensor) -> Tensor:
+        density = self.expected_density(grad_output, None, None)
+        sparse, _ = self.sparse_pays(problem, grad_output.dtype, density)
+        chosen = super() if sparse else _dense
+        return chosen.conv2d_input(problem, weight, grad_output)
+
+    def conv2d_weight(self, problem: ConvProblem, input: Tensor, grad_output: Tensor) -> Tensor:
+        density = self.expected_density(grad_output, None, None)
+        _, sparse = self.sparse_pays(problem, grad_output.dtype, density)
+        chosen = super() if sparse else _dense
+        return chosen.conv2d_weight(problem, input, grad_output)
+
+
+@lru_cache(maxsize=4096)
+def _break_even(problem: ConvProblem, dtype: torch.dtype) -> tuple[float, float]:
+    """Densities up to which the sparse AGB and WGC are the faster ones.
+
+    Read off ``python -m sparsebwd.bench``, on the cautious side; docs/performance.md has the
+    measurements.
+    """
+    if problem.groups > 1 or problem.k < 16:
+        # Few channels a group leave the kernels' vectors mostly empty.
+        return 0.0, 0.0
+    if dtype == torch.bfloat16:
+        return 0.15, 0.15
+    if problem.r * problem.s == 1:
+        return 0.40, 0.40
+    return (0.60, 0.65) if problem.c >= 16 else (0.0, 0.30)

@@ -7,9 +7,7 @@ import torch
 
 from sparsebwd.backends import available_backends, observers
 
-hypothesis.settings.register_profile(
-    "sparsebwd", derandomize=True, deadline=None, database=None, max_examples=60
-)
+hypothesis.settings.register_profile("sparsebwd", derandomize=True, deadline=None, database=None, max_examples=60)
 hypothesis.settings.load_profile("sparsebwd")
 
 

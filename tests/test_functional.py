@@ -4,6 +4,8 @@ test_pruning and test_parity."""
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -162,9 +164,7 @@ def test_without_pruning_gradients_are_those_of_torch(settings, backend, generat
     )
     wanted = torch.autograd.grad(expected, [t for t in operands if t is not None], grad_output)
     operands = [None if t is None else t.detach().float().requires_grad_() for t in operands]
-    assert not _rng_is_used(
-        lambda: sparse_conv2d(*operands, **settings, percentile=None, backend=backend)
-    )
+    assert not _rng_is_used(lambda: sparse_conv2d(*operands, **settings, percentile=None, backend=backend))
     y = sparse_conv2d(*operands, **settings, percentile=None, backend=backend)
     assert_bit_equal(y, F.conv2d(*operands, **settings))
     actual = torch.autograd.grad(y, [t for t in operands if t is not None], grad_output.float())
@@ -197,7 +197,8 @@ def test_a_key_is_drawn_only_where_something_is_pruned(generator):
         {"input": fixed, "weight": w.detach()},
         {"generator": torch.Generator()},
     ):
-        assert not _rng_is_used(lambda: sparse_conv2d(**{"input": x, "weight": w, "bias": b, **arguments}))
+        arguments = {"input": x, "weight": w, "bias": b, **arguments}
+        assert not _rng_is_used(functools.partial(sparse_conv2d, **arguments))
     with torch.no_grad():
         assert not _rng_is_used(lambda: sparse_conv2d(x, w, b))
         assert_bit_equal(sparse_conv2d(x, w, b), F.conv2d(x, w, b))
@@ -243,9 +244,7 @@ def test_sizes_that_work_in_torch_work_here():
         x = torch.randn(size, requires_grad=True)
         w = torch.randn(weight_size, requires_grad=True)
         expected = torch.autograd.grad(F.conv2d(x, w, **settings).sum(), (x, w))
-        actual = torch.autograd.grad(
-            sparse_conv2d(x, w, **settings, percentile=None).sum(), (x, w)
-        )
+        actual = torch.autograd.grad(sparse_conv2d(x, w, **settings, percentile=None).sum(), (x, w))
         for a, b in zip(actual, expected):
             torch.testing.assert_close(a, b)
 

@@ -64,9 +64,7 @@ def test_compile_gives_the_same_gradients(percentile, placement, memory_format, 
     twin = copy.deepcopy(block)
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
     for seed in (1, 2):
-        for actual, wanted in zip(
-            _gradients(compiled, twin, x, seed), _gradients(block, block, x, seed)
-        ):
+        for actual, wanted in zip(_gradients(compiled, twin, x, seed), _gradients(block, block, x, seed)):
             assert actual.stride() == wanted.stride()
             torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
 
@@ -260,9 +258,7 @@ def test_distributed_data_parallel(tmp_path):
     results = [torch.load(tmp_path / str(rank)) for rank in range(2)]
     alone = []
     for rank, result in enumerate(results):
-        model = nn.Sequential(
-            SparseConv2d(4, 8, 3, padding=1), nn.ReLU(), SparseConv2d(8, 4, 3, percentile=None)
-        )
+        model = nn.Sequential(SparseConv2d(4, 8, 3, padding=1), nn.ReLU(), SparseConv2d(8, 4, 3, percentile=None))
         model.load_state_dict(result["state"])
         torch.manual_seed(100 + rank)
         assert torch.equal(torch.randn(3, 4, 7, 6), result["x"])

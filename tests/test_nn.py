@@ -138,9 +138,7 @@ def test_settings_may_change_later():
     layer.percentile = 95
     assert layer.percentile == 95.0 and isinstance(layer.percentile, float)
     layer.placement, layer.backend, layer.sigma_estimator = "input", "reference", "as_printed"
-    assert repr(layer).endswith(
-        "percentile=95.0, placement=input, backend=reference, sigma_estimator=as_printed)"
-    )
+    assert repr(layer).endswith("percentile=95.0, placement=input, backend=reference, sigma_estimator=as_printed)")
     assert repr(SparseConv2d(4, 6, 3)).endswith("stride=(1, 1), percentile=90.0, placement=output)")
 
 

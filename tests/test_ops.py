@@ -15,6 +15,7 @@ from sparsebwd import backends, ops
 from sparsebwd.problem import ConvProblem
 from sparsebwd.testing import assert_bit_equal, random_tensor
 
+
 @pytest.fixture
 def register(monkeypatch):
     """backends.register, undone after the test."""
@@ -30,9 +31,7 @@ def _operands(text: str, dtype, memory_format, requires_grad=False):
     problem = ConvProblem.parse(text)
     generator = torch.Generator().manual_seed(1)
     input, weight, grad_output = (
-        random_tensor(
-            size, generator=generator, dtype=dtype, memory_format=memory_format, integer=True
-        )
+        random_tensor(size, generator=generator, dtype=dtype, memory_format=memory_format, integer=True)
         for size in (problem.input_size, problem.weight_size, problem.output_size)
     )
     geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
@@ -63,9 +62,7 @@ MASKS = [ALL, (True, False, False), (False, True, False), (False, False, True)]
 def test_opcheck_conv2d_backward(text, output_mask, memory_format, backend):
     _, input, weight, grad_output, geometry = _operands(text, torch.float32, memory_format)
     config = (torch.tensor([1, 2]), 90.0, "output", "corrected", backend, 3, output_mask)
-    torch.library.opcheck(
-        torch.ops.sparsebwd.conv2d_backward.default, (grad_output, input, weight, *geometry, *config)
-    )
+    torch.library.opcheck(torch.ops.sparsebwd.conv2d_backward.default, (grad_output, input, weight, *geometry, *config))
 
 
 @pytest.mark.parametrize("text", PROBLEMS)
@@ -84,9 +81,7 @@ def test_opcheck_conv2d_input_and_weight(text, memory_format, backend):
 @pytest.mark.parametrize("shape", [(2, 6, 3, 5), (0, 6, 3, 5), (1, 1, 1, 1)])
 def test_opcheck_prune(shape, memory_format, dtype, backend):
     grad = torch.randn(shape, dtype=dtype).contiguous(memory_format=memory_format)
-    torch.library.opcheck(
-        torch.ops.sparsebwd.prune.default, (grad, torch.tensor([1, 2]), 90.0, "corrected", backend)
-    )
+    torch.library.opcheck(torch.ops.sparsebwd.prune.default, (grad, torch.tensor([1, 2]), 90.0, "corrected", backend))
 
 
 def test_opcheck_draw_key():
@@ -101,9 +96,7 @@ def test_gradients_have_the_format_of_their_tensors(backend, dtype):
     for of_input in formats:
         for of_weight in formats:
             for of_grad in formats:
-                problem, input, weight, grad_output, geometry = _operands(
-                    PROBLEMS[0], dtype, torch.contiguous_format
-                )
+                problem, input, weight, grad_output, geometry = _operands(PROBLEMS[0], dtype, torch.contiguous_format)
                 input = input.contiguous(memory_format=of_input)
                 weight = weight.contiguous(memory_format=of_weight)
                 grad_output = grad_output.contiguous(memory_format=of_grad)
@@ -131,13 +124,9 @@ def test_operands_in_any_layout(backend, generator):
     )
     config = (torch.tensor([1, 2]), 90.0, "output", "corrected", backend, 0, (True, True, True))
     expected = torch.ops.sparsebwd.conv2d_backward(grad_output, input, weight, *geometry, *config)
-    views = [
-        tensor.transpose(2, 3).contiguous().transpose(2, 3) for tensor in (grad_output, input, weight)
-    ]
+    views = [tensor.transpose(2, 3).contiguous().transpose(2, 3) for tensor in (grad_output, input, weight)]
     assert not any(view.is_contiguous() for view in views)
-    for actual, wanted in zip(
-        torch.ops.sparsebwd.conv2d_backward(*views, *geometry, *config), expected
-    ):
+    for actual, wanted in zip(torch.ops.sparsebwd.conv2d_backward(*views, *geometry, *config), expected):
         torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-4)
     ones = torch.ones(()).expand(problem.output_size)
     for actual, wanted in zip(
@@ -168,9 +157,7 @@ def test_only_the_gradients_asked_for_are_computed(output_mask, register):
             return super().conv2d_weight(*args)
 
     register(Spy())
-    _, input, weight, grad_output, geometry = _operands(
-        PROBLEMS[0], torch.float32, torch.contiguous_format
-    )
+    _, input, weight, grad_output, geometry = _operands(PROBLEMS[0], torch.float32, torch.contiguous_format)
     for placement in ("output", "input"):
         config = (torch.tensor([1, 2]), 90.0, placement, "corrected", "spy", 0, output_mask)
         calls.clear()
@@ -187,9 +174,7 @@ def test_only_the_gradients_asked_for_are_computed(output_mask, register):
 
 
 def test_not_differentiable():
-    problem, input, weight, grad_output, geometry = _operands(
-        PROBLEMS[0], torch.float32, torch.contiguous_format, True
-    )
+    problem, input, weight, grad_output, geometry = _operands(PROBLEMS[0], torch.float32, torch.contiguous_format, True)
     results = [
         torch.ops.sparsebwd.conv2d_input(problem.input_size, weight, grad_output, *geometry, "auto"),
         torch.ops.sparsebwd.conv2d_weight(input, problem.weight_size, grad_output, *geometry, "auto"),
@@ -201,9 +186,7 @@ def test_not_differentiable():
 
 
 def test_double_backward_raises():
-    _, input, weight, _, geometry = _operands(
-        PROBLEMS[0], torch.float32, torch.contiguous_format, True
-    )
+    _, input, weight, _, geometry = _operands(PROBLEMS[0], torch.float32, torch.contiguous_format, True)
     output = torch.ops.sparsebwd.conv2d(
         input, weight, None, *geometry, torch.tensor([1, 2]), None, "output", "corrected", "auto", 0
     )
@@ -214,16 +197,12 @@ def test_double_backward_raises():
 
 @pytest.mark.parametrize("amp_dtype", [torch.bfloat16, torch.float16])
 def test_autocast_casts_as_the_convolution_of_torch_does(amp_dtype):
-    problem, input, weight, grad_output, geometry = _operands(
-        PROBLEMS[0], torch.float32, torch.contiguous_format, True
-    )
+    problem, input, weight, grad_output, geometry = _operands(PROBLEMS[0], torch.float32, torch.contiguous_format, True)
     config = (torch.tensor([1, 2]), None, "output", "corrected", "reference", 0)
     with torch.autocast("cpu", amp_dtype):
         output = torch.ops.sparsebwd.conv2d(input, weight, None, *geometry, *config)
         expected = torch.nn.functional.conv2d(input, weight, None, *geometry)
-        half = torch.ops.sparsebwd.conv2d_input(
-            problem.input_size, weight, grad_output, *geometry, "reference"
-        )
+        half = torch.ops.sparsebwd.conv2d_input(problem.input_size, weight, grad_output, *geometry, "reference")
         kept = torch.ops.sparsebwd.prune(grad_output, config[0], 90.0, "corrected", "auto")[0]
         double = torch.ops.sparsebwd.conv2d(input.double(), weight.double(), None, *geometry, *config)
     assert_bit_equal(output, expected)
@@ -234,9 +213,7 @@ def test_autocast_casts_as_the_convolution_of_torch_does(amp_dtype):
 
 
 def test_shapes_that_do_not_fit():
-    problem, input, weight, grad_output, geometry = _operands(
-        PROBLEMS[0], torch.float32, torch.contiguous_format
-    )
+    problem, input, weight, grad_output, geometry = _operands(PROBLEMS[0], torch.float32, torch.contiguous_format)
     wrong = grad_output[:, :, 1:]
     with pytest.raises(ValueError, match="grad_output: got shape"):
         torch.ops.sparsebwd.conv2d_input(problem.input_size, weight, wrong, *geometry, "auto")
@@ -348,9 +325,7 @@ def test_observers_see_every_backward_pass(backend, stats):
 
 def test_geometry_is_looked_up_once():
     ops.problem_of.cache_clear()
-    problem, input, weight, grad_output, geometry = _operands(
-        PROBLEMS[0], torch.float32, torch.contiguous_format
-    )
+    problem, input, weight, grad_output, geometry = _operands(PROBLEMS[0], torch.float32, torch.contiguous_format)
     for _ in range(3):
         torch.ops.sparsebwd.conv2d_input(problem.input_size, weight, grad_output, *geometry, "auto")
     assert ops.problem_of.cache_info().misses == 1

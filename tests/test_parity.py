@@ -9,13 +9,14 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from strategies import problems
 
 from sparsebwd import grad, reference
 from sparsebwd.backends import available_backends, get_backend
 from sparsebwd.problem import ConvProblem
 from sparsebwd.testing import (
-    assert_error_bounded,
     assert_bit_equal,
+    assert_error_bounded,
     fenced,
     poisoned_memory,
     random_tensor,
@@ -101,17 +102,13 @@ def _check_errors(backend, text, density, dtype, memory_format, generator):
     expected = _oracle(problem, *operands)
     dense = _backward("dense", problem, *operands)
     for run in (_backward, _layer_backward):
-        for name, *results in zip(
-            ("AGB", "WGC"), run(backend, problem, *operands), expected, dense
-        ):
+        for name, *results in zip(("AGB", "WGC"), run(backend, problem, *operands), expected, dense):
             assert_error_bounded(*results, f"{name} of {problem}")
 
 
 @pytest.mark.parametrize("density", [0.35, 0.03])
 @pytest.mark.parametrize("text", GRID)
-def test_error_is_at_most_twice_that_of_dense(
-    backend, text, density, dtype, memory_format, generator
-):
+def test_error_is_at_most_twice_that_of_dense(backend, text, density, dtype, memory_format, generator):
     _check_errors(backend, text, density, dtype, memory_format, generator)
 
 
@@ -120,31 +117,6 @@ def test_error_is_at_most_twice_that_of_dense(
 @pytest.mark.parametrize("text", SMALL_GRID)
 def test_error_on_each_instruction_set(text, density, dtype, memory_format, generator):
     _check_errors("auto", text, density, dtype, memory_format, generator)
-
-
-def _pairs(low: int, high: int):
-    return st.tuples(st.integers(low, high), st.integers(low, high))
-
-
-@st.composite
-def problems(draw) -> ConvProblem:
-    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
-    try:
-        return ConvProblem(
-            n=draw(st.integers(0, 3)),
-            c=groups * draw(st.integers(1, 40)),
-            h=draw(st.integers(1, 12)),
-            w=draw(st.integers(1, 12)),
-            k=groups * draw(st.integers(1, 40)),
-            r=draw(st.integers(1, 5)),
-            s=draw(st.integers(1, 5)),
-            stride=draw(_pairs(1, 3)),
-            padding=draw(_pairs(0, 3)),
-            dilation=draw(_pairs(1, 2)),
-            groups=groups,
-        )
-    except ValueError:
-        assume(False)
 
 
 CHOICES = {
@@ -162,9 +134,7 @@ def _check_exactness(backend, problem, density, dtype, memory_format, seed):
     operands = _operands(problem, density, dtype, memory_format, generator, integer=True)
     expected = [tensor.to(dtype) for tensor in _oracle(problem, *operands)]
     for run in (_backward, _layer_backward):
-        for name, actual, wanted in zip(
-            ("AGB", "WGC"), run(backend, problem, *operands), expected
-        ):
+        for name, actual, wanted in zip(("AGB", "WGC"), run(backend, problem, *operands), expected):
             # Adding 0 makes a zero positive: its sign is no part of the contract here.
             assert_bit_equal(actual + 0, wanted + 0, f"{name} of {problem}")
 
@@ -179,9 +149,7 @@ EXACT = [
 
 @pytest.mark.parametrize("backend, dtype", EXACT)
 @given(**CHOICES)
-def test_integers_are_exact_for_any_geometry(
-    backend, dtype, problem, density, memory_format, seed
-):
+def test_integers_are_exact_for_any_geometry(backend, dtype, problem, density, memory_format, seed):
     assume(get_backend(backend).can_run(problem, "cpu", dtype) is None)
     _check_exactness(backend, problem, density, dtype, memory_format, seed)
 

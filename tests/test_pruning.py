@@ -49,11 +49,7 @@ def _expected(pruned, grad, key):
 
 def _check_bits(backend, shape, dtype, memory_format, seed):
     generator = torch.Generator().manual_seed(seed)
-    grad = fenced(
-        random_tensor(
-            shape, generator=generator, dtype=dtype, memory_format=memory_format, density=0.9
-        )
-    )
+    grad = fenced(random_tensor(shape, generator=generator, dtype=dtype, memory_format=memory_format, density=0.9))
     key = torch.empty(2, dtype=torch.int64).random_(-(2**63), 2**63 - 1, generator=generator)
     with poisoned_memory():
         result = torch.ops.sparsebwd.prune(grad, key, 90.0, "corrected", backend)
@@ -95,14 +91,10 @@ def test_bits_on_each_instruction_set(shape, dtype, memory_format, seed):
 
 
 @pytest.mark.parametrize("placement", ["output", "input"])
-def test_the_layer_prunes_with_the_bits_of_the_reference(
-    backend, dtype, memory_format, placement, generator
-):
+def test_the_layer_prunes_with_the_bits_of_the_reference(backend, dtype, memory_format, placement, generator):
     """With a 1x1 identity as weight, AGB hands on what was pruned."""
     channels = 24
-    grad = random_tensor(
-        (3, channels, 5, 6), generator=generator, dtype=dtype, memory_format=memory_format
-    )
+    grad = random_tensor((3, channels, 5, 6), generator=generator, dtype=dtype, memory_format=memory_format)
     weight = torch.eye(channels, dtype=dtype).view(channels, channels, 1, 1)
     key = torch.tensor([5, -7])
     geometry = ((1, 1), (0, 0), (1, 1), 1)
@@ -206,9 +198,7 @@ def _density_limit(numel: int) -> float:
     return LIMIT * 0.5 / math.sqrt(numel)
 
 
-@pytest.mark.parametrize(
-    "percentile, printed", [(85, 0.62), (90, 0.55), (95, 0.46), (99.5, 0.31)]
-)
+@pytest.mark.parametrize("percentile, printed", [(85, 0.62), (90, 0.55), (95, 0.46), (99.5, 0.31)])
 def test_density_of_normal_gradients(backend, percentile, printed, generator):
     expected = _density_of_a_normal_gradient(reference.quantile(percentile))
     assert expected == pytest.approx(printed, abs=0.006)
@@ -273,9 +263,7 @@ def test_percentile_50_prunes_nothing(backend, dtype, percentile, generator):
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_non_finite_gradients_pass_through(backend, dtype, memory_format, value, generator):
-    grad = random_tensor(
-        (2, 8, 3, 5), generator=generator, dtype=dtype, memory_format=memory_format
-    )
+    grad = random_tensor((2, 8, 3, 5), generator=generator, dtype=dtype, memory_format=memory_format)
     grad[1, 3, 2, 1] = value
     pruned = prune_gradient(grad, 99, backend=backend)
     assert_bit_equal(pruned.values, grad)
@@ -319,8 +307,7 @@ def test_extreme_magnitudes(backend):
 def test_fewer_dimensions(backend, dtype, shape, as_4d, generator):
     grad = random_tensor(shape, generator=generator, dtype=dtype)
     flat, full = (
-        prune_gradient(g, 90, torch.Generator().manual_seed(4), backend=backend)
-        for g in (grad, grad.view(as_4d))
+        prune_gradient(g, 90, torch.Generator().manual_seed(4), backend=backend) for g in (grad, grad.view(as_4d))
     )
     assert_bit_equal(flat.values, full.values.view(shape))
 
@@ -336,8 +323,7 @@ def test_layouts_that_are_neither_contiguous_nor_channels_last(backend, dtype, g
     ]
     for view in views:
         strided, dense = (
-            prune_gradient(g, 90, torch.Generator().manual_seed(4), backend=backend)
-            for g in (view, view.contiguous())
+            prune_gradient(g, 90, torch.Generator().manual_seed(4), backend=backend) for g in (view, view.contiguous())
         )
         assert_bit_equal(strided.values, dense.values)
 
@@ -346,8 +332,7 @@ def test_float64_and_float16_are_pruned_by_auto(generator):
     for dtype, name in ((torch.float64, "reference"), (torch.float16, "dense")):
         grad = random_tensor((2, 8, 5, 5), generator=generator, dtype=dtype)
         auto, named = (
-            prune_gradient(grad, 90, torch.Generator().manual_seed(4), backend=backend)
-            for backend in ("auto", name)
+            prune_gradient(grad, 90, torch.Generator().manual_seed(4), backend=backend) for backend in ("auto", name)
         )
         assert_bit_equal(auto.values, named.values)
         assert auto.values.dtype == dtype

@@ -31,9 +31,7 @@ ONES = 0xFFFFFFFF
     ],
 )
 def test_philox_known_answers(rounds, counter, key, expected):
-    words = reference.philox4x32(
-        tuple(map(torch.tensor, counter)), tuple(map(torch.tensor, key)), rounds
-    )
+    words = reference.philox4x32(tuple(map(torch.tensor, counter)), tuple(map(torch.tensor, key)), rounds)
     assert tuple(map(int, words)) == expected
 
 

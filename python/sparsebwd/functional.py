@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from numbers import Real
 
@@ -28,10 +27,7 @@ def check_percentile(percentile: float | None) -> float | None:
     if percentile is None:
         return None
     if isinstance(percentile, bool) or not isinstance(percentile, Real):
-        raise TypeError(
-            f"percentile: got {percentile!r}; accepted: a number in [50, 100), or None for no "
-            "pruning"
-        )
+        raise TypeError(f"percentile: got {percentile!r}; accepted: a number in [50, 100), or None for no pruning")
     if not 50 <= percentile < 100:
         raise ValueError(f"percentile: got {percentile!r}; accepted: 50 <= percentile < 100")
     return float(percentile)
@@ -61,26 +57,16 @@ def check_operands(**tensors: Tensor) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}; accepted: a torch.Tensor")
         if tensor.dtype not in _DTYPES:
-            raise TypeError(
-                f"{name}: got {tensor.dtype}; accepted: "
-                + ", ".join(str(dtype) for dtype in _DTYPES)
-            )
+            raise TypeError(f"{name}: got {tensor.dtype}; accepted: " + ", ".join(str(dtype) for dtype in _DTYPES))
         if tensor.device != first.device:
-            raise ValueError(
-                f"{name}: got device {tensor.device}; accepted: {first.device}, that of "
-                f"{first_name}"
-            )
+            raise ValueError(f"{name}: got device {tensor.device}; accepted: {first.device}, that of {first_name}")
         if tensor.dtype != first.dtype and not _autocasts(first.device.type):
-            raise TypeError(
-                f"{name}: got {tensor.dtype}; accepted: {first.dtype}, the dtype of {first_name}"
-            )
+            raise TypeError(f"{name}: got {tensor.dtype}; accepted: {first.dtype}, the dtype of {first_name}")
 
 
 def _check_choice(name: str, value: str, accepted: tuple[str, ...]) -> str:
     if value not in accepted:
-        raise ValueError(
-            f"{name}: got {value!r}; accepted: {', '.join(repr(choice) for choice in accepted)}"
-        )
+        raise ValueError(f"{name}: got {value!r}; accepted: {', '.join(repr(choice) for choice in accepted)}")
     return value
 
 
@@ -93,21 +79,15 @@ def prunes(percentile: float | None) -> bool:
     return percentile is not None and percentile > 50
 
 
-def _key(
-    input: Tensor, weight: Tensor | None, needed: bool, generator: torch.Generator | None
-) -> Tensor:
+def _key(input: Tensor, weight: Tensor | None, needed: bool, generator: torch.Generator | None) -> Tensor:
     if not needed:
         return torch.zeros(2, dtype=torch.int64, device=input.device)
     if generator is None:
         return torch.ops.sparsebwd.draw_key(input, weight)
     if not isinstance(generator, torch.Generator):
-        raise TypeError(
-            f"generator: got {type(generator).__name__}; accepted: a torch.Generator or None"
-        )
+        raise TypeError(f"generator: got {type(generator).__name__}; accepted: a torch.Generator or None")
     if generator.device.type != input.device.type:
-        raise ValueError(
-            f"generator: got one on {generator.device}; accepted: one on {input.device}"
-        )
+        raise ValueError(f"generator: got one on {generator.device}; accepted: one on {input.device}")
     key = torch.empty(2, dtype=torch.int64, device=input.device)
     return key.random_(generator=generator)
 
@@ -149,16 +129,12 @@ def prune_gradient(
     check_sigma_estimator(sigma_estimator)
     check_backend(backend)
     if not 2 <= grad.dim() <= 4:
-        raise ValueError(
-            f"grad: got shape {tuple(grad.shape)}; accepted: (N, C, H, W), (N, C, L) or (N, C)"
-        )
+        raise ValueError(f"grad: got shape {tuple(grad.shape)}; accepted: (N, C, H, W), (N, C, L) or (N, C)")
     shape = grad.shape
     if grad.dim() < 4:
         grad = grad.reshape(*shape[:2], 1, shape[2] if len(shape) == 3 else 1)
     key = _key(grad, None, prunes(percentile), generator)
-    values, tau, sigma, density = torch.ops.sparsebwd.prune(
-        grad, key, percentile, sigma_estimator, backend
-    )
+    values, tau, sigma, density = torch.ops.sparsebwd.prune(grad, key, percentile, sigma_estimator, backend)
     return PrunedGradient(values.reshape(shape), tau, sigma, density)
 
 
@@ -210,15 +186,12 @@ def sparse_conv2d(
     check_sigma_estimator(sigma_estimator)
     check_backend(backend)
     if input.dim() not in (3, 4):
-        raise ValueError(
-            f"input: got shape {tuple(input.shape)}; accepted: (N, C, H, W) or (C, H, W)"
-        )
+        raise ValueError(f"input: got shape {tuple(input.shape)}; accepted: (N, C, H, W) or (C, H, W)")
     if weight.dim() != 4:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}; accepted: (K, C/groups, R, S)")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
-            f"bias: got shape {tuple(bias.shape)}; accepted: ({weight.shape[0]},), one for each "
-            "output channel"
+            f"bias: got shape {tuple(bias.shape)}; accepted: ({weight.shape[0]},), one for each output channel"
         )
     stride, dilation = as_pair(stride, "stride"), as_pair(dilation, "dilation")
     batched = input.dim() == 4
@@ -230,9 +203,7 @@ def sparse_conv2d(
         padding = as_pair(padding, "padding")
     if not torch.compiler.is_compiling():
         # Raises if the sizes do not fit together.
-        ops.problem_of(
-            tuple(input.shape), tuple(weight.shape), stride, padding, dilation, groups
-        )
+        ops.problem_of(tuple(input.shape), tuple(weight.shape), stride, padding, dilation, groups)
 
     if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
         pruned = input.requires_grad or placement == "output"

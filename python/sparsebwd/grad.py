@@ -48,9 +48,7 @@ def conv2d_input(
     check_operands(weight=weight, grad_output=grad_output)
     check_backend(backend)
     geometry = _geometry(stride, padding, dilation, groups)
-    return torch.ops.sparsebwd.conv2d_input(
-        _size(input_size, "input_size"), weight, grad_output, *geometry, backend
-    )
+    return torch.ops.sparsebwd.conv2d_input(_size(input_size, "input_size"), weight, grad_output, *geometry, backend)
 
 
 def conv2d_weight(
@@ -84,9 +82,7 @@ def conv2d_weight(
     check_operands(input=input, grad_output=grad_output)
     check_backend(backend)
     geometry = _geometry(stride, padding, dilation, groups)
-    return torch.ops.sparsebwd.conv2d_weight(
-        input, _size(weight_size, "weight_size"), grad_output, *geometry, backend
-    )
+    return torch.ops.sparsebwd.conv2d_weight(input, _size(weight_size, "weight_size"), grad_output, *geometry, backend)
 
 
 def _size(size: Sequence[int], name: str) -> Sequence[int]:

@@ -59,14 +59,10 @@ class SparseConv2d(nn.Conv2d):
     ``sparsebwd.backends.observers``.
     """
 
-    percentile = _setting(
-        "percentile", check_percentile, "In [50, 100), or None: nothing is pruned."
-    )
+    percentile = _setting("percentile", check_percentile, "In [50, 100), or None: nothing is pruned.")
     placement = _setting("placement", check_placement, '"output" or "input".')
     backend = _setting("backend", check_backend, '"auto" or the name of one.')
-    sigma_estimator = _setting(
-        "sigma_estimator", check_sigma_estimator, '"corrected" or "as_printed".'
-    )
+    sigma_estimator = _setting("sigma_estimator", check_sigma_estimator, '"corrected" or "as_printed".')
 
     def __init__(
         self,
@@ -80,9 +76,7 @@ class SparseConv2d(nn.Conv2d):
         super().__init__(*args, **kwargs)
         self._configure(percentile, placement, backend, sigma_estimator)
 
-    def _configure(
-        self, percentile: float | None, placement: str, backend: str, sigma_estimator: str
-    ) -> None:
+    def _configure(self, percentile: float | None, placement: str, backend: str, sigma_estimator: str) -> None:
         self.percentile = percentile
         self.placement = placement
         self.backend = backend
@@ -119,19 +113,13 @@ class SparseConv2d(nn.Conv2d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self.training:
             return super()._conv_forward(input, weight, bias)
-        if (
-            prunes(self.percentile)
-            and not torch.is_grad_enabled()
-            and (input.requires_grad or weight.requires_grad)
-        ):
+        if prunes(self.percentile) and not torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
             # Reentrant checkpointing runs forward without gradients first. Drawing the key that
             # its replay will draw keeps the generator in step, so that no two layers share one.
             torch.ops.sparsebwd.draw_key(input, weight)
         padding = self.padding
         if self.padding_mode != "zeros":
-            input = F.pad(
-                input, self._reversed_padding_repeated_twice, mode=self.padding_mode
-            )
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
         return sparse_conv2d(
             input,

@@ -20,9 +20,7 @@ from .problem import ConvProblem
 from .reference import density, memory_format
 
 _GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
-_PRUNING = (
-    "Tensor key, float? percentile, str placement, str sigma_estimator, str backend, int layer_id"
-)
+_PRUNING = "Tensor key, float? percentile, str placement, str sigma_estimator, str backend, int layer_id"
 
 _library = torch.library.Library("sparsebwd", "DEF")
 
@@ -37,9 +35,7 @@ def _problem(
     dilation: Sequence[int],
     groups: int,
 ) -> ConvProblem:
-    return problem_of(
-        tuple(input_size), tuple(weight_size), tuple(stride), tuple(padding), tuple(dilation), groups
-    )
+    return problem_of(tuple(input_size), tuple(weight_size), tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -168,12 +164,8 @@ def _conv2d_input(
     return grad_input.contiguous(memory_format=memory_format(grad_output))
 
 
-def _conv2d_input_fake(
-    input_size, weight, grad_output, stride, padding, dilation, groups, backend
-) -> Tensor:
-    return torch.empty_like(
-        grad_output.new_empty(input_size), memory_format=memory_format(grad_output)
-    )
+def _conv2d_input_fake(input_size, weight, grad_output, stride, padding, dilation, groups, backend) -> Tensor:
+    return torch.empty_like(grad_output.new_empty(input_size), memory_format=memory_format(grad_output))
 
 
 def _conv2d_weight(
@@ -193,21 +185,17 @@ def _conv2d_weight(
     return grad_weight.contiguous(memory_format=memory_format(input))
 
 
-def _conv2d_weight_fake(
-    input, weight_size, grad_output, stride, padding, dilation, groups, backend
-) -> Tensor:
+def _conv2d_weight_fake(input, weight_size, grad_output, stride, padding, dilation, groups, backend) -> Tensor:
     return torch.empty_like(input.new_empty(weight_size), memory_format=memory_format(input))
 
 
 _define(
-    "conv2d_input(SymInt[] input_size, Tensor weight, Tensor grad_output,"
-    f" {_GEOMETRY}, str backend) -> Tensor",
+    f"conv2d_input(SymInt[] input_size, Tensor weight, Tensor grad_output, {_GEOMETRY}, str backend) -> Tensor",
     _conv2d_input,
     _conv2d_input_fake,
 )
 _define(
-    "conv2d_weight(Tensor input, SymInt[] weight_size, Tensor grad_output,"
-    f" {_GEOMETRY}, str backend) -> Tensor",
+    f"conv2d_weight(Tensor input, SymInt[] weight_size, Tensor grad_output, {_GEOMETRY}, str backend) -> Tensor",
     _conv2d_weight,
     _conv2d_weight_fake,
 )
@@ -325,9 +313,7 @@ def _conv2d_fake(input, weight, bias, stride, padding, dilation, groups, *config
 
 
 def _convolution(input, weight, bias, stride, padding, dilation, groups) -> Tensor:
-    return torch.convolution(
-        input, weight, bias, stride, padding, dilation, False, (0, 0), groups
-    )
+    return torch.convolution(input, weight, bias, stride, padding, dilation, False, (0, 0), groups)
 
 
 def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
@@ -351,7 +337,5 @@ _define(
     _conv2d,
     _conv2d_fake,
 )
-torch.library.register_autograd(
-    "sparsebwd::conv2d", _backward, setup_context=_setup_context, lib=_library
-)
+torch.library.register_autograd("sparsebwd::conv2d", _backward, setup_context=_setup_context, lib=_library)
 _register_autocast("conv2d", cast=True)

@@ -27,9 +27,11 @@ def as_pair(value: int | Sequence[int], name: str) -> Pair:
     Raises TypeError if it is not made of ints, ValueError if it is not one or two of them.
     """
     values = (value,) if isinstance(value, int) else value
-    if isinstance(values, str) or not isinstance(values, Sequence):
-        raise TypeError(f"{name}: got {value!r}; accepted: an int or a pair of ints")
-    if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+    if (
+        isinstance(values, str)
+        or not isinstance(values, Sequence)
+        or not all(isinstance(v, int) and not isinstance(v, bool) for v in values)
+    ):
         raise TypeError(f"{name}: got {value!r}; accepted: an int or a pair of ints")
     if len(values) not in (1, 2):
         raise ValueError(f"{name}: got {len(values)} values {value!r}; accepted: one or two")
@@ -70,9 +72,7 @@ class ConvProblem:
                 raise ValueError(f"{name}: got {value}; accepted: at least {bound}")
         for name, channels in (("c", self.c), ("k", self.k)):
             if channels % self.groups:
-                raise ValueError(
-                    f"groups: got {self.groups}; accepted: a divisor of {name}={channels}"
-                )
+                raise ValueError(f"groups: got {self.groups}; accepted: a divisor of {name}={channels}")
         if self.p < 1 or self.q < 1:
             raise ValueError(
                 f"the kernel {self.r}x{self.s} with dilation {self.dilation} is larger than the "
@@ -177,6 +177,4 @@ class ConvProblem:
             return str(value[0]) if value[0] == value[1] else f"{value[0]}x{value[1]}"
 
         sizes = "".join(f"{name}{getattr(self, name)}" for name in _SIZES)
-        return (
-            f"{sizes}u{pair(self.stride)}p{pair(self.padding)}d{pair(self.dilation)}g{self.groups}"
-        )
+        return f"{sizes}u{pair(self.stride)}p{pair(self.padding)}d{pair(self.dilation)}g{self.groups}"

@@ -47,11 +47,7 @@ class PrunedGradient(NamedTuple):
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
     """channels_last for a 4-D tensor stored so, else contiguous; the latter where both hold."""
-    if (
-        tensor.dim() == 4
-        and not tensor.is_contiguous()
-        and tensor.is_contiguous(memory_format=torch.channels_last)
-    ):
+    if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
 
@@ -196,7 +192,5 @@ def conv2d_weight(problem: ConvProblem, input: Tensor, grad_output: Tensor) -> T
     return torch.einsum(
         "ngkl,ngml->gkm",
         grad_output.double().reshape(problem.n, groups, problem.k // groups, pixels),
-        columns.reshape(
-            problem.n, groups, problem.c // groups * problem.r * problem.s, pixels
-        ),
+        columns.reshape(problem.n, groups, problem.c // groups * problem.r * problem.s, pixels),
     ).reshape(problem.weight_size)

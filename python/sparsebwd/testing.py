@@ -20,8 +20,7 @@ def assert_bit_equal(actual: Tensor, expected: Tensor, what: str = "tensor") -> 
     of zeros included); strides may differ."""
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         raise AssertionError(
-            f"{what}: {tuple(actual.shape)} {actual.dtype} differs from "
-            f"{tuple(expected.shape)} {expected.dtype}"
+            f"{what}: {tuple(actual.shape)} {actual.dtype} differs from {tuple(expected.shape)} {expected.dtype}"
         )
     bits = _BITS[actual.element_size()]
     differ = actual.contiguous().view(bits) != expected.contiguous().view(bits)
@@ -33,9 +32,7 @@ def assert_bit_equal(actual: Tensor, expected: Tensor, what: str = "tensor") -> 
         )
 
 
-def assert_error_bounded(
-    actual: Tensor, expected: Tensor, dense: Tensor, what: str = "tensor"
-) -> None:
+def assert_error_bounded(actual: Tensor, expected: Tensor, dense: Tensor, what: str = "tensor") -> None:
     """Raise AssertionError unless ``actual`` is about as accurate as dense PyTorch.
 
     actual: the result under test; dense: that of dense PyTorch, same dtype and same inputs;
@@ -46,8 +43,7 @@ def assert_error_bounded(
     """
     if actual.dtype != dense.dtype or actual.shape != expected.shape:
         raise AssertionError(
-            f"{what}: got {tuple(actual.shape)} {actual.dtype}, expected "
-            f"{tuple(expected.shape)} {dense.dtype}"
+            f"{what}: got {tuple(actual.shape)} {actual.dtype}, expected {tuple(expected.shape)} {dense.dtype}"
         )
     if actual.numel() == 0:
         return
@@ -58,9 +54,7 @@ def assert_error_bounded(
         got, allowed = (float(measure(error)) for error in errors)
         allowed = ERROR_FACTOR * allowed + half_ulp * float(measure(expected.abs()))
         if not got <= allowed:
-            raise AssertionError(
-                f"{what}: {norm} error against float64 is {got:.3g}, allowed {allowed:.3g}"
-            )
+            raise AssertionError(f"{what}: {norm} error against float64 is {got:.3g}, allowed {allowed:.3g}")
 
 
 def _rms(tensor: Tensor) -> Tensor:

@@ -15,16 +15,12 @@ from .base import Backend
 class DenseBackend(Backend):
     name = "dense"
 
-    def can_run(
-        self, problem: ConvProblem | None, device_type: str, dtype: torch.dtype
-    ) -> str | None:
+    def can_run(self, problem: ConvProblem | None, device_type: str, dtype: torch.dtype) -> str | None:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"{dtype} is not float32, bfloat16 or float16"
         return None
 
-    def prune(
-        self, grad: Tensor, key: Tensor, percentile: float, sigma_estimator: str
-    ) -> PrunedGradient:
+    def prune(self, grad: Tensor, key: Tensor, percentile: float, sigma_estimator: str) -> PrunedGradient:
         return reference.prune(grad, key, percentile, sigma_estimator)
 
     def conv2d_input(self, problem: ConvProblem, weight: Tensor, grad_output: Tensor) -> Tensor:

@@ -15,16 +15,12 @@ from .base import Backend
 class ReferenceBackend(Backend):
     name = "reference"
 
-    def can_run(
-        self, problem: ConvProblem | None, device_type: str, dtype: torch.dtype
-    ) -> str | None:
+    def can_run(self, problem: ConvProblem | None, device_type: str, dtype: torch.dtype) -> str | None:
         if not dtype.is_floating_point:
             return f"{dtype} is not a floating dtype"
         return None
 
-    def prune(
-        self, grad: Tensor, key: Tensor, percentile: float, sigma_estimator: str
-    ) -> PrunedGradient:
+    def prune(self, grad: Tensor, key: Tensor, percentile: float, sigma_estimator: str) -> PrunedGradient:
         return reference.prune(grad, key, percentile, sigma_estimator)
 
     def conv2d_input(self, problem: ConvProblem, weight: Tensor, grad_output: Tensor) -> Tensor:

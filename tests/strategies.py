@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hypothesis strategies shared by tests."""
+
+from __future__ import annotations
+
+from hypothesis import assume
+from hypothesis import strategies as st
+
+from sparsebwd.problem import ConvProblem
+
+
+def pairs(low: int, high: int) -> st.SearchStrategy[tuple[int, int]]:
+    return st.tuples(st.integers(low, high), st.integers(low, high))
+
+
+@st.composite
+def problems(draw, max_channels: int = 40) -> ConvProblem:
+    """Any small convolution, an empty batch included; max_channels is that of each group."""
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    try:
+        return ConvProblem(
+            n=draw(st.integers(0, 3)),
+            c=groups * draw(st.integers(1, max_channels)),
+            h=draw(st.integers(1, 12)),
+            w=draw(st.integers(1, 12)),
+            k=groups * draw(st.integers(1, max_channels)),
+            r=draw(st.integers(1, 5)),
+            s=draw(st.integers(1, 5)),
+            stride=draw(pairs(1, 3)),
+            padding=draw(pairs(0, 3)),
+            dilation=draw(pairs(1, 2)),
+            groups=groups,
+        )
+    except ValueError:
+        assume(False)

@@ -11,6 +11,9 @@ namespace sparsebwd {
 namespace {
 
 constexpr int kLanes = Vec::kLanes;
+// Products that are added one after the other before they join the sum: rounding errors grow with
+// the length of such a chain.
+constexpr int64_t kLongestChain = 32;
 // A part of a pixel's channels is a strided read, which hardware prefetches badly.
 constexpr int64_t kPrefetchPixels = 16;
 
@@ -107,20 +110,25 @@ void wgc_window3(List lists, int64_t capacity, const uint16_t* counts, const uin
     const uint16_t* offset = lists.offsets + k * capacity;
     const float* const end = value + counts[k];
     if (value == end) continue;
-    Vec acc[9];
-    for (int t = 0; t < 9; ++t) acc[t] = Vec::zero();
-    for (; value != end; ++value, ++offset) {
-      const int64_t at = *offset;
-      const Vec g = Vec::broadcast(value);
-      for (int s = 0; s < 3; ++s) {
-        acc[s] = acc[s].fma(g, Vec::load(reinterpret_cast<const float*>(row0 + at) + s * kLanes));
-        acc[3 + s] =
-            acc[3 + s].fma(g, Vec::load(reinterpret_cast<const float*>(row1 + at) + s * kLanes));
-        acc[6 + s] =
-            acc[6 + s].fma(g, Vec::load(reinterpret_cast<const float*>(row2 + at) + s * kLanes));
+    Vec total[9], acc[9];
+    for (int t = 0; t < 9; ++t) total[t] = Vec::load(sums + t * kLanes);
+    while (value != end) {
+      const float* const stop = end - value > kLongestChain ? value + kLongestChain : end;
+      for (int t = 0; t < 9; ++t) acc[t] = Vec::zero();
+      for (; value != stop; ++value, ++offset) {
+        const int64_t at = *offset;
+        const Vec g = Vec::broadcast(value);
+        for (int s = 0; s < 3; ++s) {
+          acc[s] = acc[s].fma(g, Vec::load(reinterpret_cast<const float*>(row0 + at) + s * kLanes));
+          acc[3 + s] =
+              acc[3 + s].fma(g, Vec::load(reinterpret_cast<const float*>(row1 + at) + s * kLanes));
+          acc[6 + s] =
+              acc[6 + s].fma(g, Vec::load(reinterpret_cast<const float*>(row2 + at) + s * kLanes));
+        }
       }
+      for (int t = 0; t < 9; ++t) total[t] = total[t] + acc[t];
     }
-    for (int t = 0; t < 9; ++t) (Vec::load(sums + t * kLanes) + acc[t]).store(sums + t * kLanes);
+    for (int t = 0; t < 9; ++t) total[t].store(sums + t * kLanes);
   }
 }
 

@@ -58,8 +58,9 @@ DType checked_dtype(const Tensor& tensor, const char* name) {
 }
 
 // Whether the tensor is dense with its dimensions in this memory order, outermost first. The
-// stride of a dimension of size 1 does not matter.
+// stride of a dimension of size 1 does not matter, and no stride of an empty tensor does.
 bool is_dense(const Tensor& tensor, const std::vector<int64_t>& order) {
+  if (tensor.numel() == 0) return true;
   int64_t expected = 1;
   for (size_t i = order.size(); i-- > 0;) {
     const int64_t size = tensor.size(order[i]);

@@ -47,6 +47,13 @@ def test_instruction_set_limit(monkeypatch):
     assert "SPARSEBWD_MAX_ISA=baseline" in run()
 
 
+def test_unknown_instruction_set_is_a_reason(monkeypatch):
+    monkeypatch.setenv("SPARSEBWD_MAX_ISA", "sse9")
+    found = json.loads(run("--json"))
+    assert found["cpu"]["isa"]["in_use"] is None
+    assert "SPARSEBWD_MAX_ISA: got 'sse9', accepted are baseline, avx2 and avx512" in found["backends"]["cpu"]
+
+
 def test_gpus():
     found = sparsebwd.info()
     assert len(found["gpus"]) == torch.cuda.device_count()

@@ -23,7 +23,7 @@ class Info(dict[str, Any]):
     def __str__(self) -> str:
         lines = [(name, self[name]) for name in ("sparsebwd", "torch", "python", "platform")]
         cpu, isa = self["cpu"], self["cpu"]["isa"]
-        in_use = isa["in_use"] or "none: the C++ kernels are not loaded"
+        in_use = isa["in_use"] or "none"
         limit = f", SPARSEBWD_MAX_ISA={isa['limit']}" if isa["limit"] else ""
         lines += [
             ("CPU", f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads in use"),
@@ -47,12 +47,18 @@ def info() -> Info:
         A dictionary that prints as a table and that json.dumps() takes:
             sparsebwd, torch, python, platform: versions, str.
             cpu: {name, cores (that this process may use), threads (of PyTorch's pool),
-                isa: {in_use (None if the C++ kernels are not loaded), supported: [...], limit (SPARSEBWD_MAX_ISA)}}.
+                isa: {in_use (None if the C++ kernels do not run), supported: [...], limit (SPARSEBWD_MAX_ISA)}}.
             gpus: descriptions, [str]; no_gpu: why the list is empty, or None.
             backends: {name: None if it runs, else the reason}, in the order of preference, the last first choice.
     """
     reasons = {name: backends.get_backend(name).available() for name in backends.registered_backends()}
-    kernels = torch.ops.sparsebwd_cpu if reasons.get("cpu", "no such backend") is None else None
+    in_use, supported = None, []
+    if reasons["cpu"] is None:
+        supported = list(torch.ops.sparsebwd_cpu.supported_isas())
+        try:
+            in_use = torch.ops.sparsebwd_cpu.isa()
+        except ValueError as error:  # SPARSEBWD_MAX_ISA names no instruction set
+            reasons["cpu"] = str(error)
     gpus = [_gpu(i) for i in range(torch.cuda.device_count())]
     return Info(
         sparsebwd=sparsebwd.__version__,
@@ -64,8 +70,8 @@ def info() -> Info:
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "threads": torch.get_num_threads(),
             "isa": {
-                "in_use": kernels.isa() if kernels else None,
-                "supported": list(kernels.supported_isas()) if kernels else [],
+                "in_use": in_use,
+                "supported": supported,
                 "limit": os.environ.get("SPARSEBWD_MAX_ISA") or None,
             },
         },

@@ -40,6 +40,8 @@ def _problem(
 
 def _dense(tensor: Tensor) -> Tensor:
     """``tensor``, copied if it is neither contiguous nor channels_last."""
+    if tensor.numel() == 0:  # whatever its strides, PyTorch calls it contiguous
+        return tensor.new_empty(tensor.shape)
     return tensor.contiguous(memory_format=memory_format(tensor))
 
 

@@ -144,12 +144,23 @@ def test_what_the_system_lacks_is_said_in_one_sentence(environment, python, word
     assert words in done.stderr and done.stderr.startswith("sparsebwd: ") and done.stderr.count("\n") == 1
 
 
-def test_old_python_is_refused(tmp_path):
-    old = tmp_path / "python3"
-    old.write_text("#!/bin/sh\necho 3.9 0\n")
-    old.chmod(0o755)
-    done = subprocess.run([ROOT / "tools" / "check_system.sh", old], capture_output=True, text=True)
-    assert done.returncode == 1 and "is Python 3.9; install Python 3.11 or newer" in done.stderr
+@pytest.mark.parametrize(
+    "version, ensurepip, words",
+    [
+        ("3.9 0", "true", "is Python 3.9; install Python 3.11 or newer"),
+        ("3.14 1", "false", "without its venv module; install it (Debian, Ubuntu: apt install python3.14-venv)"),
+        ("3.14 1", "true", "Python.h of Python 3.14 is not found in /nowhere; install Python's headers"),
+    ],
+)
+def test_incomplete_python_is_refused(version, ensurepip, words, tmp_path):
+    python = tmp_path / "python3"
+    python.write_text(
+        "#!/bin/sh\n"
+        f'case "$2" in *version_info*) echo {version};; *ensurepip*) {ensurepip};; *sysconfig*) echo /nowhere;; esac\n'
+    )
+    python.chmod(0o755)
+    done = subprocess.run([ROOT / "tools" / "check_system.sh", python], capture_output=True, text=True)
+    assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_what_this_machine_has_passes():

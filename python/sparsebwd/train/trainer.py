@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import models
 from ..convert import convert
 from ..data import Batches, ImageData, Normalize, ordered_batches
+from ..info import info
 from ..monitor import DensityMonitor
 from . import checkpoint
 from .config import DTYPES, TrainConfig
@@ -79,13 +80,14 @@ class Trainer:
         self._normalize = Normalize(*self.data.statistics, world.device, config.channels_last)
         self.twins = self._build_twins()
         self._total_steps = config.total_steps(len(self._batches))
+        self._environment = self._describe_environment()
         self._step = 0
         self._history: list[dict[str, Any]] = []
         self._log = None
         if folder is not None and world.rank == 0:
             header = {
                 "config": asdict(config),
-                "environment": self._environment(),
+                "environment": self._environment,
                 "data": self.data.description,
                 "parameters": self.parameters,
             }
@@ -110,7 +112,7 @@ class Trainer:
         if self._checkpoint is None or not self._checkpoint.is_file():
             return False
         state = checkpoint.load(self._checkpoint, self.config, self.data.fingerprint)
-        for key, value in self._environment().items():
+        for key, value in self._environment.items():
             if state["environment"].get(key) != value:
                 self.reporter.warn(
                     f"resumed with {key} {value}, but the checkpoint was made with {state['environment'].get(key)}: "
@@ -298,20 +300,23 @@ class Trainer:
             for twin in self.twins
         }
         state = {
-            "environment": self._environment(),
+            "environment": self._environment,
             "step": self._step,
             "history": self._history,
             "twins": twins,
         }
         checkpoint.save(self._checkpoint, asdict(self.config), self.data.fingerprint, state)
 
-    def _environment(self) -> dict[str, Any]:
+    def _describe_environment(self) -> dict[str, Any]:
         """What else the last bits of a result depend on."""
+        here = info()
         return {
-            "torch": str(torch.__version__),
+            "sparsebwd": here["sparsebwd"],
+            "torch": str(here["torch"]),  # a subclass of str, which a checkpoint must not hold
             "device": self.world.device.type,
+            "cpu": here["cpu"]["name"],
+            "isa": here["cpu"]["isa"]["in_use"],
             "threads": torch.get_num_threads(),
-            "cpu": torch.backends.cpu.get_cpu_capability(),
             "processes": self.world.size,
         }
 

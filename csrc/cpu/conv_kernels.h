@@ -54,13 +54,15 @@ struct ConvKernels {
 
   // Lists in the order of AGB, one after the other for `pixels` pixels of `channels` channels; the
   // operand of channel k is k * step bytes into the panel. Needs room for `lanes` entries more.
-  void (*list_by_pixel)(const float* g, int64_t pixel_stride, int64_t pixels, int64_t channels,
+  // Returns the number of entries.
+  int64_t (*list_by_pixel)(const float* g, int64_t pixel_stride, int64_t pixels, int64_t channels,
                         uint32_t step, List list, uint16_t* counts);
 
   // Lists in the order of WGC: appends pixels to the lists of all channels. List k starts at
   // lists + k * capacity, counts[k] is its length. operand_offsets[i] is the offset of pixel i's
-  // operand, readable up to a multiple of `lanes`. Lists need room for `lanes` entries more.
-  void (*list_by_channel)(const float* g, int64_t pixel_stride, int64_t pixels, int64_t channels,
+  // operand, readable up to a multiple of `lanes`. Lists need room for `lanes` entries more. Returns
+  // the number of entries appended.
+  int64_t (*list_by_channel)(const float* g, int64_t pixel_stride, int64_t pixels, int64_t channels,
                           const uint16_t* operand_offsets, List lists, int64_t capacity,
                           uint16_t* counts);
 

@@ -19,7 +19,7 @@ constexpr int64_t kPrefetchPixels = 16;
 
 // ---- lists
 
-void list_by_pixel(const float* g, int64_t pixel_stride, int64_t pixels, int64_t channels,
+int64_t list_by_pixel(const float* g, int64_t pixel_stride, int64_t pixels, int64_t channels,
                    uint32_t step, List list, uint16_t* counts) {
   const Offsets lane_steps = Offsets::multiples(step);
   float* values = list.values;
@@ -35,11 +35,13 @@ void list_by_pixel(const float* g, int64_t pixel_stride, int64_t pixels, int64_t
     }
     counts[q] = static_cast<uint16_t>(values - start);
   }
+  return values - list.values;
 }
 
-void list_by_channel(const float* g, int64_t pixel_stride, int64_t pixels, int64_t channels,
+int64_t list_by_channel(const float* g, int64_t pixel_stride, int64_t pixels, int64_t channels,
                      const uint16_t* operand_offsets, List lists, int64_t capacity,
                      uint16_t* counts) {
+  int64_t found = 0;
   for (int64_t i = 0; i < pixels; i += kLanes) {
     const Offsets offsets = Offsets::load(operand_offsets + i);
     const float* row = g + i * pixel_stride;
@@ -61,13 +63,15 @@ void list_by_channel(const float* g, int64_t pixel_stride, int64_t pixels, int64
       transpose(tile);
       for (int64_t j = 0; j < width; ++j) {
         const int64_t end = counts[k + j];
-        counts[k + j] = static_cast<uint16_t>(
-            end + append_nonzero(tile[j], offsets, values + end, list_offsets + end));
+        const int n = append_nonzero(tile[j], offsets, values + end, list_offsets + end);
+        counts[k + j] = static_cast<uint16_t>(end + n);
+        found += n;
         values += capacity;
         list_offsets += capacity;
       }
     }
   }
+  return found;
 }
 
 // ---- AGB

@@ -127,10 +127,11 @@ inline State first_round(Counters w, Counters h, uint32_t n, Counters c4,
 // Pixels of a row. What all counters of a pixel have in common is computed once: the first round
 // but for one xor, and half of each of the next two.
 constexpr int kPixels = 64;
+constexpr int kPixelsMax = kPixels + kGroup + kCounters;  // a group may reach past the last pixel
 
 struct PixelStates {
   Counters x0_round2, x2_round3;  // common to the row
-  uint64_t x2_round1[kPixels + kGroup], x0_round3[kPixels + kGroup], x1_round3[kPixels + kGroup];
+  uint64_t x2_round1[kPixelsMax], x0_round3[kPixelsMax], x1_round3[kPixelsMax];
 };
 
 inline void start_pixels(PixelStates& states, const PruneSpec& spec, const KeySchedule& keys,
@@ -144,7 +145,7 @@ inline void start_pixels(PixelStates& states, const PruneSpec& spec, const KeySc
   const Counters round2_x2 = xor2(broadcast_counter(round2_p0 >> 32), keys.k1[1]);
   states.x0_round2 = xor2(broadcast_counter(round1_p1), keys.k0[1]);
   states.x2_round3 = xor2(broadcast_counter(round2_p0), keys.k1[2]);
-  for (int64_t i = 0; i < pixels; i += kCounters) {
+  for (int64_t i = 0; i < pixels + kGroup; i += kCounters) {
     const Counters column =
         add(broadcast_counter(w + static_cast<uint32_t>(i)), load_counters(kLaneNumbers));
     const Counters round1_p0 = multiply(xor2(column, broadcast_counter(spec.w_xor)), m0);
@@ -214,7 +215,7 @@ struct Pruner {
   Floats tau, scale;  // scale * (the 24 random bits as `random_bits` gives them) = tau * r
   Words nonzeros;     // in each lane, the number of elements that pruning left
 
-  // With t = tau * r < tau: the magnitude becomes max(|g|, tau) where |g| > t, else 0. A NaN is kept.
+  // With t = tau * r, t < tau: the magnitude becomes max(|g|, tau) where |g| > t, else 0.
   inline Floats operator()(Floats g, Words words) {
     return keep_above(g, multiply(scale, random_bits(words)), tau, nonzeros);
   }
@@ -228,7 +229,7 @@ inline Pruner make_pruner(float tau) {
   return {broadcast_float(tau), broadcast_float(tau * kRandomUnit), zero_words()};
 }
 
-// kBlock elements.
+// kBlock elements of channels_last order.
 template <class Element, bool kOut, bool kF32>
 inline void prune_block(const typename Element::Storage* g, typename Element::Storage* out,
                         float* out_f32, const State& state, Pruner& pruner) {
@@ -272,7 +273,7 @@ int64_t prune_wide_row(const typename Element::Storage* g, typename Element::Sto
   int64_t nonzeros = 0;
   const int64_t blocks = (row.channels + kBlock - 1) / kBlock;
   const int64_t last_count = row.channels - (blocks - 1) * kBlock;
-  PixelStates states = {};
+  PixelStates states;
   for (int64_t first = 0; first < row.pixels; first += kPixels) {
     const int64_t pixels = row.pixels - first < kPixels ? row.pixels - first : kPixels;
     start_pixels(states, spec, keys, row.n, row.h, row.w + static_cast<uint32_t>(first), pixels);
@@ -304,8 +305,8 @@ int64_t prune_wide_row(const typename Element::Storage* g, typename Element::Sto
                                            kF32 ? out_f32 + at_f32[i] : nullptr, group[i], pruner);
         else if (count[i] > 0)
           nonzeros += prune_part<Element>(g + at[i], kOut ? out + at[i] : nullptr,
-                                       kF32 ? out_f32 + at_f32[i] : nullptr, count[i], group[i],
-                                       spec.tau);
+                                          kF32 ? out_f32 + at_f32[i] : nullptr, count[i],
+                                          group[i], spec.tau);
       }
     }
   }
@@ -378,8 +379,8 @@ int64_t prune_narrow_row(const typename Element::Storage* g, typename Element::S
         prune_block<Element, kOut, kF32>(g + 4 * c, kOut ? out + 4 * c : nullptr,
                                          kF32 ? out_f32 + 4 * c : nullptr, group[i], pruner);
       } else if (c < counters) {
-        nonzeros += prune_scattered<Element>(g, kOut ? out : nullptr, kF32 ? out_f32 : nullptr, row, c,
-                                          group[i], spec.tau);
+        nonzeros += prune_scattered<Element>(g, kOut ? out : nullptr, kF32 ? out_f32 : nullptr,
+                                             row, c, group[i], spec.tau);
       }
     }
   }

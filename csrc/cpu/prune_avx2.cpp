@@ -83,7 +83,7 @@ inline Words words_of(Counters a) { return a; }
 
 inline Words zero_words() { return _mm256_setzero_si256(); }
 inline int64_t sum(Words a) {
-  int32_t lanes[8];
+  uint32_t lanes[8];
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), a);
   int64_t total = 0;
   for (int i = 0; i < 8; ++i) total += lanes[i];

@@ -78,7 +78,11 @@ inline Words unpack_high(Counters a, Counters b) { return _mm512_unpackhi_epi64(
 inline Words words_of(Counters a) { return a; }
 
 inline Words zero_words() { return _mm512_setzero_si512(); }
-inline int64_t sum(Words a) { return _mm512_reduce_add_epi32(a); }
+inline int64_t sum(Words a) {
+  const __m512i low = _mm512_cvtepu32_epi64(_mm512_castsi512_si256(a));
+  const __m512i high = _mm512_cvtepu32_epi64(_mm512_extracti64x4_epi64(a, 1));
+  return _mm512_reduce_add_epi64(_mm512_add_epi64(low, high));
+}
 
 inline Floats broadcast_float(float x) { return _mm512_set1_ps(x); }
 inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }

@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "conv_plan.h"
+
+#include <algorithm>
+
+namespace sparsebwd {
+namespace {
+
+// Panels of operands that the inner loops read at random: they have to stay in L1.
+constexpr int64_t kPanelBytes = 40 * 1024;
+// Panels of weights share L1 with the partial sums.
+constexpr int64_t kWeightPanelBytes = 37 * 1024;
+// Partial sums of AGB for a band of rows: L2.
+constexpr int64_t kBandBytes = 320 * 1024;
+// Pixels whose lists are sorted by length together.
+constexpr int64_t kSortedPixels = 64;
+// Elements of the gradient whose lists stay in L2 until they are consumed; but enough pixels to
+// make a panel of weights worth its fetching.
+constexpr int64_t kChunkElements = 128 * 1024;
+constexpr int64_t kChunkPixels = 512;
+// Pixels whose pruned values are staged between pruning and listing.
+constexpr int64_t kTilePixels = 32;
+
+AgbPlan plan_agb(const ConvKernels& kernels, const ConvProblem& problem) {
+  AgbPlan plan;
+  plan.channels = problem.c / problem.groups;
+  plan.padded_w = std::max(problem.w + 2 * problem.pad_w,
+                           (problem.q() - 1) * problem.stride_w + (problem.s - 1) * problem.dil_w + 1);
+  plan.images = std::max<int64_t>(1, std::min(problem.n, kSortedPixels / problem.q()));
+  for (int i = 0; i < kernels.agb_count; ++i) {
+    const AgbKernel& kernel = kernels.agb[i];
+    if (kernel.columns > 1 && (kernel.columns != problem.s || problem.dil_w != 1)) continue;
+    // Once a kernel with more columns fits, one with fewer is never better.
+    if (plan.kernel && kernel.columns < plan.kernel->columns) break;
+    plan.kernel = &kernel;
+    if (kernel.group <= plan.channels) break;
+  }
+  const AgbKernel& kernel = *plan.kernel;
+  const int64_t k_channels = problem.k / problem.groups;
+  plan.channel_blocks = ceil_div(plan.channels, kernel.group);
+  plan.column_steps = problem.s / kernel.columns;
+  const int64_t fitting =
+      std::min(kMaxKBlock, kWeightPanelBytes / plan.step() / kernels.lanes * kernels.lanes);
+  plan.k_blocks = ceil_div(k_channels, std::max<int64_t>(fitting, kernels.lanes));
+  plan.k_block = round_up(ceil_div(k_channels, plan.k_blocks), kernels.lanes);
+  plan.k_blocks = ceil_div(k_channels, plan.k_block);
+  plan.panel_floats = plan.k_block * kernel.columns * kernel.group;
+  plan.capacity = problem.q() * std::min(plan.k_block, k_channels) + kernels.lanes;
+  const int64_t fitting_rows = kBandBytes / (plan.images * plan.row_floats() * 4);
+  plan.band_rows = std::max<int64_t>(1, std::min(fitting_rows, problem.h));
+  return plan;
+}
+
+WgcPlan plan_wgc(const ConvKernels& kernels, const ConvProblem& problem) {
+  WgcPlan plan;
+  plan.channels = problem.c / problem.groups;
+  const int64_t p = problem.p(), q = problem.q();
+  const int64_t columns = (q - 1) * problem.stride_w + problem.s;
+  int64_t rows_fit = 0, images_fit = 0, columns_fit = q;
+  for (int i = 0; i < kernels.wgc_count; ++i) {
+    const WgcKernel& kernel = kernels.wgc[i];
+    const int64_t pixel_bytes = kernel.group * 4;
+    if (kernel.window > 1) {
+      if (problem.r != kernel.window || problem.s != kernel.window || problem.dil_h != 1 ||
+          problem.dil_w != 1)
+        continue;
+      const int64_t row_bytes = columns * pixel_bytes;
+      if (problem.r * row_bytes >= kMaxPanelBytes) continue;
+      const int64_t rows = kPanelBytes / row_bytes;
+      rows_fit = rows < problem.r ? 1 : (rows - problem.r) / problem.stride_h + 1;
+      images_fit = kPanelBytes / (((p - 1) * problem.stride_h + problem.r) * row_bytes);
+      plan.kernel = &kernel;
+      break;
+    }
+    const int64_t pixels = kPanelBytes / pixel_bytes;
+    columns_fit = std::min(q, pixels);
+    rows_fit = std::max<int64_t>(1, pixels / q);
+    images_fit = pixels / (p * q);
+    plan.kernel = &kernel;
+    if (kernel.group <= plan.channels) break;
+  }
+  plan.channel_blocks = ceil_div(plan.channels, plan.kernel->group);
+  plan.images = std::max<int64_t>(1, std::min(images_fit, problem.n));
+  rows_fit = std::min(rows_fit, p);
+  plan.units_per_block = images_fit >= 1 ? 1 : ceil_div(p, rows_fit);
+  plan.unit_rows = images_fit >= 1 ? plan.images * p : ceil_div(p, plan.units_per_block);
+  plan.units_per_block = images_fit >= 1 ? 1 : ceil_div(p, plan.unit_rows);
+  plan.segments = ceil_div(q, columns_fit);
+  plan.segment = ceil_div(q, plan.segments);
+  plan.segments = ceil_div(q, plan.segment);
+  plan.capacity = round_up(plan.unit_rows * plan.segment, kernels.lanes) + kernels.lanes;
+  return plan;
+}
+
+}  // namespace
+
+ConvPlan::ConvPlan(const ConvKernels& kernels, const PruneKernels& prune_kernels,
+                   const ConvBackward& call)
+    : kernels(kernels),
+      prune_kernels(prune_kernels),
+      call(call),
+      problem(call.problem),
+      p(problem.p()),
+      q(problem.q()),
+      k_group(problem.k / problem.groups),
+      agb(plan_agb(kernels, problem)),
+      wgc(plan_wgc(kernels, problem)) {}
+
+int64_t ConvPlan::tile_rows() const { return std::max<int64_t>(1, kTilePixels / q); }
+
+int64_t ConvPlan::units(Images images) const {
+  return ceil_div(images.count(), wgc.images) * wgc.units_per_block;
+}
+
+Rows ConvPlan::unit(Images images, int64_t index) const {
+  const int64_t first_image = images.begin + index / wgc.units_per_block * wgc.images;
+  const int64_t end = std::min(first_image + wgc.images, images.end) * p;
+  const int64_t row = first_image * p + index % wgc.units_per_block * wgc.unit_rows;
+  return {row, std::min(wgc.unit_rows, end - row)};
+}
+
+int64_t ConvPlan::chunk_images() const {
+  const int64_t pixels = std::max(kChunkPixels, kChunkElements / problem.k);
+  return round_up(std::max({int64_t{1}, pixels / (p * q), agb.images}), wgc.images);
+}
+
+}  // namespace sparsebwd

@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "lists.h"
+
+#include <string.h>
+
+#include <algorithm>
+
+namespace sparsebwd {
+
+// ---- for AGB
+
+void PixelLists::reserve(const ConvPlan& plan, int64_t images) {
+  plan_ = &plan;
+  capacity_images_ = images;
+  const int64_t lists = images * plan.p * plan.k_blocks();
+  const int64_t tiles = ceil_div(images, plan.agb.images) * plan.p * plan.k_blocks();
+  values_ = values_buffer_.get<float>(lists * plan.agb.capacity);
+  offsets_ = offsets_buffer_.get<uint16_t>(lists * plan.agb.capacity);
+  counts_ = counts_buffer_.get<uint16_t>(lists * plan.q);
+  visits_ = visits_buffer_.get<Visit>(tiles * plan.agb.images * plan.q);
+  visit_counts_ = visit_counts_buffer_.get<int64_t>(tiles);
+}
+
+Images PixelLists::group(int64_t index) const {
+  const int64_t begin = images_.begin + index * plan_->agb.images;
+  return {begin, std::min(begin + plan_->agb.images, images_.end)};
+}
+
+PixelLists::Tile PixelLists::tile(int64_t group_index, int64_t p, int64_t k_block) const {
+  const int64_t index = tile_index(group_index, p, k_block);
+  return {list(group(group_index).begin * plan_->p + p, k_block),
+          visits_ + index * plan_->agb.images * plan_->q, visit_counts_[index]};
+}
+
+void PixelLists::sort(int64_t group_index, int64_t p) {
+  for (int64_t block = 0; block < plan_->k_blocks(); ++block) sort(group_index, p, block);
+}
+
+// Counting sort.
+void PixelLists::sort(int64_t group_index, int64_t p, int64_t k_block) {
+  const Images images = group(group_index);
+  const int64_t index = tile_index(group_index, p, k_block);
+  Visit* const visits = visits_ + index * plan_->agb.images * plan_->q;
+  uint32_t position[kMaxKBlock + 1] = {};
+  for (int64_t n = images.begin; n < images.end; ++n) {
+    const uint16_t* here = counts(n * plan_->p + p, k_block);
+    for (int64_t q = 0; q < plan_->q; ++q) ++position[here[q]];
+  }
+  // Longest first; pixels without entries last, and left out.
+  uint32_t sum = 0;
+  for (int64_t n = plan_->agb.k_block; n >= 0; --n) {
+    const uint32_t here = position[n];
+    position[n] = sum;
+    sum += here;
+  }
+  visit_counts_[index] = position[0];
+  const AgbPlan& agb = plan_->agb;
+  const uint32_t pixel_bytes =
+      static_cast<uint32_t>(plan_->problem.stride_w * agb.kernel->group * 4);
+  for (int64_t n = images.begin; n < images.end; ++n) {
+    const uint16_t* here = counts(n * plan_->p + p, k_block);
+    uint32_t start = static_cast<uint32_t>((n - images.begin) * plan_->p * agb.capacity);
+    uint32_t dst = static_cast<uint32_t>((n - images.begin) * agb.image_floats() * 4);
+    for (int64_t q = 0; q < plan_->q; ++q, dst += pixel_bytes) {
+      if (here[q]) visits[position[here[q]]++] = {start, here[q], dst};
+      start += here[q];
+    }
+  }
+}
+
+// ---- for WGC
+
+void ChannelLists::reserve(const ConvPlan& plan, int64_t images, int64_t parts) {
+  plan_ = &plan;
+  parts_ = parts;
+  const WgcPlan& wgc = plan.wgc;
+  const int64_t panels = ceil_div(images, wgc.images) * wgc.units_per_block * wgc.segments;
+  const int64_t lists = panels * plan.problem.k;
+  values_ = values_buffer_.get<float>(lists * wgc.capacity);
+  offsets_ = offsets_buffer_.get<uint16_t>(lists * wgc.capacity);
+  counts_ = counts_buffer_.get<uint16_t>(lists);
+  order_ = order_buffer_.get<uint16_t>(lists);
+
+  const int64_t pixels = wgc.segments == 1 ? wgc.unit_rows * plan.q : wgc.segment;
+  const int64_t padded = round_up(pixels, plan.kernels.lanes);
+  operand_offsets_ = operand_offsets_buffer_.get<uint16_t>(padded);
+  for (int64_t i = 0; i < padded; ++i) {
+    int64_t at = i * wgc.kernel->group;
+    if (wgc.kernel->window > 1) {
+      const int64_t row = i / plan.q, image = row / plan.p;
+      const int64_t panel_row =
+          image * plan.window_rows(plan.p) + row % plan.p * plan.problem.stride_h;
+      at = (panel_row * plan.window_columns() + i % plan.q * plan.problem.stride_w) *
+           wgc.kernel->group;
+    }
+    operand_offsets_[i] = static_cast<uint16_t>(at * 4);
+  }
+}
+
+void ChannelLists::clear(int64_t unit_index) {
+  const int64_t lists = plan_->wgc.segments * plan_->problem.k;
+  memset(counts_ + unit_index * lists, 0, lists * sizeof(uint16_t));
+}
+
+// Counting sort, in classes: the inner loop only has to guess right most of the time.
+void ChannelLists::sort(int64_t unit_index) {
+  constexpr int kClasses = 256;
+  const int64_t segments = plan_->wgc.segments, groups = plan_->problem.groups;
+  for (int64_t i = 0; i < segments * groups; ++i) {
+    const int64_t first = unit_index * segments * plan_->problem.k + i * plan_->k_group;
+    const auto class_of = [counts = counts_ + first](int64_t k) {
+      return std::min<int64_t>(counts[k], kClasses - 1);
+    };
+    for (int64_t part = 0; part < parts_; ++part) {
+      uint16_t position[kClasses] = {};
+      for (int64_t k = part_begin(part); k < part_begin(part + 1); ++k) ++position[class_of(k)];
+      int64_t sum = part_begin(part);
+      for (uint16_t& entry : position) {
+        const uint16_t here = entry;
+        entry = static_cast<uint16_t>(sum);
+        sum += here;
+      }
+      for (int64_t k = part_begin(part); k < part_begin(part + 1); ++k)
+        order_[first + position[class_of(k)]++] = static_cast<uint16_t>(k);
+    }
+  }
+}
+
+// ---- one pass over the gradient
+
+namespace {
+
+// Prunes or converts whole rows into `tile`; returns the number of non-zeros.
+int64_t stage(const ConvPlan& plan, const char* source, char* out, Rows rows, float* tile) {
+  const ConvBackward& call = plan.call;
+  const int64_t k = plan.problem.k;
+  if (!call.prune)
+    return plan.prune_kernels.load_pixels_nhwc(source, call.dtype, k, out, tile, k,
+                                               rows.count * plan.q, k);
+  const int64_t row_bytes = plan.q * k * dtype_size(call.dtype);
+  int64_t found = 0;
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const int64_t row = rows.first + i;
+    found += plan.prune_kernels.prune_pixels_nhwc(
+        source + i * row_bytes, call.dtype, k, out ? out + i * row_bytes : nullptr,
+        tile + i * plan.q * k, k, static_cast<uint32_t>(row / plan.p),
+        static_cast<uint32_t>(row % plan.p), 0, plan.q, k, *call.prune);
+  }
+  return found;
+}
+
+int64_t list_by_pixel(const ConvPlan& plan, const float* g, Rows rows, PixelLists& lists) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < rows.count; ++i)
+    for (int64_t block = 0; block < plan.k_blocks(); ++block)
+      found += plan.kernels.list_by_pixel(
+          g + i * plan.q * plan.problem.k + plan.k_begin(block), plan.problem.k, plan.q,
+          plan.k_size(block), plan.agb.step(), lists.list(rows.first + i, block),
+          lists.counts(rows.first + i, block));
+  return found;
+}
+
+// `rows.first` counts from the unit's first row here.
+int64_t list_by_channel(const ConvPlan& plan, const float* g, int64_t unit_index, Rows rows,
+                        ChannelLists& lists) {
+  const WgcPlan& wgc = plan.wgc;
+  int64_t found = 0;
+  for (int64_t segment = 0; segment < wgc.segments; ++segment) {
+    // One segment: its pixels are consecutive through all rows. More: a unit is one row.
+    const int64_t column = segment * wgc.segment;
+    const int64_t pixels =
+        wgc.segments == 1 ? rows.count * plan.q : std::min(wgc.segment, plan.q - column);
+    const int64_t panel = unit_index * wgc.segments + segment;
+    found += plan.kernels.list_by_channel(g + column * plan.problem.k, plan.problem.k, pixels,
+                                          plan.problem.k,
+                                          lists.operand_offsets() + rows.first * plan.q,
+                                          lists.list(panel), wgc.capacity, lists.counts(panel));
+  }
+  return found;
+}
+
+}  // namespace
+
+int64_t list_unit(const ConvPlan& plan, Rows unit, int64_t unit_index, PixelLists* pixel_lists,
+                  ChannelLists* channel_lists, float* scratch) {
+  const ConvBackward& call = plan.call;
+  if (channel_lists) channel_lists->clear(unit_index);
+  int64_t staged = 0, by_pixel = 0, by_channel = 0;
+  for (int64_t i = 0; i < unit.count; i += plan.tile_rows()) {
+    const Rows rows = {unit.first + i, std::min(plan.tile_rows(), unit.count - i)};
+    const int64_t at = rows.first * plan.q * plan.problem.k * dtype_size(call.dtype);
+    const char* source = static_cast<const char*>(call.grad_output) + at;
+    const float* g = reinterpret_cast<const float*>(source);
+    if (plan.staged()) {
+      char* out = call.pruned ? static_cast<char*>(call.pruned) + at : nullptr;
+      staged += stage(plan, source, out, rows, scratch);
+      g = scratch;
+    }
+    if (pixel_lists) by_pixel += list_by_pixel(plan, g, rows, *pixel_lists);
+    if (channel_lists)
+      by_channel += list_by_channel(plan, g, unit_index, {i, rows.count}, *channel_lists);
+  }
+  if (channel_lists) channel_lists->sort(unit_index);
+  return plan.staged() ? staged : pixel_lists ? by_pixel : by_channel;
+}
+
+}  // namespace sparsebwd

@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "wgc.h"
+
+#include <string.h>
+
+#include <algorithm>
+
+namespace sparsebwd {
+
+int64_t Wgc::filter_floats() const {
+  return plan_->problem.r * plan_->problem.s * plan_->wgc.kernel->group;
+}
+
+void Wgc::start(const ConvPlan& plan) {
+  plan_ = &plan;
+  const int64_t floats = plan.wgc.channel_blocks * plan.problem.k * filter_floats();
+  sums_ = buffer_.get<float>(floats);
+  memset(sums_, 0, floats * sizeof(float));
+}
+
+int64_t Wgc::tasks(const ChannelLists& lists) const {
+  return plan_->problem.groups * plan_->wgc.channel_blocks * lists.parts();
+}
+
+void Wgc::run(const ChannelLists& lists, int64_t task, float* scratch) const {
+  const ConvProblem& problem = plan_->problem;
+  const WgcPlan& wgc = plan_->wgc;
+  const WgcKernel& kernel = *wgc.kernel;
+  const int64_t part = task % lists.parts(), channel_task = task / lists.parts();
+  const int64_t group = channel_task / wgc.channel_blocks;
+  const int64_t c = channel_task % wgc.channel_blocks * kernel.group;
+  const Block block = {group * wgc.channels + c,
+                       std::min<int64_t>(kernel.group, wgc.channels - c)};
+  const int64_t k = group * plan_->k_group;
+  float* const sums = sums_ + channel_task * plan_->k_group * filter_floats();
+  for (int64_t index = 0; index < plan_->units(lists.images()); ++index) {
+    const Rows rows = plan_->unit(lists.images(), index);
+    for (int64_t segment = 0; segment < wgc.segments; ++segment) {
+      const int64_t panel = index * wgc.segments + segment;
+      const List all = lists.list(panel);
+      const auto add = [&](int64_t row_bytes, float* to) {
+        kernel.run({all.values + k * wgc.capacity, all.offsets + k * wgc.capacity}, wgc.capacity,
+                   lists.counts(panel) + k, lists.order(panel) + k, lists.part_begin(part),
+                   lists.part_begin(part + 1), scratch, row_bytes, to, filter_floats());
+      };
+      if (kernel.window > 1) {
+        gather_window(rows, block, scratch);
+        add(plan_->window_columns() * kernel.group * 4, sums);
+        continue;
+      }
+      for (int64_t r = 0; r < problem.r; ++r)
+        for (int64_t s = 0; s < problem.s; ++s) {
+          gather_tap(rows, segment, r, s, block, scratch);
+          add(0, sums + (r * problem.s + s) * kernel.group);
+        }
+    }
+  }
+}
+
+// Copies columns first + i * step, i < count, of row h of an image; zeros outside the image.
+void Wgc::gather_row(int64_t image, int64_t h, int64_t first, int64_t step, int64_t count,
+                     Block block, float* to) const {
+  const ConvProblem& problem = plan_->problem;
+  const int64_t group = plan_->wgc.kernel->group;
+  int64_t begin = 0, end = 0;  // the columns inside the image
+  if (h >= 0 && h < problem.h) {
+    begin = first >= 0 ? 0 : std::min(count, ceil_div(-first, step));
+    end = first >= problem.w ? 0 : std::min(count, ceil_div(problem.w - first, step));
+    end = std::max(begin, end);
+  }
+  memset(to, 0, begin * group * sizeof(float));
+  memset(to + end * group, 0, (count - end) * group * sizeof(float));
+  if (begin == end) return;
+  const DType dtype = plan_->call.dtype;
+  const int64_t pixel = (image * problem.h + h) * problem.w + first + begin * step;
+  const int64_t at = (pixel * problem.c + block.c) * dtype_size(dtype);
+  plan_->kernels.gather_pixels(static_cast<const char*>(plan_->call.input) + at, dtype,
+                               step * problem.c, end - begin, block.channels, to + begin * group,
+                               group);
+}
+
+void Wgc::gather_window(Rows rows, Block block, float* panel) const {
+  const ConvProblem& problem = plan_->problem;
+  const int64_t columns = plan_->window_columns();
+  for (int64_t row = rows.first; row < rows.first + rows.count;) {
+    const int64_t image = row / plan_->p;
+    const int64_t end = std::min(rows.first + rows.count, (image + 1) * plan_->p);
+    const int64_t h = row % plan_->p * problem.stride_h - problem.pad_h;
+    for (int64_t i = 0; i < plan_->window_rows(end - row); ++i) {
+      gather_row(image, h + i, -problem.pad_w, 1, columns, block, panel);
+      panel += columns * plan_->wgc.kernel->group;
+    }
+    row = end;
+  }
+}
+
+void Wgc::gather_tap(Rows rows, int64_t segment, int64_t r, int64_t s, Block block,
+                     float* panel) const {
+  const ConvProblem& problem = plan_->problem;
+  const int64_t column = segment * plan_->wgc.segment;
+  const int64_t columns = std::min(plan_->wgc.segment, plan_->q - column);
+  for (int64_t row = rows.first; row < rows.first + rows.count; ++row) {
+    gather_row(row / plan_->p,
+               row % plan_->p * problem.stride_h - problem.pad_h + r * problem.dil_h,
+               column * problem.stride_w - problem.pad_w + s * problem.dil_w, problem.stride_w,
+               columns, block, panel);
+    panel += columns * plan_->wgc.kernel->group;
+  }
+}
+
+void Wgc::finish(const TaskPool& pool) const {
+  parallel_tasks(pool, plan_->problem.k, [&](int64_t k, int) {
+    const ConvBackward& call = plan_->call;
+    if (call.grad_weight_dtype == DType::kFloat32)
+      write_filter(static_cast<float*>(call.grad_weight), k, [](float sum) { return sum; });
+    else
+      write_filter(static_cast<uint16_t*>(call.grad_weight), k, bfloat16_of_float);
+  });
+}
+
+template <class Storage, class Convert>
+void Wgc::write_filter(Storage* grad_weight, int64_t k, Convert convert) const {
+  const ConvProblem& problem = plan_->problem;
+  const WgcPlan& wgc = plan_->wgc;
+  const WeightStrides& strides = plan_->call.grad_weight_strides;
+  const int64_t group = wgc.kernel->group;
+  for (int64_t block = 0; block < wgc.channel_blocks; ++block) {
+    const int64_t channel_task = k / plan_->k_group * wgc.channel_blocks + block;
+    const float* sums =
+        sums_ + (channel_task * plan_->k_group + k % plan_->k_group) * filter_floats();
+    const int64_t channels = std::min(group, wgc.channels - block * group);
+    for (int64_t tap = 0; tap < problem.r * problem.s; ++tap, sums += group) {
+      Storage* to = grad_weight + k * strides.k + block * group * strides.c +
+                    tap / problem.s * strides.r + tap % problem.s * strides.s;
+      if (strides.c == 1)
+        for (int64_t c = 0; c < channels; ++c) to[c] = convert(sums[c]);
+      else
+        for (int64_t c = 0; c < channels; ++c) to[c * strides.c] = convert(sums[c]);
+    }
+  }
+}
+
+}  // namespace sparsebwd

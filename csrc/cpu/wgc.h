@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+// WGC: the gradient of the weight, from the lists of the gradient and the input.
+#pragma once
+
+#include "buffer.h"
+#include "conv_plan.h"
+#include "lists.h"
+#include "parallel.h"
+
+namespace sparsebwd {
+
+class Wgc {
+ public:
+  void start(const ConvPlan& plan);
+
+  // Adds what the images of the lists contribute. A task: one block of input channels and one part
+  // of the output channels.
+  int64_t tasks(const ChannelLists& lists) const;
+  void run(const ChannelLists& lists, int64_t task, float* scratch) const;
+  static int64_t scratch_floats() { return kMaxPanelBytes / 4; }
+
+  void finish(const TaskPool& pool) const;
+
+ private:
+  // Panels of input: `group` channels of the pixels that a panel's gradient meets.
+  struct Block {
+    int64_t c, channels;  // first input channel, number of them
+  };
+  void gather_row(int64_t image, int64_t h, int64_t first, int64_t step, int64_t count, Block block,
+                  float* to) const;
+  void gather_window(Rows rows, Block block, float* panel) const;
+  void gather_tap(Rows rows, int64_t segment, int64_t r, int64_t s, Block block, float* panel) const;
+
+  int64_t filter_floats() const;  // partial sums of one output channel and block
+  template <class Storage, class Convert>
+  void write_filter(Storage* grad_weight, int64_t k, Convert convert) const;
+
+  const ConvPlan* plan_ = nullptr;
+  float* sums_ = nullptr;  // [block of input channels][output channel of its group][tap][channel]
+  Buffer buffer_;
+};
+
+}  // namespace sparsebwd

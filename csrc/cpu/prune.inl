@@ -161,8 +161,8 @@ inline void start_pixels(PixelStates& states, const PruneSpec& spec, const KeySc
 template <class Element>
 inline State three_rounds(const PixelStates& states, int64_t pixel, uint64_t c4) {
   // c4 is a multiple of the number of lanes: xor adds it to the lanes' own numbers.
-  const Counters round1_x2 =
-      xor2(load_counters(counter_order<Element>()), broadcast_counter(c4 ^ states.x2_round1[pixel]));
+  const Counters round1_x2 = xor2(load_counters(counter_order<Element>()),
+                                  broadcast_counter(c4 ^ states.x2_round1[pixel]));
   const Counters p1 = multiply(round1_x2, broadcast_counter(kPhiloxMultiplier1));
   const Counters p0 =
       multiply(xor2(high(p1), states.x0_round2), broadcast_counter(kPhiloxMultiplier0));

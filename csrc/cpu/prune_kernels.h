@@ -30,10 +30,10 @@ struct PruneKernels {
                               float* out_f32, int64_t f32_stride, int64_t pixels,
                               int64_t channels);
 
-  // Prunes pixels `first` .. `first + pixels - 1` (numbered row by row, `width` a row) of the planes
-  // of channels c_begin .. c_end - 1, `plane_stride` elements apart; c_begin is a multiple of 4.
-  // g and out (may be g) point to pixel 0 of channel c_begin. Returns the number of non-zeros.
-  // spec.tau > 0.
+  // Prunes pixels `first` .. `first + pixels - 1` (numbered row by row, `width` to a row) of the
+  // planes of channels c_begin .. c_end - 1, `plane_stride` elements apart; c_begin is a multiple
+  // of 4. g and out (may be g) point to pixel 0 of channel c_begin. spec.tau > 0. Returns the
+  // number of non-zeros.
   int64_t (*prune_planes_nchw)(const void* g, DType dtype, int64_t plane_stride, void* out,
                                uint32_t n, int64_t c_begin, int64_t c_end, int64_t first,
                                int64_t pixels, int64_t width, const PruneSpec& spec);

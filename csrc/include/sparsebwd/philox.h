@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The one definition of the random numbers that pruning uses: Philox4x32 (Salmon et al., "Parallel
-// Random Numbers: As Easy as 1, 2, 3", SC 2011). A random number is a function of the key and of the
+// Random Numbers: As Easy as 1, 2, 3", SC 2011). A number is a function of the key and of the
 // logical position (n, c, h, w) only: layout, launch shape, threads and instruction set do not
 // enter. Scalar, for host and device; the vectorised kernels are tested against it.
 #pragma once

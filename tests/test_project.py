@@ -93,10 +93,11 @@ def test_one_version():
 
 
 def test_every_package_is_listed():
-    python = ROOT / "python"
-    folders = {".".join(init.parent.relative_to(python).parts) for init in python.rglob("__init__.py")}
+    def packages(root: Path, *prefix: str) -> set[str]:
+        return {".".join([*prefix, *init.parent.relative_to(root).parts]) for init in root.rglob("__init__.py")}
+
     setuptools = PYPROJECT["tool"]["setuptools"]
-    assert set(setuptools["packages"]) == folders | {"sparsebwd.bench"}
+    assert set(setuptools["packages"]) == packages(ROOT / "python") | packages(ROOT / "bench", "sparsebwd", "bench")
     assert setuptools["package-dir"] == {"": "python", "sparsebwd.bench": "bench"}
 
 

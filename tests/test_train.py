@@ -64,6 +64,10 @@ def refused(capsys, *arguments):
     return capsys.readouterr().err
 
 
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 def saved_state(folder):
     return torch.load(folder / checkpoint.FILE, weights_only=True)["state"]
 
@@ -389,6 +393,15 @@ def test_an_existing_run_is_not_replaced(tmp_path, capsys):
     assert saved_state(tmp_path)["step"] == 2
 
 
+def test_a_replaced_run_cannot_be_resumed(tmp_path, monkeypatch):
+    train(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(data.Batches, "batch", interrupt)
+        assert cli.main([*SMALL, "--output", str(tmp_path), "--overwrite"]) == 130
+    train(tmp_path, "--resume", "--max-steps", "1")
+    assert saved_state(tmp_path)["step"] == 1
+
+
 # bad input
 
 
@@ -449,9 +462,6 @@ def test_divergence_is_reported(tmp_path, capsys):
 
 
 def test_interrupt_is_reported(tmp_path, capsys, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(data.Batches, "batch", interrupt)
     assert cli.main([*SMALL, "--output", str(tmp_path)]) == 130
     assert "--resume" in capsys.readouterr().err

@@ -15,15 +15,17 @@ from rich.console import Console
 from .. import data, models
 from ..backends import registered_backends
 from . import checkpoint
-from .config import DTYPES, SCHEDULES, TrainConfig
+from .config import TrainConfig
 from .report import Reporter
 from .trainer import Trainer, TrainingError
 from .world import World, join, launched
 
-# A few minutes on two cores: three epochs of digits, with a schedule that is over by then.
+# A few minutes on two cores: three epochs of digits, or as many steps on other images, with a schedule to match.
 _DEMO = {
     "compare": True,
     "epochs": 3,
+    "max_steps": 144,
+    "test_subset": 500,
     "batch_size": 32,
     "learning_rate": 0.05,
     "schedule": "cosine",
@@ -105,6 +107,9 @@ def _prepare(config: TrainConfig, folder: Path, options: argparse.Namespace, wor
             reporter.say(f"resumed after step {trainer.steps_done} from {folder / checkpoint.FILE}")
         else:
             reporter.warn(f"there is no checkpoint in {folder} to resume: this run starts at the beginning")
+    elif world.rank == 0:
+        # Otherwise a later --resume could take up the run that this one replaces.
+        (folder / checkpoint.FILE).unlink(missing_ok=True)
     return trainer
 
 
@@ -115,68 +120,66 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a convolutional network with pruned activation gradients and sparse backward convolutions. "
         "The defaults are the settings of Ye et al. (2019) for CIFAR.",
     )
-    default = TrainConfig()
-    flag = argparse.BooleanOptionalAction
+
+    def value(name: str, metavar: str, text: str, kind=str, *aliases: str) -> None:
+        """An option with the default of the configuration's field of that name."""
+        default = getattr(TrainConfig, name, None)
+        shown = text if default is None else f"{text} (default: {default})"
+        group.add_argument(_flag(name), *aliases, type=kind, default=default, metavar=metavar, help=shown)
+
+    def switch(name: str, text: str, both: bool = False) -> None:
+        action = argparse.BooleanOptionalAction if both else "store_true"
+        group.add_argument(_flag(name), action=action, default=getattr(TrainConfig, name, False), help=text)
 
     group = parser.add_argument_group("what to train")
-    group.add_argument("--demo", action="store_true", help="a short run beside its dense twin; other options still count")
-    group.add_argument("--model", default=default.model, metavar="NAME", help=", ".join(models.names()))
-    group.add_argument("--data", default=default.data, metavar="NAME", help=", ".join(data.names()))
-    group.add_argument("--data-dir", metavar="DIR", help="where the data set's files are")
-    group.add_argument("--cache-dir", metavar="DIR", help="where decoded images are kept (default: ~/.cache/sparsebwd)")
-    group.add_argument("--image-size", type=int, default=default.image_size, metavar="PIXELS")
-    group.add_argument("--train-subset", type=int, metavar="N", help="train on N images only")
-    group.add_argument("--test-subset", type=int, metavar="N", help="test on N images only")
-    group.add_argument("--augment", action=flag, default=default.augment, help="random crops and mirror images")
-    group.add_argument("--compare", action="store_true", help="train the dense twin too, step by step in turns")
+    switch("demo", "a short run beside its dense twin, on a schedule to match; other options still count")
+    value("model", "NAME", ", ".join(models.names()))
+    value("data", "NAME", ", ".join(data.names()))
+    value("data_dir", "DIR", "where the data set's files are")
+    value("cache_dir", "DIR", "where decoded images are kept (default: ~/.cache/sparsebwd)")
+    value("image_size", "PIXELS", "height and width of the images", int)
+    value("train_subset", "N", "train on N images only", int)
+    value("test_subset", "N", "test on N images only", int)
+    switch("augment", "random crops and mirror images (default: on)", both=True)
+    switch("compare", "train the dense twin too, from the same weights, step by step in turns")
 
     group = parser.add_argument_group("sparsity")
-    group.add_argument(
-        "--percentile",
-        type=_percentile,
-        default=default.percentile,
-        metavar="P",
-        help=f"in [50, 100), or none: skip exact zeros only (default: {default.percentile:g})",
-    )
-    group.add_argument("--placement", default=default.placement, help="auto, output (Conv-BN-ReLU) or input (Conv-ReLU)")
-    group.add_argument("--sigma-estimator", default=default.sigma_estimator, help="corrected or as_printed")
-    group.add_argument("--backend", default=default.backend, help=", ".join(("auto", *registered_backends())))
+    value("percentile", "P", "in [50, 100), or none: skip exact zeros only", _percentile)
+    value("placement", "WHERE", "prune the gradient of the output (Conv-BN-ReLU), of the input (Conv-ReLU), or auto")
+    value("sigma_estimator", "NAME", "corrected, or as_printed in the paper")
+    value("backend", "NAME", ", ".join(("auto", *registered_backends())))
 
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=int, default=default.epochs, metavar="N", help=f"default: {default.epochs}")
-    group.add_argument("--max-steps", type=int, metavar="N", help="stop after N steps")
-    group.add_argument("--batch-size", type=int, default=default.batch_size, metavar="N", help="images per step")
-    group.add_argument("--learning-rate", "--lr", type=float, metavar="RATE", help="0.05 for AlexNet, 0.1 for the others")
-    group.add_argument("--momentum", type=float, default=default.momentum)
-    group.add_argument("--weight-decay", type=float, default=default.weight_decay)
-    group.add_argument("--schedule", default=default.schedule, help=" or ".join(SCHEDULES))
-    group.add_argument("--decay-epochs", type=int, default=default.decay_epochs, metavar="N", help="epochs per rate")
-    group.add_argument("--decay-factor", type=float, default=default.decay_factor)
-    group.add_argument("--warmup-steps", type=int, default=default.warmup_steps, metavar="N")
-    group.add_argument("--seed", type=int, default=default.seed)
+    value("epochs", "N", "length of the run", int)
+    value("max_steps", "N", "stop after N steps", int)
+    value("batch_size", "N", "images per step, over all processes", int)
+    value("learning_rate", "RATE", "at the start (default: 0.05 for AlexNet, 0.1 for the others)", float, "--lr")
+    value("momentum", "M", "of SGD", float)
+    value("weight_decay", "W", "of SGD", float)
+    value("schedule", "NAME", "of the learning rate: step, or cosine to 0 at the end", str)
+    value("decay_epochs", "N", "step schedule: epochs at each rate", int)
+    value("decay_factor", "F", "step schedule: from each rate to the next", float)
+    value("warmup_steps", "N", "steps in which the rate rises to its start", int)
+    value("seed", "SEED", "of weights, batches and pruning", int)
 
     group = parser.add_argument_group("machine")
-    group.add_argument("--device", default=default.device, help="auto, cpu or cuda")
-    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as PyTorch chooses)")
-    group.add_argument("--dtype", default=default.dtype, help=f"{' or '.join(DTYPES)} (by autocast)")
-    group.add_argument("--channels-last", action=flag, default=default.channels_last)
-    group.add_argument(
-        "--distributed", action="store_true", help="insist on torchrun; without this it is used where it is found"
-    )
+    value("device", "NAME", "auto, cpu or cuda")
+    value("threads", "N", "CPU threads (default: as PyTorch chooses)", int)
+    value("dtype", "NAME", "float32, or bfloat16 by autocast")
+    switch("channels_last", "memory format of images and weights (default: on)", both=True)
+    switch("distributed", "insist on torchrun; without this it is used where it started the process")
 
     group = parser.add_argument_group("output")
-    group.add_argument("--output", metavar="DIR", help="logs and checkpoint (default: runs/MODEL-DATA-pP)")
-    group.add_argument("--resume", action="store_true", help="continue from the checkpoint in DIR, bit by bit")
-    group.add_argument("--overwrite", action="store_true", help="replace the run in DIR")
-    group.add_argument("--checkpoint-steps", type=int, metavar="N", help="a checkpoint every N steps, not only epochs")
-    group.add_argument(
-        "--measure-every",
-        type=int,
-        default=default.measure_every,
-        metavar="N",
-        help=f"record densities every N steps (default: {default.measure_every})",
-    )
+    value("output", "DIR", "logs and checkpoint (default: runs/MODEL-DATA-pP)")
+    switch("resume", "go on from the checkpoint in DIR, to the same bits as without a stop")
+    switch("overwrite", "replace the run in DIR")
+    value("checkpoint_steps", "N", "a checkpoint every N steps, besides those after each epoch", int)
+    value("measure_every", "N", "record densities and convolution times every N steps", int)
     return parser
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _percentile(text: str) -> float | None:

@@ -74,6 +74,38 @@ int64_t list_by_channel(const float* g, int64_t pixel_stride, int64_t pixels, in
   return found;
 }
 
+// ---- the inner loop of both convolutions
+
+// Offset n of four in memory order, read as one word.
+template <int N>
+inline int64_t nth_offset(uint64_t four) {
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+  return static_cast<uint16_t>(four >> (16 * (3 - N)));
+#else
+  return static_cast<uint16_t>(four >> (16 * N));
+#endif
+}
+
+// Calls body(value in all lanes, byte offset, n) for every entry, four at a time; n tells the four
+// apart and is a constant, 0 for the entries left over.
+template <class Body>
+inline __attribute__((always_inline)) void for_each_entry(const float* values,
+                                                          const uint16_t* offsets, int64_t count,
+                                                          Body body) {
+  static_assert(sizeof(uint64_t) == 4 * sizeof(uint16_t), "four offsets are one word");
+  const float* const last = values + count;
+  for (; values + 4 <= last; values += 4, offsets += 4) {
+    const Quad g = Quad::load(values);
+    uint64_t four;
+    __builtin_memcpy(&four, offsets, sizeof(four));
+    body(g.broadcast<0>(), nth_offset<0>(four), 0);
+    body(g.broadcast<1>(), nth_offset<1>(four), 1);
+    body(g.broadcast<2>(), nth_offset<2>(four), 2);
+    body(g.broadcast<3>(), nth_offset<3>(four), 3);
+  }
+  for (; values != last; ++values, ++offsets) body(Vec::broadcast(values), *offsets, 0);
+}
+
 // ---- AGB
 
 // What a pixel contributes is accumulated in registers while its list streams by. The sums start at
@@ -84,15 +116,14 @@ void agb_run(List list, const Visit* visits, int64_t count, const float* panel, 
   const char* const base = reinterpret_cast<const char*>(panel);
   for (const Visit* const last = visits + count; visits != last; ++visits) {
     float* const sums = reinterpret_cast<float*>(reinterpret_cast<char*>(dst) + visits->dst);
-    const float* value = list.values + visits->start;
-    const uint16_t* offset = list.offsets + visits->start;
     Vec acc[kSums];
     for (int i = 0; i < kSums; ++i) acc[i] = Vec::zero();
-    for (const float* const end = value + visits->count; value != end; ++value, ++offset) {
-      const float* operand = reinterpret_cast<const float*>(base + *offset);
-      const Vec g = Vec::broadcast(value);
-      for (int i = 0; i < kSums; ++i) acc[i] = acc[i].fma(g, Vec::load(operand + i * kLanes));
-    }
+    for_each_entry(list.values + visits->start, list.offsets + visits->start, visits->count,
+                   [&](Vec g, int64_t at, int) __attribute__((always_inline)) {
+                     const float* operand = reinterpret_cast<const float*>(base + at);
+                     for (int i = 0; i < kSums; ++i)
+                       acc[i] = acc[i].fma(g, Vec::load(operand + i * kLanes));
+                   });
     for (int i = 0; i < kSums; ++i) (Vec::load(sums + i * kLanes) + acc[i]).store(sums + i * kLanes);
   }
 }
@@ -110,33 +141,30 @@ void wgc_window3(List lists, int64_t capacity, const uint16_t* counts, const uin
   for (int64_t i = begin; i < last; ++i) {
     const int64_t k = order[i];
     float* sums = dw + k * dw_stride;
-    const float* value = lists.values + k * capacity;
-    const uint16_t* offset = lists.offsets + k * capacity;
-    const float* const end = value + counts[k];
-    if (value == end) continue;
-    Vec total[9], acc[9];
+    const float* values = lists.values + k * capacity;
+    const uint16_t* offsets = lists.offsets + k * capacity;
+    Vec total[9];
     for (int t = 0; t < 9; ++t) total[t] = Vec::load(sums + t * kLanes);
-    while (value != end) {
-      const float* const stop = end - value > kLongestChain ? value + kLongestChain : end;
+    for (int64_t left = counts[k]; left > 0; left -= kLongestChain) {
+      Vec acc[9];
       for (int t = 0; t < 9; ++t) acc[t] = Vec::zero();
-      for (; value != stop; ++value, ++offset) {
-        const int64_t at = *offset;
-        const Vec g = Vec::broadcast(value);
-        for (int s = 0; s < 3; ++s) {
-          acc[s] = acc[s].fma(g, Vec::load(reinterpret_cast<const float*>(row0 + at) + s * kLanes));
-          acc[3 + s] =
-              acc[3 + s].fma(g, Vec::load(reinterpret_cast<const float*>(row1 + at) + s * kLanes));
-          acc[6 + s] =
-              acc[6 + s].fma(g, Vec::load(reinterpret_cast<const float*>(row2 + at) + s * kLanes));
-        }
-      }
+      for_each_entry(values, offsets, left < kLongestChain ? left : kLongestChain,
+                     [&](Vec g, int64_t at, int) __attribute__((always_inline)) {
+                       const float* x[3] = {reinterpret_cast<const float*>(row0 + at),
+                                            reinterpret_cast<const float*>(row1 + at),
+                                            reinterpret_cast<const float*>(row2 + at)};
+                       for (int t = 0; t < 9; ++t)
+                         acc[t] = acc[t].fma(g, Vec::load(x[t / 3] + t % 3 * kLanes));
+                     });
       for (int t = 0; t < 9; ++t) total[t] = total[t] + acc[t];
+      values += kLongestChain;
+      offsets += kLongestChain;
     }
     for (int t = 0; t < 9; ++t) total[t].store(sums + t * kLanes);
   }
 }
 
-// One tap: two entries at a time, to hide the latency of the multiply-adds.
+// One tap: entries alternate between two sets of sums, to hide the latency of the multiply-adds.
 template <int Vectors>
 void wgc_tap(List lists, int64_t capacity, const uint16_t* counts, const uint16_t* order,
              int64_t begin, int64_t last, const float* panel, int64_t, float* dw,
@@ -145,33 +173,16 @@ void wgc_tap(List lists, int64_t capacity, const uint16_t* counts, const uint16_
   for (int64_t i = begin; i < last; ++i) {
     const int64_t k = order[i];
     float* sums = dw + k * dw_stride;
-    const float* value = lists.values + k * capacity;
-    const uint16_t* offset = lists.offsets + k * capacity;
-    const int64_t count = counts[k];
-    if (count == 0) continue;
-    Vec even[Vectors], odd[Vectors];
-    for (int v = 0; v < Vectors; ++v) {
-      even[v] = Vec::zero();
-      odd[v] = Vec::zero();
-    }
-    int64_t e = 0;
-    for (; e + 2 <= count; e += 2) {
-      const float* x0 = reinterpret_cast<const float*>(base + offset[e]);
-      const float* x1 = reinterpret_cast<const float*>(base + offset[e + 1]);
-      const Vec g0 = Vec::broadcast(value + e);
-      const Vec g1 = Vec::broadcast(value + e + 1);
-      for (int v = 0; v < Vectors; ++v) {
-        even[v] = even[v].fma(g0, Vec::load(x0 + v * kLanes));
-        odd[v] = odd[v].fma(g1, Vec::load(x1 + v * kLanes));
-      }
-    }
-    if (e < count) {
-      const float* x0 = reinterpret_cast<const float*>(base + offset[e]);
-      const Vec g0 = Vec::broadcast(value + e);
-      for (int v = 0; v < Vectors; ++v) even[v] = even[v].fma(g0, Vec::load(x0 + v * kLanes));
-    }
+    Vec acc[2][Vectors];
+    for (int v = 0; v < Vectors; ++v) acc[0][v] = acc[1][v] = Vec::zero();
+    for_each_entry(lists.values + k * capacity, lists.offsets + k * capacity, counts[k],
+                   [&](Vec g, int64_t at, int n) __attribute__((always_inline)) {
+                     const float* x = reinterpret_cast<const float*>(base + at);
+                     for (int v = 0; v < Vectors; ++v)
+                       acc[n % 2][v] = acc[n % 2][v].fma(g, Vec::load(x + v * kLanes));
+                   });
     for (int v = 0; v < Vectors; ++v)
-      (Vec::load(sums + v * kLanes) + (even[v] + odd[v])).store(sums + v * kLanes);
+      (Vec::load(sums + v * kLanes) + (acc[0][v] + acc[1][v])).store(sums + v * kLanes);
   }
 }
 

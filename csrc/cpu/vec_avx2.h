@@ -48,6 +48,18 @@ struct Vec {
   }
 };
 
+// Four values, loaded at once: a broadcast from memory for each would take a load slot that the
+// multiply-adds need.
+struct Quad {
+  __m256 v;
+
+  static Quad load(const float* p) { return {_mm256_castps128_ps256(_mm_loadu_ps(p))}; }
+  template <int Lane>
+  Vec broadcast() const {
+    return {_mm256_permutevar8x32_ps(v, _mm256_set1_epi32(Lane))};
+  }
+};
+
 // Byte offsets of kLanes operands.
 struct Offsets {
   __m256i v;

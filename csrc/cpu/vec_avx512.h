@@ -17,14 +17,7 @@ struct Vec {
   static Vec load_first(const float* p, int64_t count) {
     return {_mm512_maskz_loadu_ps(mask_of(count), p)};
   }
-  // The value goes through a general register: a broadcast from memory would take one of the
-  // load slots that the multiply-adds need.
-  static Vec broadcast(const float* p) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, p, 4);
-    __asm__("" : "+r"(bits));
-    return {_mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(bits)))};
-  }
+  static Vec broadcast(const float* p) { return {_mm512_set1_ps(*p)}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store_first(float* p, int64_t count) const { _mm512_mask_storeu_ps(p, mask_of(count), v); }
   void stream(float* p) const { _mm512_stream_ps(p, v); }
@@ -35,6 +28,18 @@ struct Vec {
  private:
   static __mmask16 mask_of(int64_t count) {
     return static_cast<__mmask16>(count >= 16 ? 0xffffu : (1u << count) - 1u);
+  }
+};
+
+// Four values, loaded at once: a broadcast from memory for each would take a load slot that the
+// multiply-adds need.
+struct Quad {
+  __m512 v;
+
+  static Quad load(const float* p) { return {_mm512_castps128_ps512(_mm_loadu_ps(p))}; }
+  template <int Lane>
+  Vec broadcast() const {
+    return {_mm512_permutexvar_ps(_mm512_set1_epi32(Lane), v)};
   }
 };
 

@@ -35,6 +35,18 @@ struct Vec {
   Vec operator+(Vec o) const { return {v + o.v}; }
 };
 
+// Four values, loaded at once.
+struct Quad {
+  Vec v;
+
+  static Quad load(const float* p) { return {Vec::load(p)}; }
+  template <int Lane>
+  Vec broadcast() const {
+    const float value = v.v[Lane];
+    return Vec::broadcast(&value);
+  }
+};
+
 // Byte offsets of kLanes operands.
 struct Offsets {
   uint32_t lane[Vec::kLanes];

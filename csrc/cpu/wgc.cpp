@@ -7,32 +7,38 @@
 
 namespace sparsebwd {
 
-int64_t Wgc::filter_floats() const {
-  return plan_->problem.r * plan_->problem.s * plan_->wgc.kernel->group;
+int64_t Wgc::filter_floats(const ConvPlan& plan) {
+  return plan.problem.r * plan.problem.s * plan.wgc.kernel->group;
 }
 
-void Wgc::start(const ConvPlan& plan) {
+int64_t Wgc::sum_floats(const ConvPlan& plan) {
+  return plan.wgc.channel_blocks * plan.problem.k * filter_floats(plan);
+}
+
+void Wgc::start(const ConvPlan& plan, int64_t groups) {
   plan_ = &plan;
-  const int64_t floats = plan.wgc.channel_blocks * plan.problem.k * filter_floats();
-  sums_ = buffer_.get<float>(floats);
-  memset(sums_, 0, floats * sizeof(float));
+  groups_ = groups;
+  sums_ = buffer_.get<float>(groups * sum_floats(plan));
+  memset(sums_, 0, groups * sum_floats(plan) * sizeof(float));
 }
 
 int64_t Wgc::tasks(const ChannelLists& lists) const {
   return plan_->problem.groups * plan_->wgc.channel_blocks * lists.parts();
 }
 
-void Wgc::run(const ChannelLists& lists, int64_t task, float* scratch) const {
+void Wgc::run(const ChannelLists& lists, int64_t group, int64_t task, float* scratch) const {
   const ConvProblem& problem = plan_->problem;
   const WgcPlan& wgc = plan_->wgc;
   const WgcKernel& kernel = *wgc.kernel;
   const int64_t part = task % lists.parts(), channel_task = task / lists.parts();
-  const int64_t group = channel_task / wgc.channel_blocks;
+  const int64_t conv_group = channel_task / wgc.channel_blocks;
   const int64_t c = channel_task % wgc.channel_blocks * kernel.group;
-  const Block block = {group * wgc.channels + c,
+  const Block block = {conv_group * wgc.channels + c,
                        std::min<int64_t>(kernel.group, wgc.channels - c)};
-  const int64_t k = group * plan_->k_group;
-  float* const sums = sums_ + channel_task * plan_->k_group * filter_floats();
+  const int64_t k = conv_group * plan_->k_group;
+  const int64_t filter = filter_floats(*plan_);
+  float* const sums =
+      sums_ + group * sum_floats(*plan_) + channel_task * plan_->k_group * filter;
   for (int64_t index = 0; index < plan_->units(lists.images()); ++index) {
     const Rows rows = plan_->unit(lists.images(), index);
     for (int64_t segment = 0; segment < wgc.segments; ++segment) {
@@ -41,7 +47,7 @@ void Wgc::run(const ChannelLists& lists, int64_t task, float* scratch) const {
       const auto add = [&](int64_t row_bytes, float* to) {
         kernel.run({all.values + k * wgc.capacity, all.offsets + k * wgc.capacity}, wgc.capacity,
                    lists.counts(panel) + k, lists.order(panel) + k, lists.part_begin(part),
-                   lists.part_begin(part + 1), scratch, row_bytes, to, filter_floats());
+                   lists.part_begin(part + 1), scratch, row_bytes, to, filter);
       };
       if (kernel.window > 1) {
         gather_window(rows, block, scratch);
@@ -124,10 +130,14 @@ void Wgc::write_filter(Storage* grad_weight, int64_t k, Convert convert) const {
   const WgcPlan& wgc = plan_->wgc;
   const WeightStrides& strides = plan_->call.grad_weight_strides;
   const int64_t group = wgc.kernel->group;
+  const int64_t filter = filter_floats(*plan_);
   for (int64_t block = 0; block < wgc.channel_blocks; ++block) {
     const int64_t channel_task = k / plan_->k_group * wgc.channel_blocks + block;
-    const float* sums =
-        sums_ + (channel_task * plan_->k_group + k % plan_->k_group) * filter_floats();
+    float* sums = sums_ + (channel_task * plan_->k_group + k % plan_->k_group) * filter;
+    for (int64_t image_group = 1; image_group < groups_; ++image_group) {
+      const float* more = sums + image_group * sum_floats(*plan_);
+      for (int64_t i = 0; i < filter; ++i) sums[i] += more[i];
+    }
     const int64_t channels = std::min(group, wgc.channels - block * group);
     for (int64_t tap = 0; tap < problem.r * problem.s; ++tap, sums += group) {
       Storage* to = grad_weight + k * strides.k + block * group * strides.c +

@@ -11,12 +11,14 @@ namespace sparsebwd {
 
 class Wgc {
  public:
-  void start(const ConvPlan& plan);
+  // Groups of images have sums of their own, which finish() adds in order.
+  void start(const ConvPlan& plan, int64_t groups);
+  static int64_t sum_floats(const ConvPlan& plan);  // of one group of images
 
-  // Adds what the images of the lists contribute. A task: one block of input channels and one part
-  // of the output channels.
+  // Adds what the images of the lists contribute to a group's sums. A task: one block of input
+  // channels and one part of the output channels.
   int64_t tasks(const ChannelLists& lists) const;
-  void run(const ChannelLists& lists, int64_t task, float* scratch) const;
+  void run(const ChannelLists& lists, int64_t group, int64_t task, float* scratch) const;
   static int64_t scratch_floats() { return kMaxPanelBytes / 4; }
 
   void finish(const TaskPool& pool) const;
@@ -31,12 +33,13 @@ class Wgc {
   void gather_window(Rows rows, Block block, float* panel) const;
   void gather_tap(Rows rows, int64_t segment, int64_t r, int64_t s, Block block, float* panel) const;
 
-  int64_t filter_floats() const;  // partial sums of one output channel and block
+  static int64_t filter_floats(const ConvPlan& plan);  // sums of one output channel and block
   template <class Storage, class Convert>
   void write_filter(Storage* grad_weight, int64_t k, Convert convert) const;
 
   const ConvPlan* plan_ = nullptr;
-  float* sums_ = nullptr;  // [block of input channels][output channel of its group][tap][channel]
+  int64_t groups_ = 0;
+  float* sums_ = nullptr;  // [group][block of input channels][output channel of its group][tap][channel]
   Buffer buffer_;
 };
 

@@ -69,12 +69,13 @@ def _convolve(
     pruned = torch.empty_like(grad_output) if keep_pruned else None
     grad_input = grad_weight = None
     if weight is not None:
-        grad_input = grad_output.new_empty(problem.input_size).to(
-            memory_format=torch.channels_last
+        grad_input = torch.empty(
+            problem.input_size, dtype=grad_output.dtype, memory_format=torch.channels_last
         )
     if input is not None:
-        grad_weight = input.new_empty(problem.weight_size)
-        grad_weight = grad_weight.to(memory_format=reference.memory_format(input))
+        grad_weight = torch.empty(
+            problem.weight_size, dtype=input.dtype, memory_format=reference.memory_format(input)
+        )
         input = _channels_last(input)
     nonzeros = _raw.conv2d_backward(
         grad_output,

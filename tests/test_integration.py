@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from sparsebwd import SparseConv2d, prune_gradient
+from sparsebwd import SparseConv2d, grad, prune_gradient
 from sparsebwd.functional import sparse_conv2d
 from sparsebwd.testing import assert_bit_equal, assert_error_bounded, random_tensor
 
@@ -107,13 +107,28 @@ def test_compile_of_evaluation_and_without_gradients():
 
 
 def test_compile_of_pruning_alone():
-    grad = torch.randn(2, 8, 5, 5)
+    gradient = torch.randn(2, 8, 5, 5)
     torch.manual_seed(0)
-    expected = prune_gradient(grad, 90)
+    expected = prune_gradient(gradient, 90)
     torch.manual_seed(0)
-    actual = torch.compile(prune_gradient, fullgraph=True, backend="aot_eager")(grad, 90)
+    actual = torch.compile(prune_gradient, fullgraph=True, backend="aot_eager")(gradient, 90)
     for one, two in zip(actual, expected):
         assert_bit_equal(one, two)
+
+
+def test_compile_of_the_convolutions_alone():
+    input, weight, grad_output = torch.randn(2, 4, 9, 8), torch.randn(6, 4, 3, 3), torch.randn(2, 6, 5, 4)
+
+    def function(input, weight, grad_output):
+        return (
+            grad.conv2d_input(input.shape, weight, grad_output, stride=2, padding=1),
+            grad.conv2d_weight(input, weight.shape, grad_output, stride=2, padding=1),
+        )
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    operands = (input, weight, grad_output)
+    for actual, wanted in zip(compiled(*operands), function(*operands)):
+        assert_bit_equal(actual, wanted)
 
 
 @pytest.mark.skipif(

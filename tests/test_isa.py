@@ -42,7 +42,8 @@ def test_lower_instruction_set(isa):
     files = [str(Path(__file__).with_name(name)) for name in FILES]
     process = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-m", "isa", "-p", "no:cacheprovider", *files],
-        env={**os.environ, LIMIT: isa},
+        # Threads are a subject of the tests in this process.
+        env={**os.environ, LIMIT: isa, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

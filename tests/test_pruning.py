@@ -178,14 +178,16 @@ def test_expectation_of_each_element(backend, generator):
     """The same gradient pruned with 400 keys: the mean of each of 240 elements."""
     grad = random_tensor((2, 6, 4, 5), generator=generator)
     draws = [prune_gradient(grad, 90, generator, backend=backend) for _ in range(400)]
-    tau = draws[0].tau.double()
     mean = torch.stack([draw.values for draw in draws]).double().mean(0)
-    a = grad.double().abs()
-    deviation = (a * (tau - a)).clamp(min=0).sqrt() / math.sqrt(len(draws))
-    below = a < tau
-    assert torch.all(((mean - grad).abs() / deviation)[below] < LIMIT)
+    tau, magnitude = draws[0].tau.double(), grad.double().abs()
+    deviation = (magnitude * (tau - magnitude)).clamp(min=0).sqrt() / math.sqrt(len(draws))
+    # Rarer events, or rarer exceptions, are not normal enough for a z-score.
+    frequent = (magnitude > 0.1 * tau) & (magnitude < 0.9 * tau)
+    assert frequent.sum() > 100
+    assert torch.all(((mean - grad).abs() / deviation)[frequent] < LIMIT)
+    kept = magnitude >= tau
     # A mean of equal numbers, so equal but for the rounding of the sum.
-    torch.testing.assert_close(mean[~below], grad.double()[~below], rtol=1e-12, atol=0)
+    torch.testing.assert_close(mean[kept], grad.double()[kept], rtol=1e-12, atol=0)
 
 
 def _density_of_a_normal_gradient(z: float) -> float:

@@ -56,7 +56,8 @@ class SparseConv2d(nn.Conv2d):
     times; RuntimeError in forward if the backend asked for cannot run.
 
     ``layer_id`` is an int unique in the process, fresh for copies, as reported to
-    ``sparsebwd.backends.observers``.
+    ``sparsebwd.backends.observers``. For torch.compile it is a constant, so that code compiled for
+    one layer is not used for another: compile whole models rather than their equal blocks.
     """
 
     percentile = _setting("percentile", check_percentile, "In [50, 100), or None: nothing is pruned.")

@@ -35,6 +35,9 @@ struct ConvBackward {
   void* grad_weight;
   DType grad_weight_dtype;
   WeightStrides grad_weight_strides;
+
+  // Only prune and build the lists of both convolutions: to measure what that costs.
+  bool lists_only;
 };
 
 // Prunes and lists the gradient's non-zeros in one pass, and runs AGB and WGC on the lists, a few

@@ -188,7 +188,7 @@ int64_t conv2d_backward(const Tensor& grad_output, std::optional<Tensor> input,
                         std::vector<int64_t> padding, std::vector<int64_t> dilation,
                         int64_t groups, std::optional<Tensor> key, double tau,
                         std::optional<Tensor> pruned, std::optional<Tensor> grad_input,
-                        std::optional<Tensor> grad_weight) {
+                        std::optional<Tensor> grad_weight, bool lists_only) {
   check(input_size.size() == 4, "input_size: got ", text(input_size), ", accepted are 4 sizes");
   check(weight_size.size() == 4, "weight_size: got ", text(weight_size), ", accepted are 4 sizes");
   for (const auto* pair : {&stride, &padding, &dilation})
@@ -212,6 +212,9 @@ int64_t conv2d_backward(const Tensor& grad_output, std::optional<Tensor> input,
             problem.w + 2 * problem.pad_w > problem.dil_w * (problem.s - 1),
         "weight_size: got a kernel that is larger than the padded input");
 
+  check(problem.c / groups <= 65535 && problem.k / groups <= 65535, "weight_size: got ",
+        text(weight_size), ", accepted are up to 65535 channels a group");
+  call.lists_only = lists_only;
   call.dtype = checked_dtype(grad_output, "grad_output");
   check_activation(grad_output, "grad_output", grad_output,
                    {problem.n, problem.k, problem.p(), problem.q()});
@@ -255,7 +258,8 @@ STABLE_TORCH_LIBRARY(sparsebwd_cpu, m) {
   m.def(
       "conv2d_backward(Tensor grad_output, Tensor? input, Tensor? weight, int[] input_size, "
       "int[] weight_size, int[] stride, int[] padding, int[] dilation, int groups, Tensor? key, "
-      "float tau, Tensor(a!)? pruned, Tensor(b!)? grad_input, Tensor(c!)? grad_weight) -> int");
+      "float tau, Tensor(a!)? pruned, Tensor(b!)? grad_input, Tensor(c!)? grad_weight, "
+      "bool lists_only=False) -> int");
 }
 
 // No key of a device: the checks above then say in words which devices are accepted.

@@ -40,9 +40,11 @@ def _operands(text: str, dtype, memory_format, requires_grad=False):
     return problem, input, weight, grad_output, geometry
 
 
-@pytest.mark.parametrize("text", PROBLEMS)
-@pytest.mark.parametrize("percentile, placement", [(90.0, "output"), (90.0, "input"), (None, "output")])
-@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(
+    "text, percentile, placement, with_bias",
+    [(text, 90.0, "output", True) for text in PROBLEMS]
+    + [(PROBLEMS[0], 90.0, "input", True), (PROBLEMS[0], None, "output", True), (PROBLEMS[1], 90.0, "input", False)],
+)
 def test_opcheck_conv2d(text, percentile, placement, with_bias, memory_format):
     problem, input, weight, _, geometry = _operands(text, torch.float32, memory_format, True)
     bias = torch.ones(problem.k, requires_grad=True) if with_bias else None
@@ -116,6 +118,30 @@ def test_gradients_have_the_format_of_their_tensors(backend, dtype):
                 assert grad_weight.is_contiguous(memory_format=of_input)
                 assert torch.equal(grads[0], grad_input)
                 assert torch.equal(grads[1], grad_weight)
+
+
+@pytest.mark.parametrize("text", ["n1c2h200w200k1r1s1", "n4c2h60w60k3r1s1"])
+def test_bias_gradient_does_not_depend_on_the_number_of_threads(text, memory_format, dtype, generator):
+    problem = ConvProblem.parse(text)
+    operands = [
+        random_tensor(size, generator=generator, dtype=dtype, memory_format=memory_format)
+        for size in (problem.output_size, problem.input_size, problem.weight_size)
+    ]
+    geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
+    config = (torch.tensor([1, 2]), None, "output", "corrected", "auto", 0, (False, False, True))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(torch.ops.sparsebwd.conv2d_backward(*operands, *geometry, *config)[2])
+    finally:
+        torch.set_num_threads(threads)
+    assert results[0].shape == (problem.k,)
+    expected = operands[0].double().sum((0, 2, 3))
+    torch.testing.assert_close(results[0].double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-3)
+    for other in results[1:]:
+        assert_bit_equal(other, results[0])
 
 
 def test_operands_in_any_layout(backend, generator):

@@ -225,7 +225,7 @@ def _conv2d_backward(
     grad_output = _dense(grad_output)
     grad_input, grad_weight, grad_bias = (grad_output.new_empty(0) for _ in range(3))
     if output_mask[2]:
-        grad_bias = grad_output.sum((0, 2, 3))
+        grad_bias = _bias_gradient(grad_output)
     if output_mask[0] or output_mask[1]:
         problem = _problem(input.shape, weight.shape, stride, padding, dilation, groups)
         chosen = choose_backend(backend, problem, grad_output.device.type, grad_output.dtype)
@@ -264,6 +264,14 @@ def _conv2d_backward(
             for observer in tuple(observers):
                 observer(stats)
     return grad_input, grad_weight, grad_bias
+
+
+def _bias_gradient(grad_output: Tensor) -> Tensor:
+    if grad_output.shape[1] > 1:
+        return grad_output.sum((0, 2, 3))
+    # PyTorch splits a sum that is the only one among its threads, which would make its rounding
+    # depend on their number. So there are two.
+    return grad_output.expand(-1, 2, -1, -1).sum((0, 2, 3))[:1].clone()
 
 
 def _conv2d_backward_fake(grad_output, input, weight, *config) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is timed, what it is compared with, and whether its result is right."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import sparsebwd
+from sparsebwd import grad, ops, reference  # noqa: F401  (ops defines torch.ops.sparsebwd)
+from sparsebwd.problem import ConvProblem
+from sparsebwd.testing import assert_bit_equal, assert_error_bounded
+
+from .inputs import LAYOUTS, Inputs, Operands
+from .results import COPY
+from .suites import Layer
+
+SIGMA_ESTIMATOR = "corrected"
+TORCH = "torch"
+"""In place of a backend's name: plain PyTorch operations."""
+
+_KEY = torch.tensor((0x0123456789ABCDEF, 0x1122334455667788))
+_SEED = 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row to be: an operation on a layer. Either density (of the gradient, iid zeros) or percentile (at which a
+    dense, heavy-tailed gradient is pruned) is set."""
+
+    layer: Layer
+    dtype: torch.dtype
+    layout: str
+    backend: str
+    density: float | None = None
+    percentile: float | None = None
+
+
+class Operation(ABC):
+    """name: as on the command line. description: for its help.
+
+    prunes: whether it starts from a dense gradient and a percentile; else from zeros and a density.
+    used: the operands whose values it reads.
+    against: "dense", PyTorch's dense convolutions, or "copy".
+    backend: None where the choice is the user's.
+    """
+
+    name: str
+    description: str
+    prunes = False
+    used: tuple[str, ...] = ("grad_output",)
+    against = "dense"
+    backend: str | None = None
+
+    def applies(self, layer: Layer) -> bool:
+        """Whether training computes it for this layer."""
+        return True
+
+    def baselines(self, case: Case) -> dict[str, str]:
+        """The layouts in which the baseline is timed, by the name of each; the fastest counts."""
+        return {COPY: case.layout} if self.against == COPY else {layout: layout for layout in LAYOUTS}
+
+    @abstractmethod
+    def candidate(self, case: Case, operands: Operands) -> object:
+        """What is timed."""
+
+    @abstractmethod
+    def baseline(self, case: Case, operands: Operands) -> object:
+        """What it is compared with."""
+
+    @abstractmethod
+    def check(self, case: Case, inputs: Inputs) -> float | None:
+        """The error of what `candidate` computes, relative to the reference; None if there is nothing to compare with
+        but rules. Raises AssertionError if it is wrong."""
+
+    def density(self, case: Case, inputs: Inputs) -> float:
+        """That of the gradient which is consumed or, by pruning, made."""
+        if case.density is not None:
+            return case.density
+        gradient = inputs.first(case.layout).grad_output
+        pruned = inputs.memo("pruned", lambda: reference.prune(gradient, _KEY, case.percentile, SIGMA_ESTIMATOR))
+        return pruned.density.item()
+
+    @abstractmethod
+    def flops(self, layer: Layer, density: float) -> int:
+        """Useful floating-point operations: those with zeros of the gradient are not counted."""
+
+    @abstractmethod
+    def elements(self, layer: Layer) -> int:
+        """Tensor elements that have to be read or written at least."""
+
+
+class Pruning(Operation):
+    """From a dense gradient to a pruned one; against copying it."""
+
+    name = "prune"
+    prunes = True
+    against = COPY
+
+    def baseline(self, case: Case, operands: Operands) -> Tensor:
+        return torch.empty_like(operands.grad_output).copy_(operands.grad_output)
+
+    def flops(self, layer: Layer, density: float) -> int:
+        return 0
+
+    def elements(self, layer: Layer) -> int:
+        return 3 * _numel(layer.problem.output_size)  # read for the threshold, read again, written
+
+
+class Prune(Pruning):
+    description = "sigma, threshold and stochastic pruning of a dense gradient, against copying it"
+
+    def candidate(
+        self, case: Case, operands: Operands, generator: torch.Generator | None = None
+    ) -> reference.PrunedGradient:
+        return sparsebwd.prune_gradient(
+            operands.grad_output,
+            case.percentile,
+            generator,
+            sigma_estimator=SIGMA_ESTIMATOR,
+            backend=case.backend,
+        )
+
+    def check(self, case: Case, inputs: Inputs) -> float:
+        operands = inputs.first(case.layout)
+        pruned = self.candidate(case, operands, torch.Generator().manual_seed(_SEED))
+        key = torch.empty(2, dtype=torch.int64).random_(generator=torch.Generator().manual_seed(_SEED))
+        _check_pruned(case, operands.grad_output, key, pruned.values, pruned.tau)
+        return 0.0
+
+
+class PruneWithTorch(Pruning):
+    description = "the same as plain PyTorch operations, as a row of backend 'torch'"
+    backend = TORCH
+
+    def candidate(self, case: Case, operands: Operands) -> Tensor:
+        gradient = operands.grad_output
+        magnitude = gradient.abs()
+        sigma = reference.SIGMA_COEFFICIENT[SIGMA_ESTIMATOR] * magnitude.mean()
+        tau = sigma * reference.quantile(case.percentile)
+        kept = torch.where(magnitude > tau * torch.rand_like(gradient), torch.copysign(tau, gradient), 0.0)
+        return torch.where(magnitude < tau, kept, gradient)
+
+    def check(self, case: Case, inputs: Inputs) -> None:
+        operands = inputs.first(case.layout)
+        pruned, gradient = self.candidate(case, operands), operands.grad_output
+        changed = pruned[pruned != gradient].abs()
+        levels = changed[changed != 0].unique()
+        if len(levels) > 1 or (len(levels) and not (gradient[pruned == 0].abs() < levels).all()):
+            raise AssertionError("pruned gradient: elements other than 0, the threshold and those of the gradient")
+
+
+class PruneAndList(Pruning):
+    name = "prune+lists"
+    description = "as prune, and the lists of non-zeros that AGB and WGC read, in one pass (backend cpu only)"
+    backend = "cpu"
+
+    def candidate(self, case: Case, operands: Operands) -> tuple[Tensor, Tensor, int]:
+        """The pruned gradient, tau and the number of non-zeros. The lists stay inside."""
+        problem = case.layer.problem
+        gradient = operands.grad_output.contiguous(memory_format=torch.channels_last)
+        abs_sum, _ = torch.ops.sparsebwd_cpu.abs_sum(gradient)
+        _, tau = reference.threshold(
+            torch.tensor(abs_sum, dtype=torch.float64),
+            gradient.numel(),
+            case.percentile,
+            SIGMA_ESTIMATOR,
+            gradient.dtype,
+        )
+        pruned = torch.empty_like(gradient)
+        nonzeros = torch.ops.sparsebwd_cpu.conv2d_backward(
+            gradient,
+            None,
+            None,
+            problem.input_size,
+            problem.weight_size,
+            *_geometry(problem),
+            _KEY,
+            tau.item(),
+            pruned,
+            None,
+            None,
+            lists_only=True,
+        )
+        return pruned, tau, nonzeros
+
+    def check(self, case: Case, inputs: Inputs) -> float:
+        """The lists themselves are checked where AGB and WGC are."""
+        operands = inputs.first(case.layout)
+        pruned, tau, nonzeros = self.candidate(case, operands)
+        _check_pruned(case, operands.grad_output, _KEY, pruned, tau)
+        if nonzeros != torch.count_nonzero(pruned).item():
+            raise AssertionError(f"lists: {nonzeros} non-zeros instead of {torch.count_nonzero(pruned).item()}")
+        return 0.0
+
+
+class Convolution(Operation):
+    """AGB, WGC, or both: the outputs in `wanted`, of grad_input and grad_weight."""
+
+    wanted: tuple[bool, bool]
+
+    def outputs(self, layer: Layer) -> tuple[bool, bool]:
+        """Those of `wanted` that training computes."""
+        return self.wanted[0] and layer.needs_grad_input, self.wanted[1]
+
+    def applies(self, layer: Layer) -> bool:
+        return any(self.outputs(layer))
+
+    def baseline(self, case: Case, operands: Operands) -> tuple[Tensor | None, ...]:
+        problem = case.layer.problem
+        return torch.ops.aten.convolution_backward(
+            operands.grad_output,
+            operands.input,
+            operands.weight,
+            None,
+            problem.stride,
+            problem.padding,
+            problem.dilation,
+            False,
+            (0, 0),
+            problem.groups,
+            (*self.outputs(case.layer), False),
+        )
+
+    def consumed(self, case: Case, inputs: Inputs) -> Operands:
+        """The operands as both convolutions get them."""
+        return inputs.first(case.layout)
+
+    @abstractmethod
+    def results(self, case: Case, operands: Operands) -> tuple[Tensor | None, Tensor | None]:
+        """(grad_input, grad_weight) of `candidate`."""
+
+    def check(self, case: Case, inputs: Inputs) -> float:
+        problem = case.layer.problem
+        results = self.results(case, inputs.first(case.layout))
+        operands = self.consumed(case, inputs)
+        # Neither depends on the number of threads; pruned gradients may depend on the backend by a rounding of tau.
+        setting = (self.name, case.layout, case.backend)
+        dense = inputs.memo((setting, "dense"), lambda: self.baseline(case, operands))
+        errors = []
+        for index, (name, wanted) in enumerate(zip(("grad_input", "grad_weight"), self.outputs(case.layer))):
+            if not wanted:
+                continue
+
+            def compute(index: int = index) -> Tensor:
+                if index == 0:
+                    return reference.conv2d_input(problem, operands.weight, operands.grad_output)
+                return reference.conv2d_weight(problem, operands.input, operands.grad_output)
+
+            expected = inputs.memo((setting, name), compute)
+            assert_error_bounded(results[index], expected, dense[index], name)
+            errors.append(_relative_error(results[index], expected))
+        return max(errors)
+
+    def flops(self, layer: Layer, density: float) -> int:
+        return round(2 * layer.problem.macs * density) * sum(self.outputs(layer))
+
+    def elements(self, layer: Layer) -> int:
+        problem, (grad_input, grad_weight) = layer.problem, self.outputs(layer)
+        # AGB reads the weight and writes a gradient of the input's size; WGC the other way round.
+        touched = _numel(problem.input_size) + _numel(problem.weight_size)
+        return _numel(problem.output_size) + touched * (grad_input + grad_weight)
+
+
+class Agb(Convolution):
+    name = "agb"
+    description = "gradient of the input from a gradient with zeros, list building included, against dense"
+    wanted = (True, False)
+    used = ("grad_output", "weight")
+
+    def candidate(self, case: Case, operands: Operands) -> Tensor:
+        problem = case.layer.problem
+        return grad.conv2d_input(
+            problem.input_size, operands.weight, operands.grad_output, *_geometry(problem), backend=case.backend
+        )
+
+    def results(self, case: Case, operands: Operands) -> tuple[Tensor | None, Tensor | None]:
+        return self.candidate(case, operands), None
+
+
+class Wgc(Convolution):
+    name = "wgc"
+    description = "gradient of the weight from a gradient with zeros, list building included, against dense"
+    wanted = (False, True)
+    used = ("grad_output", "input")
+
+    def candidate(self, case: Case, operands: Operands) -> Tensor:
+        problem = case.layer.problem
+        return grad.conv2d_weight(
+            operands.input, problem.weight_size, operands.grad_output, *_geometry(problem), backend=case.backend
+        )
+
+    def results(self, case: Case, operands: Operands) -> tuple[Tensor | None, Tensor | None]:
+        return None, self.candidate(case, operands)
+
+
+class Backward(Convolution):
+    name = "backward"
+    description = "pruning a dense gradient, AGB and WGC, against dense AGB and WGC"
+    prunes = True
+    wanted = (True, True)
+    used = ("grad_output", "input", "weight")
+
+    def candidate(self, case: Case, operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.sparsebwd.conv2d_backward(
+            operands.grad_output,
+            operands.input,
+            operands.weight,
+            *_geometry(case.layer.problem),
+            _KEY,
+            case.percentile,
+            "output",
+            SIGMA_ESTIMATOR,
+            case.backend,
+            0,
+            (*self.outputs(case.layer), False),
+        )
+
+    def results(self, case: Case, operands: Operands) -> tuple[Tensor | None, Tensor | None]:
+        return self.candidate(case, operands)[:2]
+
+    def consumed(self, case: Case, inputs: Inputs) -> Operands:
+        operands = inputs.first(case.layout)
+        gradient = operands.grad_output
+        pruned, tau, *_ = torch.ops.sparsebwd.prune(gradient, _KEY, case.percentile, SIGMA_ESTIMATOR, case.backend)
+        _check_pruned(case, gradient, _KEY, pruned, tau)
+        return operands._replace(grad_output=pruned)
+
+
+ALL: tuple[Operation, ...] = (Prune(), PruneWithTorch(), PruneAndList(), Agb(), Wgc(), Backward())
+
+NAMES = tuple(dict.fromkeys(operation.name for operation in ALL))
+
+
+def named(name: str) -> list[Operation]:
+    """The operations of that name. Raises ValueError if there is none."""
+    found = [operation for operation in ALL if operation.name == name]
+    if not found:
+        raise ValueError(f"op: got {name!r}; accepted: {', '.join(NAMES)}")
+    return found
+
+
+def _geometry(problem: ConvProblem) -> tuple:
+    return problem.stride, problem.padding, problem.dilation, problem.groups
+
+
+def _numel(size: tuple[int, ...]) -> int:
+    return torch.Size(size).numel()
+
+
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    error = torch.linalg.vector_norm(actual.double() - expected)
+    return (error / torch.linalg.vector_norm(expected)).item() if error != 0 else 0.0
+
+
+def _check_pruned(case: Case, gradient: Tensor, key: Tensor, pruned: Tensor, tau: Tensor) -> None:
+    """Raise AssertionError unless tau is that of the reference up to the order of its sum, and the rest to the bit."""
+    _, expected = reference.threshold(
+        gradient.abs().sum(dtype=torch.float64), gradient.numel(), case.percentile, SIGMA_ESTIMATOR, gradient.dtype
+    )
+    if abs(tau.item() - expected.item()) > torch.finfo(gradient.dtype).eps * expected.item():
+        raise AssertionError(f"tau: {tau.item()!r} instead of {expected.item()!r}")
+    assert_bit_equal(pruned, reference.prune_at(gradient, key, tau), "pruned gradient")

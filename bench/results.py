@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows, what sums them up, and their forms: terminal, JSON, CSV, Markdown."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sparsebwd.data.files import atomic_write
+
+COPY = "copy"
+"""The baseline of pruning."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. Fields are the columns of JSON and CSV, in this order.
+
+    multiplicity: layers of the network that have this problem.
+    density: of the gradient that is consumed or, by pruning, made. percentile: None where nothing is pruned.
+    pattern: of the gradient before pruning, "iid" zeros or "heavy-tailed".
+    threads: of PyTorch's pool.
+    sparse_ms, dense_ms: medians; dense_ms is the time of `baseline`: the faster of two layouts, or "copy".
+    speedup: dense_ms / sparse_ms.
+    gflops: useful GFLOP/s of the candidate.
+    rel_error: norm of the error against float64 / norm of the result.
+    spread: interquartile range / median of the samples, the larger one of candidate and baseline.
+    bytes: read or written at least; flops: useful ones.
+    error: what is wrong with the result, in which case it was not timed.
+    command: repeats the row.
+    """
+
+    suite: str | None
+    layer: str
+    problem: str
+    multiplicity: int
+    op: str
+    density: float
+    percentile: float | None
+    pattern: str
+    dtype: str
+    layout: str
+    backend: str
+    threads: int
+    sparse_ms: float | None
+    dense_ms: float | None
+    speedup: float | None
+    gflops: float | None
+    rel_error: float | None
+    spread: float | None
+    baseline: str | None
+    bytes: int
+    flops: int
+    error: str | None
+    command: str
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the tables for people. It is left out, and said below, where all rows have the same entry."""
+
+    heading: str
+    cell: Callable[[Row], str]
+    right: bool = True
+    may_collapse: bool = False
+
+
+def _number(form: str, name: str) -> Callable[[Row], str]:
+    def cell(row: Row) -> str:
+        value = getattr(row, name)
+        return "-" if value is None else format(value, form)
+
+    return cell
+
+
+def _speedup(row: Row) -> str:
+    if row.error:
+        return "WRONG"
+    return ("costs " if row.baseline == COPY else "") + _gain(row.baseline, row.speedup)
+
+
+def _gain(baseline: str, speedup: float) -> str:
+    """A speed-up in words, "2.31x", and against a copy its inverse, "1.80 copies"."""
+    return f"{1 / speedup:.2f} copies" if baseline == COPY else f"{speedup:.2f}x"
+
+COLUMNS = (
+    Column("suite", lambda row: row.suite or "-", right=False, may_collapse=True),
+    Column("layer", lambda row: row.layer if row.suite else "-", right=False, may_collapse=True),
+    Column("problem", lambda row: row.problem, right=False),
+    Column("times", _number("d", "multiplicity"), may_collapse=True),
+    Column("op", lambda row: row.op, right=False),
+    Column("density", _number(".3g", "density")),
+    Column("percentile", _number("g", "percentile"), may_collapse=True),
+    Column("dtype", lambda row: row.dtype, right=False, may_collapse=True),
+    Column("layout", lambda row: row.layout, right=False, may_collapse=True),
+    Column("backend", lambda row: row.backend, right=False, may_collapse=True),
+    Column("threads", _number("d", "threads"), may_collapse=True),
+    Column("sparse ms", _number(".3f", "sparse_ms")),
+    Column("dense ms", _number(".3f", "dense_ms")),
+    Column("against", lambda row: row.baseline or "-", right=False, may_collapse=True),
+    Column("speed-up", _speedup),
+    Column("GFLOP/s", _number(".1f", "gflops")),
+    Column("error", _number(".1e", "rel_error")),
+    Column("spread", _number(".0%", "spread")),
+)
+
+
+def summarize(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """For each operation and density or percentile (and suite, dtype, layout, backend, threads): the geometric mean of
+    the speed-ups, the dense total / the sparse total with each layer counted as often as it occurs, the worst layer.
+
+    Rows whose result is wrong are in none of them; `wrong` is how many there are.
+    """
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        setting = ("density", row.density) if row.percentile is None else ("percentile", row.percentile)
+        key = (row.suite, row.op, setting, row.pattern, row.dtype, row.layout, row.backend, row.threads)
+        groups.setdefault(key, []).append(row)
+    return [_summary(group) for group in groups.values()]
+
+
+def _summary(group: Sequence[Row]) -> dict[str, Any]:
+    first = group[0]
+    names = ("suite", "op", "percentile", "pattern", "dtype", "layout", "backend", "threads")
+    summary = {name: getattr(first, name) for name in names}
+    summary["density"] = sum(row.density for row in group) / len(group)
+    timed = [row for row in group if row.error is None]
+    summary |= {"layers": len(timed), "wrong": len(group) - len(timed)}
+    if not timed:
+        return summary | dict.fromkeys(("geometric_mean", "total_ratio", "worst_layer", "worst_speedup", "baseline"))
+    worst = min(timed, key=lambda row: row.speedup)
+    dense, sparse = (sum(row.multiplicity * getattr(row, name) for row in timed) for name in ("dense_ms", "sparse_ms"))
+    return summary | {
+        "geometric_mean": geometric_mean(row.speedup for row in timed),
+        "total_ratio": dense / sparse,
+        "worst_layer": worst.layer,
+        "worst_speedup": worst.speedup,
+        "baseline": COPY if worst.baseline == COPY else "dense",
+    }
+
+
+def summary_line(summary: dict[str, Any]) -> str:
+    """One line for people."""
+    threads = f"{summary['threads']} thread" + ("s" if summary["threads"] > 1 else "")
+    gradient = f"density {summary['density']:.3g}"
+    if summary["percentile"] is not None:
+        gradient += f" (percentile {summary['percentile']:g})"
+    setting = ", ".join(
+        part for part in (summary["suite"], summary["dtype"], summary["layout"], summary["backend"], threads) if part
+    )
+    wrong = f"{summary['wrong']} WRONG; " if summary["wrong"] else ""
+    if not summary["layers"]:
+        return f"{summary['op']} at {gradient} [{setting}]: {wrong}nothing was timed"
+    mean, total, worst = (
+        _gain(summary["baseline"], summary[name]) for name in ("geometric_mean", "total_ratio", "worst_speedup")
+    )
+    line = f"{summary['op']} at {gradient} [{setting}]: {wrong}{'costs ' if summary['baseline'] == COPY else ''}{mean}"
+    if summary["layers"] > 1:
+        line += f" (geometric mean of {summary['layers']} layers), {total} in total, worst {worst} ({summary['worst_layer']})"
+    return line
+
+
+# ---- terminal
+
+
+def show(rows: Sequence[Row], console: Console) -> None:
+    """Print the table, as wide as it has to be, and a line for each summary."""
+    columns, common = _visible(rows)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column.heading, justify="right" if column.right else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(column.cell(row), "bold red" if row.error else "") for column in columns))
+    unlimited = console.options.update(max_width=10_000)
+    console.width = max(console.width, console.measure(table, options=unlimited).maximum)
+    console.print(table)
+    if common:
+        console.print(Text(f"all rows: {common}"), soft_wrap=True)
+    for row in rows:
+        if row.error:
+            console.print(Text(f"WRONG RESULT, not timed: {row.command}\n  {row.error}", "bold red"), soft_wrap=True)
+    console.print()
+    for summary in summarize(rows):
+        console.print(Text(summary_line(summary)), soft_wrap=True)
+
+
+def _visible(rows: Sequence[Row]) -> tuple[list[Column], str]:
+    """The columns to be shown, and what is to be said of the others."""
+    columns, common = [], []
+    for column in COLUMNS:
+        entries = {column.cell(row) for row in rows}
+        if not column.may_collapse or len(entries) > 1:
+            columns.append(column)
+        elif entries != {"-"}:
+            common.append(f"{column.heading} {entries.pop()}")
+    return columns, ", ".join(common)
+
+
+# ---- files
+
+
+def write_json(path: Path, environment: dict[str, Any], rows: Sequence[Row]) -> None:
+    record = {
+        "environment": environment,
+        "rows": [_finite(asdict(row)) for row in rows],
+        "summary": summarize(rows),
+    }
+    _write(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def write_markdown(path: Path, environment: dict[str, Any], rows: Sequence[Row]) -> None:
+    columns, common = _visible(rows)
+    cpu = environment["cpu"]
+    lines = [
+        f"{cpu['name']}, {cpu['cores']} cores, {cpu['isa']['in_use']}; torch {environment['torch']}, "
+        f"sparsebwd {environment['sparsebwd']}; {environment['time']}." + (f" All rows: {common}." if common else ""),
+        "",
+        _markdown_line(column.heading for column in columns),
+        _markdown_line("--:" if column.right else ":--" for column in columns),
+        *(_markdown_line(column.cell(row) for column in columns) for row in rows),
+        "",
+        *(f"- {summary_line(summary)}" for summary in summarize(rows)),
+    ]
+    _write(path, "\n".join(lines) + "\n")
+
+
+def _markdown_line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
+    }

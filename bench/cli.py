@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -28,7 +29,7 @@ T = TypeVar("T")
 
 DEFAULT_BATCH = 32
 _UNKNOWN_CACHE = 32 * 2**20
-# Rotated at a time: three operands in two layouts.
+# Kinds of tensors that rotate: three operands in two layouts.
 _ROTATED = 6
 
 
@@ -77,34 +78,33 @@ def main(
             "channels, kernel, stride u, padding p, dilation d, groups g; pairs as u2x1.",
         ),
     ] = None,
-    op: Annotated[list[str], typer.Option(help=" | ".join(operations.NAMES) + ", see above.")] = [
-        "agb",
-        "wgc",
-    ],
+    op: Annotated[list[str], typer.Option(help=" | ".join(operations.NAMES) + ", see above.")] = ("agb", "wgc"),
     density: Annotated[
         list[str], typer.Option(help="For agb and wgc: fraction of the gradient that is not zero; the zeros are iid.")
-    ] = ["0.35", "0.1"],
+    ] = ("0.35", "0.1"),
     percentile: Annotated[
         list[str], typer.Option(help="For prune and backward: the pruning percentile, in [50, 100).")
-    ] = ["90"],
-    dtype: Annotated[list[str], typer.Option(help=" | ".join(DTYPES))] = ["float32"],
+    ] = ("90",),
+    dtype: Annotated[list[str], typer.Option(help=" | ".join(DTYPES))] = ("float32",),
     layout: Annotated[
         list[str], typer.Option(help=" | ".join(LAYOUTS) + ": of the candidate's tensors. Dense runs in both.")
-    ] = ["channels_last"],
+    ] = ("channels_last",),
     backend: Annotated[
         list[str], typer.Option(help=f"{', '.join(registered_backends())}, or auto. cpu is always the sparse kernel.")
-    ] = ["cpu"],
+    ] = ("cpu",),
     threads: Annotated[list[str] | None, typer.Option(help="Default: as PyTorch chooses.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help=f"Images, for suites. Default: {DEFAULT_BATCH}.")] = None,
-    repeats: Annotated[int, typer.Option(min=3, help="Samples of which the median is taken, after 2 for warm-up.")] = 15,
+    repeats: Annotated[
+        int, typer.Option(min=3, help="Samples of which the median is taken, after 2 for warm-up.")
+    ] = 15,
     memory: Annotated[int, typer.Option(min=1, help="MiB that copies of the tensors may take, about.")] = 1024,
     seed: Annotated[int, typer.Option(min=0, help="Of the random tensors.")] = 0,
     json: Annotated[Path | None, typer.Option(help="Write environment, rows and summary.", **_FILE)] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the rows.", **_FILE)] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table and the summary.", **_FILE)] = None,
 ) -> None:
-    _check_writable(json=json, csv=csv, markdown=markdown)
     plan = _plan(**{name: value for name, value in locals().items() if name not in ("json", "csv", "markdown")})
+    _check_writable(json=json, csv=csv, markdown=markdown)
     allocator = keep_freed_memory()
     found = environment()
     if found["load"] is not None and found["load"] > BUSY * found["cpu"]["cores"]:
@@ -121,7 +121,8 @@ def main(
     except KeyboardInterrupt:
         interrupted = True
     found |= {"other_cpus": others.cpus(), "allocator": allocator, "rotated_bytes": plan.rotation.nbytes}
-    results.show(rows, Console())
+    if rows:
+        results.show(rows, Console())
     if found["other_cpus"] is not None and found["other_cpus"] > BUSY:
         _warn(f"other processes used {found['other_cpus']} CPUs during the measurement; these times are no evidence")
     if interrupted:
@@ -158,13 +159,13 @@ def _plan(
 ) -> Plan:
     if problem and batch is not None and not suite:
         raise typer.BadParameter("the batch of a problem is its n; accepted with --suite", param_hint="--batch")
-    problems = _parse("problem", problem or [], lambda text: Layer(None, text, _problem(text)))
+    problems = _parse("problem", problem or [], lambda text: Layer(None, str(_problem(text)), _problem(text)))
     suite = suite or ([] if problem else ["resnet18-cifar"])
-    layers = [layer for found in _parse("suite", suite, lambda name: suites.load(name, batch or DEFAULT_BATCH)) for layer in found]
-    nbytes = 2 * (last_level_cache() or _UNKNOWN_CACHE)
+    layers = chain(*_parse("suite", suite, lambda name: suites.load(name, batch or DEFAULT_BATCH)))
+    rotated = min(2 * (last_level_cache() or _UNKNOWN_CACHE), memory * 2**20 // _ROTATED)
     plan = Plan(
         layers=[*layers, *problems],
-        operations=[operation for found in _parse("op", op, operations.named) for operation in found],
+        operations=list(chain(*_parse("op", op, operations.named))),
         densities=_parse("density", density, _density),
         percentiles=_parse("percentile", percentile, lambda text: check_percentile(_float("percentile", text))),
         dtypes=_parse("dtype", dtype, lambda text: _one_of("dtype", text, DTYPES)),
@@ -173,7 +174,7 @@ def _plan(
         threads=_parse("threads", threads or [str(torch.get_num_threads())], _threads),
         repeats=repeats,
         seed=seed,
-        rotation=Rotation(nbytes, memory * 2**20 // _ROTATED),
+        rotation=Rotation(rotated),
     )
     try:
         plan.check_backends()
@@ -232,7 +233,9 @@ def _check_writable(**files: Path | None) -> None:
         if path is not None:
             folder = next(folder for folder in path.absolute().parents if folder.exists())
             if not (folder.is_dir() and os.access(folder, os.W_OK)):
-                raise typer.BadParameter(f"{name}: got {str(path)!r}; {folder} is not a folder to write to", param_hint=f"--{name}")
+                raise typer.BadParameter(
+                    f"{name}: got {str(path)!r}; {folder} is not a folder to write to", param_hint=f"--{name}"
+                )
 
 
 def _warn(text: str) -> None:

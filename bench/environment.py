@@ -14,7 +14,7 @@ import sparsebwd
 # These change which code runs, on either side; a command that repeats a row has to set them.
 CODE_PATH_VARIABLES = ("SPARSEBWD_MAX_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 
-_PREFIXES = ("SPARSEBWD_", "ONEDNN_", "DNNL_", "ATEN_", "OMP_", "KMP_", "GOMP_", "MKL_", "MALLOC_", "GLIBC_", "LD_PRELOAD")
+_PREFIXES = tuple("SPARSEBWD_ ONEDNN_ DNNL_ ATEN_ OMP_ KMP_ GOMP_ MKL_ MALLOC_ GLIBC_ LD_PRELOAD".split())
 
 
 def environment() -> dict[str, Any]:

@@ -35,16 +35,13 @@ class Operands(NamedTuple):
 
 @dataclass(frozen=True)
 class Rotation:
-    """How many copies there are of an operand: together `nbytes` bytes, but at least two copies and at most `limit`
-    bytes."""
+    """How many copies there are of an operand: as many as take `nbytes` bytes, at least two."""
 
     nbytes: int
-    limit: int
 
     def copies(self, nbytes: int) -> int:
         """Number of copies of a tensor of `nbytes` bytes."""
-        wanted = math.ceil(min(self.nbytes, self.limit) / max(nbytes, 1))
-        return max(2, wanted)
+        return max(2, math.ceil(self.nbytes / nbytes))
 
 
 class Inputs:
@@ -76,9 +73,7 @@ class Inputs:
 
     def rotating(self, layout: str, used: tuple[str, ...]) -> Callable[[], Operands]:
         """A function that returns the next copy of each operand in `used`, and the first one of the others."""
-        cycles = [
-            itertools.cycle(self._all(name, layout)[: None if name in used else 1]) for name in _OPERANDS
-        ]
+        cycles = [itertools.cycle(self._all(name, layout)[: None if name in used else 1]) for name in _OPERANDS]
         return lambda: Operands(*(next(cycle) for cycle in cycles))
 
     def memo(self, key: object, compute: Callable[[], object]) -> object:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from statistics import geometric_mean
+from statistics import fmean, geometric_mean
 from typing import Any
 
 from rich.console import Console
@@ -93,6 +93,7 @@ def _gain(baseline: str, speedup: float) -> str:
     """A speed-up in words, "2.31x", and against a copy its inverse, "1.80 copies"."""
     return f"{1 / speedup:.2f} copies" if baseline == COPY else f"{speedup:.2f}x"
 
+
 COLUMNS = (
     Column("suite", lambda row: row.suite or "-", right=False, may_collapse=True),
     Column("layer", lambda row: row.layer if row.suite else "-", right=False, may_collapse=True),
@@ -133,7 +134,7 @@ def _summary(group: Sequence[Row]) -> dict[str, Any]:
     first = group[0]
     names = ("suite", "op", "percentile", "pattern", "dtype", "layout", "backend", "threads")
     summary = {name: getattr(first, name) for name in names}
-    summary["density"] = sum(row.density for row in group) / len(group)
+    summary["density"] = fmean(row.density for row in group) if first.percentile is not None else first.density
     timed = [row for row in group if row.error is None]
     summary |= {"layers": len(timed), "wrong": len(group) - len(timed)}
     if not timed:

@@ -42,7 +42,7 @@ class Plan:
 
     def check_backends(self) -> None:
         """Raise ValueError or RuntimeError if a backend is unknown or cannot run one of the cases."""
-        for operation, _, case in self.cases():
+        for _, _, case in self.cases():
             if case.backend != TORCH:
                 choose_backend(case.backend, case.layer.problem, "cpu", case.dtype)
 

@@ -111,7 +111,7 @@ def _check_errors(backend, text, density, dtype, memory_format, generator):
             assert_error_bounded(*results, f"{name} of {problem}")
 
 
-@pytest.mark.parametrize("density", [0.35, 0.03])
+@pytest.mark.parametrize("density", [1.0, 0.35, 0.03])
 @pytest.mark.parametrize("text", GRID)
 def test_error_is_at_most_twice_that_of_dense(backend, text, density, dtype, memory_format, generator):
     _check_errors(backend, text, density, dtype, memory_format, generator)

@@ -36,12 +36,9 @@ def assert_error_bounded(actual: Tensor, expected: Tensor, dense: Tensor, what: 
     """Raise AssertionError unless ``actual`` is about as accurate as dense PyTorch.
 
     actual: the result under test; dense: that of dense PyTorch, same dtype and same inputs;
-    expected: the result in float64. The root-mean-square error of ``actual`` against ``expected``
-    may be :data:`ERROR_FACTOR` times that of ``dense``, plus half a unit in the last place, which
-    ``dense`` can fall below only by luck. NaN and Inf are errors.
-
-    The largest error is no measure here: of two equally accurate results, one often has more than
-    twice the other's. Single wrong elements are found with integers, for which sums are exact.
+    expected: the result in float64. Both the largest and the root-mean-square error of ``actual``
+    against ``expected`` may be :data:`ERROR_FACTOR` times that of ``dense``, plus half a unit in
+    the last place, which ``dense`` can fall below only by luck. NaN and Inf are errors.
     """
     if actual.dtype != dense.dtype or actual.shape != expected.shape:
         raise AssertionError(
@@ -50,13 +47,19 @@ def assert_error_bounded(actual: Tensor, expected: Tensor, dense: Tensor, what: 
     if actual.numel() == 0:
         return
     expected = expected.double()
-    error, error_of_dense = (_rms(result.double() - expected) for result in (actual, dense))
-    allowed = ERROR_FACTOR * error_of_dense + torch.finfo(dense.dtype).eps / 2 * _rms(expected)
-    if not error <= allowed:
-        raise AssertionError(
-            f"{what}: root-mean-square error against float64 is {error:.3g}, allowed {allowed:.3g} "
-            f"(dense: {error_of_dense:.3g})"
-        )
+    half_ulp = torch.finfo(dense.dtype).eps / 2
+    for norm, measure in (("largest", _largest), ("root-mean-square", _rms)):
+        error, error_of_dense = (measure(result.double() - expected) for result in (actual, dense))
+        allowed = ERROR_FACTOR * error_of_dense + half_ulp * measure(expected)
+        if not error <= allowed:
+            raise AssertionError(
+                f"{what}: {norm} error against float64 is {error:.3g}, allowed {allowed:.3g} "
+                f"(dense: {error_of_dense:.3g})"
+            )
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max())
 
 
 def _rms(tensor: Tensor) -> float:

@@ -14,7 +14,7 @@ from .. import reference
 from ..problem import ConvProblem
 from ..reference import PrunedGradient
 from .base import Backend, BackwardResult, logger
-from .dense import DenseBackend
+from .dense import DenseBackend, convolution_backward
 
 try:
     from .. import _C  # noqa: F401  registers torch.ops.sparsebwd_cpu
@@ -27,7 +27,7 @@ _raw = torch.ops.sparsebwd_cpu
 
 
 class _Convolved(NamedTuple):
-    density: float
+    density: Tensor
     pruned: Tensor | None
     grad_input: Tensor | None
     grad_weight: Tensor | None
@@ -93,7 +93,8 @@ def _convolve(
         grad_input,
         grad_weight,
     )
-    return _Convolved(nonzeros / max(grad_output.numel(), 1), pruned, grad_input, grad_weight)
+    density = _density(nonzeros, grad_output.numel())
+    return _Convolved(density, pruned, grad_input, grad_weight)
 
 
 class CpuBackend(Backend):
@@ -131,14 +132,11 @@ class CpuBackend(Backend):
         return _convolve(problem, grad_output, input=input).grad_weight
 
     def sparse_pays(
-        self, problem: ConvProblem, dtype: torch.dtype, density: float
+        self, problem: ConvProblem, grad: Tensor, key: Tensor | None = None, tau: Tensor | None = None
     ) -> tuple[bool, bool]:
-        """Whether AGB and WGC run on the sparse kernels at this density of the gradient."""
+        """Whether AGB and WGC of ``grad``, pruned at ``tau`` if there is a key, run on the sparse
+        kernels."""
         return True, True
-
-    def expected_density(self, grad: Tensor, key: Tensor | None, tau: Tensor | None) -> float:
-        """Density of the gradient that the convolutions will consume, as far as it is needed."""
-        return 0.0
 
     def conv2d_backward(
         self,
@@ -159,8 +157,7 @@ class CpuBackend(Backend):
             sigma, tau = _threshold(grad_output, percentile, sigma_estimator)
         prune_key = key if prune_output else None
 
-        density = self.expected_density(grad_output, prune_key, tau)
-        pays = self.sparse_pays(problem, grad_output.dtype, density)
+        pays = self.sparse_pays(problem, grad_output, prune_key, tau)
         sparse = [wanted and pay for wanted, pay in zip(output_mask, pays)]
         dense = [wanted and not pay for wanted, pay in zip(output_mask, pays)]
         if any(sparse):
@@ -175,16 +172,18 @@ class CpuBackend(Backend):
             )
             density, pruned, grad_input, grad_weight = result
         else:
-            pruned = grad_input = grad_weight = None
+            density = pruned = grad_input = grad_weight = None
             if prune_output:
                 pruned = torch.empty_like(grad_output)
                 nonzeros = _raw.prune(grad_output, key, tau.item(), pruned)
-                density = nonzeros / max(grad_output.numel(), 1)
+                density = _density(nonzeros, grad_output.numel())
         gradient = grad_output if pruned is None else pruned
-        if dense[0]:
-            grad_input = _dense.conv2d_input(problem, weight, gradient)
-        if dense[1]:
-            grad_weight = _dense.conv2d_weight(problem, input, gradient)
+        if any(dense):
+            dense_input, dense_weight = convolution_backward(
+                problem, gradient, input, weight, tuple(dense)
+            )
+            grad_input = dense_input if dense[0] else grad_input
+            grad_weight = dense_weight if dense[1] else grad_weight
 
         if percentile is not None and placement == "input" and grad_input is not None:
             grad_input, tau, sigma, _ = self.prune(grad_input, key, percentile, sigma_estimator)
@@ -196,7 +195,7 @@ class CpuBackend(Backend):
             grad_weight,
             tau,
             sigma,
-            torch.tensor(density, dtype=torch.float32),
+            density,
             implementation,
         )
 
@@ -212,41 +211,43 @@ class AdaptiveCpuBackend(CpuBackend):
     """
 
     def sparse_pays(
-        self, problem: ConvProblem, dtype: torch.dtype, density: float
+        self, problem: ConvProblem, grad: Tensor, key: Tensor | None = None, tau: Tensor | None = None
     ) -> tuple[bool, bool]:
-        limits = _break_even(problem, dtype)
+        limits = _break_even(problem, grad.dtype)
+        if not any(limits):
+            return False, False
+        density = _expected_density(grad, key, tau)
         pays = density <= limits[0], density <= limits[1]
         logger.debug(
             "%s in %s at density %.3f: AGB %s, WGC %s (break-even %.2f, %.2f)",
             problem,
-            dtype,
+            grad.dtype,
             density,
             *("sparse" if pay else "dense" for pay in pays),
             *limits,
         )
         return pays
 
-    def expected_density(self, grad: Tensor, key: Tensor | None, tau: Tensor | None) -> float:
-        if key is None:
-            return _raw.abs_sum(grad)[1] / max(grad.numel(), 1)
-        # Two images tell enough, at a fraction of the cost of pruning them all.
-        sample = grad[:: max(1, grad.shape[0] // 2)][:2]
-        nonzeros = 0
-        for image in sample.split(1):
-            nonzeros += _raw.prune(image, key, tau.item(), torch.empty_like(image))
-        return nonzeros / max(sample.numel(), 1)
-
     def conv2d_input(self, problem: ConvProblem, weight: Tensor, grad_output: Tensor) -> Tensor:
-        density = self.expected_density(grad_output, None, None)
-        sparse, _ = self.sparse_pays(problem, grad_output.dtype, density)
+        sparse, _ = self.sparse_pays(problem, grad_output)
         chosen = super() if sparse else _dense
         return chosen.conv2d_input(problem, weight, grad_output)
 
     def conv2d_weight(self, problem: ConvProblem, input: Tensor, grad_output: Tensor) -> Tensor:
-        density = self.expected_density(grad_output, None, None)
-        _, sparse = self.sparse_pays(problem, grad_output.dtype, density)
+        _, sparse = self.sparse_pays(problem, grad_output)
         chosen = super() if sparse else _dense
         return chosen.conv2d_weight(problem, input, grad_output)
+
+
+def _expected_density(grad: Tensor, key: Tensor | None, tau: Tensor | None) -> float:
+    if key is None:
+        return _raw.abs_sum(grad)[1] / max(grad.numel(), 1)
+    # Two images tell enough, at a fraction of the cost of pruning them all.
+    sample = grad[:: max(1, grad.shape[0] // 2)][:2]
+    nonzeros = 0
+    for image in sample.split(1):
+        nonzeros += _raw.prune(image, key, tau.item(), torch.empty_like(image))
+    return nonzeros / max(sample.numel(), 1)
 
 
 @lru_cache(maxsize=4096)
@@ -262,5 +263,5 @@ def _break_even(problem: ConvProblem, dtype: torch.dtype) -> tuple[float, float]
     if dtype == torch.bfloat16:
         return 0.15, 0.15
     if problem.r * problem.s == 1:
-        return 0.40, 0.40
-    return (0.60, 0.65) if problem.c >= 16 else (0.0, 0.30)
+        return 0.40, 0.35
+    return (0.60, 0.60) if problem.c >= 16 else (0.0, 0.30)

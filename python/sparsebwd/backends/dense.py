@@ -26,21 +26,22 @@ class DenseBackend(Backend):
     def conv2d_input(self, problem: ConvProblem, weight: Tensor, grad_output: Tensor) -> Tensor:
         # Only the shape of the input matters here.
         input = grad_output.new_empty(1).expand(problem.input_size)
-        return _convolution_backward(problem, grad_output, input, weight, (True, False, False))[0]
+        return convolution_backward(problem, grad_output, input, weight, (True, False))[0]
 
     def conv2d_weight(self, problem: ConvProblem, input: Tensor, grad_output: Tensor) -> Tensor:
         weight = grad_output.new_empty(1).expand(problem.weight_size)
-        return _convolution_backward(problem, grad_output, input, weight, (False, True, False))[1]
+        return convolution_backward(problem, grad_output, input, weight, (False, True))[1]
 
 
-def _convolution_backward(
+def convolution_backward(
     problem: ConvProblem,
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
-    output_mask: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.aten.convolution_backward(
+    output_mask: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """PyTorch's gradients of the input and of the weight, None where the mask says False."""
+    grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad_output,
         input,
         weight,
@@ -51,5 +52,6 @@ def _convolution_backward(
         False,
         (0, 0),
         problem.groups,
-        output_mask,
+        (*output_mask, False),
     )
+    return grad_input, grad_weight

@@ -20,11 +20,11 @@ from .report import Reporter
 from .trainer import Trainer, TrainingError
 from .world import World, join, launched
 
-# A minute or two on two cores: two epochs of digits, or as many steps on other images, with a schedule to match.
+# A few minutes on two cores: three epochs of digits, or as many steps on other images, with a schedule to match.
 _DEMO = {
     "compare": True,
-    "epochs": 2,
-    "max_steps": 96,
+    "epochs": 3,
+    "max_steps": 144,
     "test_subset": 500,
     "batch_size": 32,
     "learning_rate": 0.05,

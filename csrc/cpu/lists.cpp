@@ -130,7 +130,8 @@ void ChannelLists::sort(int64_t unit_index) {
 
 namespace {
 
-// Prunes or converts whole rows into `tile`; returns the number of non-zeros.
+// Prunes or converts whole rows into `out` and `tile`, either of which may be null; returns the
+// number of non-zeros.
 int64_t stage(const ConvPlan& plan, const char* source, char* out, Rows rows, float* tile) {
   const ConvBackward& call = plan.call;
   const int64_t k = plan.problem.k;
@@ -143,7 +144,7 @@ int64_t stage(const ConvPlan& plan, const char* source, char* out, Rows rows, fl
     const int64_t row = rows.first + i;
     found += plan.prune_kernels.prune_pixels_nhwc(
         source + i * row_bytes, call.dtype, k, out ? out + i * row_bytes : nullptr,
-        tile + i * plan.q * k, k, static_cast<uint32_t>(row / plan.p),
+        tile ? tile + i * plan.q * k : nullptr, k, static_cast<uint32_t>(row / plan.p),
         static_cast<uint32_t>(row % plan.p), 0, plan.q, k, *call.prune);
   }
   return found;
@@ -200,8 +201,10 @@ int64_t list_unit(const ConvPlan& plan, Rows unit, int64_t unit_index, PixelList
     const float* g = reinterpret_cast<const float*>(source);
     if (plan.staged()) {
       char* out = call.pruned ? static_cast<char*>(call.pruned) + at : nullptr;
-      staged += stage(plan, source, out, rows, scratch);
-      g = scratch;
+      // Pruned values that are kept as float32 need no second copy.
+      const bool keeps = out && call.dtype == DType::kFloat32;
+      staged += stage(plan, source, out, rows, keeps ? nullptr : scratch);
+      g = keeps ? reinterpret_cast<const float*>(out) : scratch;
       if (more && out) prefetch(out + bytes, bytes);
     }
     if (more) prefetch(source + bytes, bytes);

@@ -190,7 +190,7 @@ class Trainer:
         seed = (self.config.seed * 0x9E3779B1 + self._step * self.world.size + self.world.rank) % 2**32
         measured = self._step % self.config.measure_every == self.config.measure_every - 1
         order = self.twins if self._step % 2 == 0 else self.twins[::-1]
-        losses = {}
+        losses = dict.fromkeys(twin.name for twin in self.twins)
         for twin in order:
             torch.manual_seed(seed)
             losses[twin.name] = self._step_twin(twin, inputs, labels, rate, measured)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import sparsebwd
+from sparsebwd.train import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
@@ -60,6 +61,18 @@ def test_make_targets_of_the_documentation_exist():
     for page in PAGES:
         for target in re.findall(r"^make ([a-z]+)|`make ([a-z]+)`", page.read_text("utf-8"), re.MULTILINE):
             assert "".join(target) in targets
+
+
+def test_training_commands_of_the_documentation_are_understood():
+    commands = [
+        line.partition(" -m sparsebwd.train ")[2].split()
+        for page in PAGES
+        for line in page.read_text("utf-8").splitlines()
+        if line.startswith("python -m sparsebwd.train ")
+    ]
+    assert commands
+    for arguments in commands:
+        cli._parser().parse_args(arguments)
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=relative)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import shutil
 
@@ -264,6 +265,9 @@ def _worker(rank: int, path: str) -> None:
         },
         f"{path}/{rank}",
     )
+    # Freed after its group, it may wait for a thread that waits for the interpreter's lock.
+    del wrapped
+    gc.collect()
     dist.destroy_process_group()
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
 from statistics import NormalDist
@@ -142,9 +143,12 @@ def test_distributed_data_parallel(model, tmp_path):
         parallel = nn.parallel.DistributedDataParallel(model)
         with DensityMonitor(parallel) as monitor:
             step(parallel)
+        record = monitor.as_dict()
     finally:
+        # Freed after its group, it may wait for a thread that waits for the interpreter's lock.
+        del parallel, monitor
+        gc.collect()
         torch.distributed.destroy_process_group()
-    record = monitor.as_dict()
     assert list(record["layers"]) == ["module.0", "module.3"]
     assert all(layer["steps"] == 1 for layer in record["layers"].values())
 

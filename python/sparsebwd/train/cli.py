@@ -56,24 +56,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("distributed: start the processes with torchrun --nproc-per-node N -m sparsebwd.train ...")
     folder = Path(options.output or f"runs/{config.model}-{config.data}-p{config.percentile or 'none'}")
     with join(config.device) as world:
-        reporter = Reporter(Console(quiet=world.rank > 0))
-        try:
-            trainer = _prepare(config, folder, options, world, reporter)
-        except ValueError as error:
-            parser.error(str(error))
-        except OSError as error:
-            parser.error(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-        try:
-            summary = trainer.fit()
-        except (TrainingError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            print("interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
-            return 130
-        reporter.summary(summary, folder)
-        if options.demo:
-            reporter.demo(summary)
+        return _run(parser, options, config, folder, world)
+
+
+def _run(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, config: TrainConfig, folder: Path, world: World
+) -> int:
+    reporter = Reporter(Console(quiet=world.rank > 0))
+    try:
+        trainer = _prepare(config, folder, options, world, reporter)
+    except ValueError as error:
+        parser.error(str(error))
+    except OSError as error:
+        parser.error(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    try:
+        summary = trainer.fit()
+    except (TrainingError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    reporter.summary(summary, folder)
+    if options.demo:
+        reporter.demo(summary)
     return 0
 
 

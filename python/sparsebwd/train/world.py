@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -73,5 +74,8 @@ def join(device: str = "auto") -> Iterator[World]:
     try:
         yield World(here, distributed.get_rank(), distributed.get_world_size())
     finally:
+        # A DistributedDataParallel that is freed after its group may wait for a thread that waits for
+        # the interpreter's lock.
+        gc.collect()
         if ours:
             distributed.destroy_process_group()

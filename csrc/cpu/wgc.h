@@ -33,6 +33,13 @@ class Wgc {
   void gather_window(Rows rows, Block block, float* panel) const;
   void gather_tap(Rows rows, int64_t segment, int64_t r, int64_t s, Block block, float* panel) const;
 
+  // The next panel's input is fetched while this one is used, a few pixels for every few channels.
+  struct Pixels {
+    int64_t first, count;  // numbered (n * H + h) * W + w
+  };
+  Pixels input_pixels(Rows rows) const;
+  void prefetch(Pixels pixels, Block block) const;
+
   static int64_t filter_floats(const ConvPlan& plan);  // sums of one output channel and block
   template <class Storage, class Convert>
   void write_filter(Storage* grad_weight, int64_t k, Convert convert) const;

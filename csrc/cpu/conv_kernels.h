@@ -44,8 +44,13 @@ using WgcRun = void (*)(List lists, int64_t capacity, const uint16_t* counts,
                         int64_t row_bytes, float* dw, int64_t dw_stride);
 
 struct WgcKernel {
-  int window;  // 3: 3 x 3 taps, rows of the panel row_bytes apart, pixels `group` floats; 1: a tap
-  int group;   // input channels
+  // Rows and columns of the filter that an entry contributes to, with sums of `group` floats for
+  // each: a window whose rows are row_bytes apart in the panel, or (1 x 1) a single tap.
+  int rows, columns;
+  int group;
+  // `group` floats hold all columns of a row of the filter, channel after channel, and the pixels of
+  // the panel overlap so: for few input channels. Otherwise they are the input channels of one tap.
+  bool packed;
   WgcRun run;
 };
 

@@ -130,11 +130,14 @@ void agb_run(List list, const Visit* visits, int64_t count, const float* panel, 
 
 // ---- WGC
 
-// All taps of a 3 x 3 window are at fixed distances from an entry's operand, so the nine sums of
-// an output channel stay in registers while its list streams by.
-void wgc_window3(List lists, int64_t capacity, const uint16_t* counts, const uint16_t* order,
-                 int64_t begin, int64_t last, const float* panel, int64_t row_bytes, float* dw,
-                 int64_t dw_stride) {
+// All taps of a window of three rows are at fixed distances from an entry's operand, so the sums of
+// an output channel stay in registers while its list streams by. Sets > 1: entries take turns, to
+// hide the latency of the multiply-adds where there are few sums.
+template <int Columns, int Sets>
+void wgc_window(List lists, int64_t capacity, const uint16_t* counts, const uint16_t* order,
+                int64_t begin, int64_t last, const float* panel, int64_t row_bytes, float* dw,
+                int64_t dw_stride) {
+  constexpr int kSums = 3 * Columns;
   const char* const row0 = reinterpret_cast<const char*>(panel);
   const char* const row1 = row0 + row_bytes;
   const char* const row2 = row1 + row_bytes;
@@ -143,24 +146,27 @@ void wgc_window3(List lists, int64_t capacity, const uint16_t* counts, const uin
     float* sums = dw + k * dw_stride;
     const float* values = lists.values + k * capacity;
     const uint16_t* offsets = lists.offsets + k * capacity;
-    Vec total[9];
-    for (int t = 0; t < 9; ++t) total[t] = Vec::load(sums + t * kLanes);
+    Vec total[kSums];
+    for (int t = 0; t < kSums; ++t) total[t] = Vec::load(sums + t * kLanes);
     for (int64_t left = counts[k]; left > 0; left -= kLongestChain) {
-      Vec acc[9];
-      for (int t = 0; t < 9; ++t) acc[t] = Vec::zero();
+      Vec acc[Sets][kSums];
+      for (int set = 0; set < Sets; ++set)
+        for (int t = 0; t < kSums; ++t) acc[set][t] = Vec::zero();
       for_each_entry(values, offsets, left < kLongestChain ? left : kLongestChain,
-                     [&](Vec g, int64_t at, int) __attribute__((always_inline)) {
+                     [&](Vec g, int64_t at, int n) __attribute__((always_inline)) {
                        const float* x[3] = {reinterpret_cast<const float*>(row0 + at),
                                             reinterpret_cast<const float*>(row1 + at),
                                             reinterpret_cast<const float*>(row2 + at)};
-                       for (int t = 0; t < 9; ++t)
-                         acc[t] = acc[t].fma(g, Vec::load(x[t / 3] + t % 3 * kLanes));
+                       Vec(&mine)[kSums] = acc[n % Sets];
+                       for (int t = 0; t < kSums; ++t)
+                         mine[t] = mine[t].fma(g, Vec::load(x[t / Columns] + t % Columns * kLanes));
                      });
-      for (int t = 0; t < 9; ++t) total[t] = total[t] + acc[t];
+      for (int set = 0; set < Sets; ++set)
+        for (int t = 0; t < kSums; ++t) total[t] = total[t] + acc[set][t];
       values += kLongestChain;
       offsets += kLongestChain;
     }
-    for (int t = 0; t < 9; ++t) total[t].store(sums + t * kLanes);
+    for (int t = 0; t < kSums; ++t) total[t].store(sums + t * kLanes);
   }
 }
 
@@ -238,10 +244,9 @@ constexpr AgbKernel kAgbKernels[] = {
 };
 
 constexpr WgcKernel kWgcKernels[] = {
-    {3, kLanes, wgc_window3},
-    {1, 4 * kLanes, wgc_tap<4>},
-    {1, 2 * kLanes, wgc_tap<2>},
-    {1, kLanes, wgc_tap<1>},
+    {3, 1, kLanes, true, wgc_window<1, 4>}, {3, 3, kLanes, false, wgc_window<3, 1>},
+    {1, 1, 4 * kLanes, false, wgc_tap<4>},  {1, 1, 2 * kLanes, false, wgc_tap<2>},
+    {1, 1, kLanes, false, wgc_tap<1>},
 };
 
 constexpr ConvKernels kConvKernels = {

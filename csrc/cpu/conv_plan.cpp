@@ -59,12 +59,13 @@ WgcPlan plan_wgc(const ConvKernels& kernels, const ConvProblem& problem) {
   int64_t rows_fit = 0, images_fit = 0, columns_fit = q;
   for (int i = 0; i < kernels.wgc_count; ++i) {
     const WgcKernel& kernel = kernels.wgc[i];
-    const int64_t pixel_bytes = kernel.group * 4;
-    if (kernel.window > 1) {
-      if (problem.r != kernel.window || problem.s != kernel.window || problem.dil_h != 1 ||
-          problem.dil_w != 1)
+    plan.pitch = kernel.packed ? plan.channels : kernel.group;
+    if (kernel.rows > 1) {
+      const bool all_columns = kernel.packed ? problem.s * plan.channels <= kernel.group
+                                             : problem.s == kernel.columns;
+      if (problem.r != kernel.rows || !all_columns || problem.dil_h != 1 || problem.dil_w != 1)
         continue;
-      const int64_t row_bytes = columns * pixel_bytes;
+      const int64_t row_bytes = columns * plan.pitch * 4;
       if (problem.r * row_bytes >= kMaxPanelBytes) continue;
       const int64_t rows = kPanelBytes / row_bytes;
       rows_fit = rows < problem.r ? 1 : (rows - problem.r) / problem.stride_h + 1;
@@ -72,14 +73,16 @@ WgcPlan plan_wgc(const ConvKernels& kernels, const ConvProblem& problem) {
       plan.kernel = &kernel;
       break;
     }
-    const int64_t pixels = kPanelBytes / pixel_bytes;
+    const int64_t pixels = kPanelBytes / (plan.pitch * 4);
     columns_fit = std::min(q, pixels);
     rows_fit = std::max<int64_t>(1, pixels / q);
     images_fit = pixels / (p * q);
     plan.kernel = &kernel;
     if (kernel.group <= plan.channels) break;
   }
-  plan.channel_blocks = ceil_div(plan.channels, plan.kernel->group);
+  const WgcKernel& kernel = *plan.kernel;
+  plan.channel_blocks = kernel.packed ? 1 : ceil_div(plan.channels, kernel.group);
+  plan.filter_floats = problem.r * (kernel.packed ? 1 : problem.s) * kernel.group;
   plan.images = std::max<int64_t>(1, std::min(images_fit, problem.n));
   rows_fit = std::min(rows_fit, p);
   plan.units_per_block = images_fit >= 1 ? 1 : ceil_div(p, rows_fit);

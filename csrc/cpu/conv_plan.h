@@ -50,12 +50,16 @@ struct WgcPlan {
   const WgcKernel* kernel = nullptr;
   int64_t channels;
   int64_t channel_blocks;
+  int64_t pitch;         // floats between pixels of a panel of input
+  int64_t filter_floats;  // sums of one output channel and block of input channels
   int64_t images;        // whole images of a unit, if > 1 or if the unit is one image
   int64_t unit_rows;
   int64_t units_per_block;  // a block: `images` images
   int64_t segment;       // columns of a segment
   int64_t segments;      // of a row
   int64_t capacity;      // entries of the list of a channel and panel
+
+  bool window() const { return kernel->rows > 1; }
 };
 
 // All that the steps of one call share. A "k-block" is numbered through the convolution's groups.

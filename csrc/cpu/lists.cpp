@@ -85,15 +85,14 @@ void ChannelLists::reserve(const ConvPlan& plan, int64_t images, int64_t parts) 
   const int64_t padded = round_up(pixels, plan.kernels.lanes);
   operand_offsets_ = operand_offsets_buffer_.get<uint16_t>(padded);
   for (int64_t i = 0; i < padded; ++i) {
-    int64_t at = i * wgc.kernel->group;
-    if (wgc.kernel->window > 1) {
+    int64_t pixel = i;
+    if (wgc.window()) {
       const int64_t row = i / plan.q, image = row / plan.p;
       const int64_t panel_row =
           image * plan.window_rows(plan.p) + row % plan.p * plan.problem.stride_h;
-      at = (panel_row * plan.window_columns() + i % plan.q * plan.problem.stride_w) *
-           wgc.kernel->group;
+      pixel = panel_row * plan.window_columns() + i % plan.q * plan.problem.stride_w;
     }
-    operand_offsets_[i] = static_cast<uint16_t>(at * 4);
+    operand_offsets_[i] = static_cast<uint16_t>(pixel * wgc.pitch * 4);
   }
 }
 

@@ -13,12 +13,8 @@ constexpr int64_t kPortion = 4;
 
 }  // namespace
 
-int64_t Wgc::filter_floats(const ConvPlan& plan) {
-  return plan.problem.r * plan.problem.s * plan.wgc.kernel->group;
-}
-
 int64_t Wgc::sum_floats(const ConvPlan& plan) {
-  return plan.wgc.channel_blocks * plan.problem.k * filter_floats(plan);
+  return plan.wgc.channel_blocks * plan.problem.k * plan.wgc.filter_floats;
 }
 
 void Wgc::start(const ConvPlan& plan, int64_t groups) {
@@ -42,7 +38,7 @@ void Wgc::run(const ChannelLists& lists, int64_t group, int64_t task, float* scr
   const Block block = {conv_group * wgc.channels + c,
                        std::min<int64_t>(kernel.group, wgc.channels - c)};
   const int64_t k = conv_group * plan_->k_group;
-  const int64_t filter = filter_floats(*plan_);
+  const int64_t filter = plan_->wgc.filter_floats;
   float* const sums =
       sums_ + group * sum_floats(*plan_) + channel_task * plan_->k_group * filter;
   const int64_t units = plan_->units(lists.images());
@@ -64,9 +60,9 @@ void Wgc::run(const ChannelLists& lists, int64_t group, int64_t task, float* scr
                      std::min(i + kPortion, end), scratch, row_bytes, to, filter);
         }
       };
-      if (kernel.window > 1) {
+      if (wgc.window()) {
         gather_window(rows, block, scratch);
-        add(plan_->window_columns() * kernel.group * 4, sums);
+        add(plan_->window_columns() * wgc.pitch * 4, sums);
         continue;
       }
       for (int64_t r = 0; r < problem.r; ++r)
@@ -103,22 +99,22 @@ void Wgc::prefetch(Pixels pixels, Block block) const {
 void Wgc::gather_row(int64_t image, int64_t h, int64_t first, int64_t step, int64_t count,
                      Block block, float* to) const {
   const ConvProblem& problem = plan_->problem;
-  const int64_t group = plan_->wgc.kernel->group;
+  const int64_t pitch = plan_->wgc.pitch;
   int64_t begin = 0, end = 0;  // the columns inside the image
   if (h >= 0 && h < problem.h) {
     begin = first >= 0 ? 0 : std::min(count, ceil_div(-first, step));
     end = first >= problem.w ? 0 : std::min(count, ceil_div(problem.w - first, step));
     end = std::max(begin, end);
   }
-  memset(to, 0, begin * group * sizeof(float));
-  memset(to + end * group, 0, (count - end) * group * sizeof(float));
+  memset(to, 0, begin * pitch * sizeof(float));
+  memset(to + end * pitch, 0, (count - end) * pitch * sizeof(float));
   if (begin == end) return;
   const DType dtype = plan_->call.dtype;
   const int64_t pixel = (image * problem.h + h) * problem.w + first + begin * step;
   const int64_t at = (pixel * problem.c + block.c) * dtype_size(dtype);
   plan_->kernels.gather_pixels(static_cast<const char*>(plan_->call.input) + at, dtype,
-                               step * problem.c, end - begin, block.channels, to + begin * group,
-                               group);
+                               step * problem.c, end - begin, block.channels, to + begin * pitch,
+                               pitch);
 }
 
 void Wgc::gather_window(Rows rows, Block block, float* panel) const {
@@ -130,7 +126,7 @@ void Wgc::gather_window(Rows rows, Block block, float* panel) const {
     const int64_t h = row % plan_->p * problem.stride_h - problem.pad_h;
     for (int64_t i = 0; i < plan_->window_rows(end - row); ++i) {
       gather_row(image, h + i, -problem.pad_w, 1, columns, block, panel);
-      panel += columns * plan_->wgc.kernel->group;
+      panel += columns * plan_->wgc.pitch;
     }
     row = end;
   }
@@ -146,7 +142,7 @@ void Wgc::gather_tap(Rows rows, int64_t segment, int64_t r, int64_t s, Block blo
                row % plan_->p * problem.stride_h - problem.pad_h + r * problem.dil_h,
                column * problem.stride_w - problem.pad_w + s * problem.dil_w, problem.stride_w,
                columns, block, panel);
-    panel += columns * plan_->wgc.kernel->group;
+    panel += columns * plan_->wgc.pitch;
   }
 }
 
@@ -166,7 +162,7 @@ void Wgc::write_filter(Storage* grad_weight, int64_t k, Convert convert) const {
   const WgcPlan& wgc = plan_->wgc;
   const WeightStrides& strides = plan_->call.grad_weight_strides;
   const int64_t group = wgc.kernel->group;
-  const int64_t filter = filter_floats(*plan_);
+  const int64_t filter = plan_->wgc.filter_floats;
   for (int64_t block = 0; block < wgc.channel_blocks; ++block) {
     const int64_t channel_task = k / plan_->k_group * wgc.channel_blocks + block;
     float* sums = sums_ + (channel_task * plan_->k_group + k % plan_->k_group) * filter;
@@ -175,13 +171,18 @@ void Wgc::write_filter(Storage* grad_weight, int64_t k, Convert convert) const {
       for (int64_t i = 0; i < filter; ++i) sums[i] += more[i];
     }
     const int64_t channels = std::min(group, wgc.channels - block * group);
-    for (int64_t tap = 0; tap < problem.r * problem.s; ++tap, sums += group) {
-      Storage* to = grad_weight + k * strides.k + block * group * strides.c +
-                    tap / problem.s * strides.r + tap % problem.s * strides.s;
+    // Sums are in the order [r][s][channel], with nothing between the columns if they are packed.
+    const int64_t column = wgc.kernel->packed ? channels : group;
+    const int64_t row = filter / problem.r;
+    for (int64_t tap = 0; tap < problem.r * problem.s; ++tap) {
+      const int64_t r = tap / problem.s, s = tap % problem.s;
+      const float* from = sums + r * row + s * column;
+      Storage* to = grad_weight + k * strides.k + block * group * strides.c + r * strides.r +
+                    s * strides.s;
       if (strides.c == 1)
-        for (int64_t c = 0; c < channels; ++c) to[c] = convert(sums[c]);
+        for (int64_t c = 0; c < channels; ++c) to[c] = convert(from[c]);
       else
-        for (int64_t c = 0; c < channels; ++c) to[c * strides.c] = convert(sums[c]);
+        for (int64_t c = 0; c < channels; ++c) to[c * strides.c] = convert(from[c]);
     }
   }
 }

@@ -40,7 +40,6 @@ class Wgc {
   Pixels input_pixels(Rows rows) const;
   void prefetch(Pixels pixels, Block block) const;
 
-  static int64_t filter_floats(const ConvPlan& plan);  // sums of one output channel and block
   template <class Storage, class Convert>
   void write_filter(Storage* grad_weight, int64_t k, Convert convert) const;
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -68,7 +69,7 @@ def test_unreadable_text(text, message):
         ({"c": 0}, "c: got 0"),
         ({"stride": (1, 0)}, r"stride: got \(1, 0\)"),
         ({"padding": (-1, 0)}, "padding: got"),
-        ({"dilation": (3, 1)}, "larger than the input"),
+        ({"dilation": (3, 1)}, "weight: the kernel 3x3 .* larger than the input"),
         ({"groups": 3}, "groups: got 3; accepted: a divisor of c=4"),
         ({"groups": 4}, "groups: got 4; accepted: a divisor of k=6"),
     ],
@@ -82,6 +83,8 @@ def test_sizes_that_do_not_fit(changes, message):
 def test_shapes_that_do_not_fit():
     with pytest.raises(ValueError, match="weight: .*takes 3 input channels; the input has 4"):
         ConvProblem.from_sizes((1, 4, 5, 5), (2, 3, 1, 1))
+    with pytest.raises(ValueError, match="groups: got 0; accepted: at least 1"):
+        ConvProblem.from_sizes((1, 4, 5, 5), (2, 3, 1, 1), groups=0)
     with pytest.raises(ValueError, match="input: .*4 dimensions"):
         ConvProblem.from_sizes((4, 5, 5), (2, 4, 1, 1))
 
@@ -89,7 +92,11 @@ def test_shapes_that_do_not_fit():
 def test_pairs():
     assert as_pair(3, "stride") == as_pair([3], "stride") == (3, 3)
     assert as_pair((1, 2), "stride") == (1, 2)
-    for value in ("same", 1.0, (1, 2.0), True, (True, 1), None):
+    for value in (np.int64(3), [np.uint8(3)], (3, np.int32(3)), torch.tensor(3)):
+        pair = as_pair(value, "stride")
+        assert pair == (3, 3) and type(pair[0]) is type(pair[1]) is int
+    assert type(as_int(np.int64(2), "groups")) is int
+    for value in ("same", 1.0, (1, 2.0), True, (True, 1), None, np.float32(1), np.bool_(True), np.array([1, 2])):
         with pytest.raises(TypeError, match="stride: got"):
             as_pair(value, "stride")
     with pytest.raises(TypeError, match="groups: got 2.0; accepted: an int"):

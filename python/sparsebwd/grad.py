@@ -86,11 +86,11 @@ def conv2d_weight(
 
 
 def _size(size: Sequence[int], name: str) -> Sequence[int]:
-    if not isinstance(size, Sequence) or not all(isinstance(length, int) for length in size):
+    if not isinstance(size, Sequence) or isinstance(size, str):
         raise TypeError(f"{name}: got {size!r}; accepted: four ints")
     if len(size) != 4:
         raise ValueError(f"{name}: got {size!r}; accepted: four ints")
-    return size
+    return [as_int(length, name) for length in size]
 
 
 def _geometry(

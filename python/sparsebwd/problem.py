@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +16,13 @@ _OPTIONS = {"u": "stride", "p": "padding", "d": "dilation", "g": "groups"}
 
 
 def as_int(value: int, name: str) -> int:
-    """Return ``value``. Raises TypeError if it is not an int."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r}; accepted: an int")
-    return value
+    """Return ``value`` as an int. Raises TypeError if it is not an integer; a bool is none, one of NumPy's is."""
+    try:
+        if not isinstance(value, bool):
+            return value if isinstance(value, int) else operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name}: got {value!r}; accepted: an int")
 
 
 def as_pair(value: int | Sequence[int], name: str) -> Pair:
@@ -26,13 +30,11 @@ def as_pair(value: int | Sequence[int], name: str) -> Pair:
 
     Raises TypeError if it is not made of ints, ValueError if it is not one or two of them.
     """
-    values = (value,) if isinstance(value, int) else value
-    if (
-        isinstance(values, str)
-        or not isinstance(values, Sequence)
-        or not all(isinstance(v, int) and not isinstance(v, bool) for v in values)
-    ):
-        raise TypeError(f"{name}: got {value!r}; accepted: an int or a pair of ints")
+    values = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    try:
+        values = tuple(as_int(v, name) for v in values)
+    except TypeError:
+        raise TypeError(f"{name}: got {value!r}; accepted: an int or a pair of ints") from None
     if len(values) not in (1, 2):
         raise ValueError(f"{name}: got {len(values)} values {value!r}; accepted: one or two")
     return (values[0], values[-1])
@@ -64,6 +66,7 @@ class ConvProblem:
     def __post_init__(self) -> None:
         for name in ("stride", "padding", "dilation"):
             object.__setattr__(self, name, as_pair(getattr(self, name), name))
+        object.__setattr__(self, "groups", as_int(self.groups, "groups"))
         lower_bounds = {"n": 0, "padding": 0}
         for name in (*_SIZES, *_OPTIONS.values()):
             bound = lower_bounds.get(name, 1)
@@ -75,7 +78,7 @@ class ConvProblem:
                 raise ValueError(f"groups: got {self.groups}; accepted: a divisor of {name}={channels}")
         if self.p < 1 or self.q < 1:
             raise ValueError(
-                f"the kernel {self.r}x{self.s} with dilation {self.dilation} is larger than the "
+                f"weight: the kernel {self.r}x{self.s} with dilation {self.dilation} is larger than the "
                 f"input {self.h}x{self.w} with padding {self.padding}"
             )
 
@@ -131,6 +134,8 @@ class ConvProblem:
             if len(size) != 4:
                 raise ValueError(f"{name}: got shape {tuple(size)}; accepted: 4 dimensions")
         groups = as_int(groups, "groups")
+        if groups < 1:
+            raise ValueError(f"groups: got {groups}; accepted: at least 1")
         n, c, h, w = input_size
         k, c_per_group, r, s = weight_size
         if c != c_per_group * groups:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -97,7 +98,7 @@ def test_cifar_missing(archive):
     with pytest.raises(DataError, match=rf"{small.train_files[0]}: No such file"):
         data.load(name, data_dir=folder)
     with pytest.raises(DataError, match=rf"no {small.test_file} in .*unpack the binary version, https://"):
-        data.load(name, data_dir=folder / "elsewhere")
+        data.load(name, data_dir=folder.parent.parent)
 
 
 def test_cifar_corrupt_label(archive):
@@ -208,6 +209,24 @@ def test_imagefolder_missing_parts(folder, tmp_path):
     (folder / "train" / "emu").mkdir()
     with pytest.raises(DataError, match="emu: has no images, accepted are the endings .jpg"):
         load_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "imagefolder"])
+def test_data_dir_has_to_be_a_directory(name, tmp_path):
+    with pytest.raises(DataError, match="data_dir: got '.*/elsewhere', which does not exist"):
+        data.load(name, data_dir=tmp_path / "elsewhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="data_dir: got '.*/file', which is not a directory"):
+        data.load(name, data_dir=tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "name, module, package", [("digits", "sklearn", "scikit-learn"), ("imagefolder", "PIL", "pillow")]
+)
+def test_missing_packages_are_named(name, module, package, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(DataError, match=f"{name} needs .*: pip install {package}$"):
+        data.load(name, data_dir=folder, cache_dir=folder.parent / "cache")
 
 
 def test_load_bad_arguments():

@@ -43,7 +43,7 @@ def load(
 
     Raises:
         ValueError: unknown `name`, a missing `data_dir`, or an `image_size` that does not fit.
-        DataError: a file is missing, truncated or corrupt; the message names it.
+        DataError: `data_dir` is no directory, or a file is missing, truncated or corrupt; the message names it.
     """
     if name not in _NAMES:
         raise ValueError(f"data: got {name!r}, accepted are {', '.join(_NAMES)}")
@@ -55,6 +55,9 @@ def load(
         return load_digits(image_size)
     if data_dir is None:
         raise ValueError(f"data_dir: got none, but {name} is read from files: name the folder that holds them")
+    if not Path(data_dir).is_dir():
+        problem = "is not a directory" if Path(data_dir).exists() else "does not exist"
+        raise DataError(f"data_dir: got {str(data_dir)!r}, which {problem}")
     if name == "imagefolder":
         from .imagefolder import load_imagefolder
 

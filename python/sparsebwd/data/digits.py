@@ -18,7 +18,7 @@ def load_digits(image_size: int) -> ImageData:
     try:
         from sklearn import datasets
     except ImportError as error:
-        raise DataError(f"digits needs scikit-learn ({error}): pip install 'sparsebwd[train]'") from error
+        raise DataError(f"digits needs scikit-learn ({error}): pip install scikit-learn") from error
     digits = datasets.load_digits()
     grey = torch.from_numpy(digits.images).double().unsqueeze(1) * (255 / 16)
     grey = functional.interpolate(grey, size=(image_size, image_size), mode="bilinear")

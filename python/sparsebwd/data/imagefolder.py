@@ -132,7 +132,7 @@ def decode(path: Path, size: int) -> np.ndarray:
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
-        raise DataError(f"imagefolder needs Pillow ({error}): pip install 'sparsebwd[train]'") from error
+        raise DataError(f"imagefolder needs Pillow ({error}): pip install pillow") from error
     try:
         with Image.open(path) as image:
             image = image.convert("RGB")

@@ -292,8 +292,11 @@ def test_a_model_without_convolutions():
         ({"percentile": "90"}, TypeError, "percentile: got '90'"),
         ({"placement": "both"}, ValueError, "placement: got 'both'; accepted: 'auto', 'output', 'input'"),
         ({"backend": "fast"}, ValueError, "backend: got 'fast'"),
+        ({"backend": "cuda"}, RuntimeError, "backend: 'cuda' cannot run: this version has no CUDA kernels yet"),
+        ({"backend": ["cpu"]}, TypeError, r"backend: got \['cpu'\]; accepted: the name of a backend"),
         ({"sigma_estimator": "mean"}, ValueError, "sigma_estimator: got 'mean'"),
         ({"exclude": "hat"}, ValueError, "exclude: got 'hat'"),
+        ({"exclude": 3}, TypeError, "exclude: got 3; accepted: names of modules, as strings"),
         ({"exclude": [3]}, TypeError, "exclude: got an element 3"),
     ],
 )

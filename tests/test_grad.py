@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -53,6 +54,10 @@ def test_sizes_may_be_lists_and_settings_ints(generator):
         grad.conv2d_weight(input, weight.shape, grad_output, [2], [1, 1]),
         torch.nn.grad.conv2d_weight(input, weight.shape, grad_output, 2, 1),
     )
+    assert torch.equal(
+        grad.conv2d_weight(input, tuple(np.array(weight.shape)), grad_output, np.int64(2), np.int32(1), groups=np.int64(1)),
+        torch.nn.grad.conv2d_weight(input, weight.shape, grad_output, 2, 1),
+    )
 
 
 @pytest.mark.parametrize(
@@ -65,10 +70,12 @@ def test_sizes_may_be_lists_and_settings_ints(generator):
         ({"grad_output": None}, TypeError, "grad_output: got NoneType"),
         ({"stride": "2"}, TypeError, "stride: got '2'"),
         ({"padding": "same"}, TypeError, "padding: got 'same'"),
-        ({"dilation": 9}, ValueError, "larger than the input"),
+        ({"dilation": 9}, ValueError, "weight: the kernel .* larger than the input"),
         ({"groups": 3}, ValueError, "weight: got shape"),
+        ({"groups": 0}, ValueError, "groups: got 0; accepted: at least 1"),
         ({"groups": 2.0}, TypeError, "groups: got 2.0"),
         ({"backend": "abacus"}, ValueError, "backend: got 'abacus'"),
+        ({"backend": "cuda"}, RuntimeError, "backend: 'cuda' cannot run: this version has no CUDA kernels yet"),
     ],
 )  # fmt: skip
 def test_bad_input(changes, error, message):

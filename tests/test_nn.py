@@ -150,6 +150,7 @@ def test_settings_may_change_later():
         ("percentile", "90", TypeError),
         ("placement", "auto", ValueError),
         ("backend", "abacus", ValueError),
+        ("backend", None, TypeError),
         ("sigma_estimator", "exact", ValueError),
     ],
 )
@@ -163,6 +164,19 @@ def test_bad_settings(name, value, error):
     with pytest.raises(error, match=message):
         setattr(layer, name, value)
     assert layer.percentile == 90.0
+
+
+@pytest.mark.parametrize("name, kernels", [("triton", "Triton"), ("cuda", "CUDA")])
+def test_planned_backends(name, kernels):
+    message = f"backend: '{name}' cannot run: this version has no {kernels} kernels yet"
+    with pytest.raises(RuntimeError, match=message):
+        SparseConv2d(4, 6, 3, backend=name)
+    with pytest.raises(RuntimeError, match=message):
+        SparseConv2d.from_conv2d(nn.Conv2d(4, 6, 3), backend=name)
+    layer = SparseConv2d(4, 6, 3)
+    with pytest.raises(RuntimeError, match=message):
+        layer.backend = name
+    assert layer.backend == "auto"
 
 
 def test_bad_input():

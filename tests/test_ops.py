@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 
+import sparsebwd
 from sparsebwd import backends, ops
 from sparsebwd.problem import ConvProblem
 from sparsebwd.testing import assert_bit_equal, random_tensor
@@ -269,10 +270,22 @@ def test_unknown_and_unable_backends():
     problem = ConvProblem.parse("n2c3h5w5k4r3s3")
     with pytest.raises(ValueError, match="backend: got 'abacus'; accepted: 'auto', 'reference'"):
         backends.choose_backend("abacus", problem, "cpu", torch.float32)
+    with pytest.raises(RuntimeError, match="'triton' cannot run: this version has no Triton kernels yet"):
+        backends.choose_backend("triton", problem, "cpu", torch.float32)
     with pytest.raises(RuntimeError, match="'dense' cannot run n2c3.*float64.*not float32"):
         backends.choose_backend("dense", problem, "cpu", torch.float64)
     with pytest.raises(RuntimeError, match="'auto' cannot run pruning.*'dense': .*; 'reference': "):
         backends.choose_backend("auto", None, "cpu", torch.int32)
+
+
+def test_a_planned_backend_can_be_registered(register):
+    class Cuda(type(backends.get_backend("dense"))):
+        name = "cuda"
+
+    register(Cuda())
+    assert backends.choose_backend("cuda", None, "cpu", torch.float32).name == "cuda"
+    assert list(sparsebwd.info()["backends"]) == [*backends.registered_backends(), "triton"]
+    assert sparsebwd.info()["backends"]["cuda"] is None
 
 
 def test_backend_that_is_not_available(register, caplog):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import ops
 from .backends import get_backend
-from .problem import as_pair
+from .problem import as_int, as_pair
 from .reference import SIGMA_COEFFICIENT, PrunedGradient
 
 __all__ = ["PrunedGradient", "prune_gradient", "sparse_conv2d"]
@@ -21,13 +21,14 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PLACEMENTS = ("output", "input")
 
 
-def check_percentile(percentile: float | None) -> float | None:
-    """Return ``percentile`` as a float, or None. Raises TypeError, or ValueError outside
-    [50, 100)."""
-    if percentile is None:
+def check_percentile(percentile: float | None, or_none: bool = True) -> float | None:
+    """Return ``percentile`` as a float, or None if that is allowed. Raises TypeError, or ValueError
+    outside [50, 100)."""
+    if percentile is None and or_none:
         return None
     if isinstance(percentile, bool) or not isinstance(percentile, Real):
-        raise TypeError(f"percentile: got {percentile!r}; accepted: a number in [50, 100), or None for no pruning")
+        accepted = "a number in [50, 100)" + (", or None for no pruning" if or_none else "")
+        raise TypeError(f"percentile: got {percentile!r}; accepted: {accepted}")
     if not 50 <= percentile < 100:
         raise ValueError(f"percentile: got {percentile!r}; accepted: 50 <= percentile < 100")
     return float(percentile)
@@ -44,7 +45,10 @@ def check_sigma_estimator(sigma_estimator: str) -> str:
 
 
 def check_backend(backend: str) -> str:
-    """Return ``backend``. Raises ValueError if no backend has this name."""
+    """Return ``backend``. Raises TypeError if it is not a string, ValueError if no backend has this
+    name, RuntimeError if it is one that is only planned."""
+    if not isinstance(backend, str):
+        raise TypeError(f"backend: got {backend!r}; accepted: the name of a backend, as a string")
     if backend != "auto":
         get_backend(backend)
     return backend
@@ -123,9 +127,7 @@ def prune_gradient(
         RuntimeError: the backend asked for cannot run.
     """
     check_operands(grad=grad)
-    if percentile is None:
-        raise TypeError("percentile: got None; accepted: a number in [50, 100)")
-    percentile = check_percentile(percentile)
+    percentile = check_percentile(percentile, or_none=False)
     check_sigma_estimator(sigma_estimator)
     check_backend(backend)
     if not 2 <= grad.dim() <= 4:
@@ -193,7 +195,7 @@ def sparse_conv2d(
         raise ValueError(
             f"bias: got shape {tuple(bias.shape)}; accepted: ({weight.shape[0]},), one for each output channel"
         )
-    stride, dilation = as_pair(stride, "stride"), as_pair(dilation, "dilation")
+    stride, dilation, groups = as_pair(stride, "stride"), as_pair(dilation, "dilation"), as_int(groups, "groups")
     batched = input.dim() == 4
     if not batched:
         input = input.unsqueeze(0)

@@ -53,7 +53,8 @@ class SparseConv2d(nn.Conv2d):
         sigma_estimator: "corrected", or "as_printed" for the biased estimate that the paper prints.
 
     All four may be set later. Raises TypeError or ValueError naming the one that is wrong, both
-    times; RuntimeError in forward if the backend asked for cannot run.
+    times, and RuntimeError for a backend that is only planned; RuntimeError in forward if the
+    backend asked for cannot run.
 
     ``layer_id`` is an int unique in the process, fresh for copies, as reported to
     ``sparsebwd.backends.observers``. For torch.compile it is a constant, so that code compiled for

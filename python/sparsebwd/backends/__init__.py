@@ -2,6 +2,7 @@
 """Implementations of the backward pass, from the oracle to the fastest; see :mod:`.base`."""
 
 from .base import (
+    PLANNED,
     Backend,
     BackwardResult,
     LayerStats,
@@ -17,6 +18,7 @@ from .dense import DenseBackend
 from .reference import ReferenceBackend
 
 __all__ = [
+    "PLANNED",
     "Backend",
     "BackwardResult",
     "LayerStats",

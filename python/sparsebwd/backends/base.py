@@ -127,6 +127,12 @@ class Backend(ABC):
 
 _backends: dict[str, Backend] = {}
 
+PLANNED = {
+    "triton": "this version has no Triton kernels yet",
+    "cuda": "this version has no CUDA kernels yet",
+}
+"""Names of backends to come, and why they do not run. A registered backend of the same name is used instead."""
+
 
 def register(backend: Backend) -> None:
     """Add a backend at the end of the list, that is as the one "auto" prefers."""
@@ -147,8 +153,13 @@ def available_backends() -> tuple[str, ...]:
 
 
 def get_backend(name: str) -> Backend:
-    """The backend of that name, available or not. Raises ValueError for an unknown name."""
+    """The backend of that name, available or not.
+
+    Raises RuntimeError with the reason for one that is only planned, ValueError for an unknown name.
+    """
     if name not in _backends:
+        if name in PLANNED:
+            raise RuntimeError(f"backend: {name!r} cannot run: {PLANNED[name]}")
         accepted = ", ".join(repr(known) for known in ("auto", *_backends))
         raise ValueError(f"backend: got {name!r}; accepted: {accepted}")
     return _backends[name]
@@ -158,8 +169,8 @@ def get_backend(name: str) -> Backend:
 def choose_backend(name: str, problem: ConvProblem | None, device_type: str, dtype: torch.dtype) -> Backend:
     """The backend called ``name``, or for "auto" the last in the list that can run.
 
-    Raises ValueError for an unknown name, RuntimeError with the reasons if it, or for "auto" every
-    backend, cannot run. Refusals on the way are logged at debug level.
+    Raises ValueError for an unknown name, RuntimeError with the reasons if it is only planned, or if
+    it, or for "auto" every backend, cannot run. Refusals on the way are logged at debug level.
     """
     candidates = reversed(_backends.values()) if name == "auto" else [get_backend(name)]
     what = f"{problem or 'pruning'} in {dtype} on {device_type}"

@@ -49,9 +49,11 @@ def info() -> Info:
             cpu: {name, cores (that this process may use), threads (of PyTorch's pool),
                 isa: {in_use (None if the C++ kernels do not run), supported: [...], limit (SPARSEBWD_MAX_ISA)}}.
             gpus: descriptions, [str]; no_gpu: why the list is empty, or None.
-            backends: {name: None if it runs, else the reason}, in the order of preference, the last first choice.
+            backends: {name: None if it runs, else the reason}, in the order of preference, the last first choice;
+                then those that are planned.
     """
     reasons = {name: backends.get_backend(name).available() for name in backends.registered_backends()}
+    reasons = reasons | {name: reason for name, reason in backends.PLANNED.items() if name not in reasons}
     in_use, supported = None, []
     if reasons["cpu"] is None:
         supported = list(torch.ops.sparsebwd_cpu.supported_isas())

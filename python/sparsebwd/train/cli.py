@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = {field.name for field in fields(TrainConfig)}
     try:
         config = TrainConfig(**{name: value for name, value in vars(options).items() if name in names})
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         parser.error(str(error))
     if options.distributed and not launched():
         parser.error("distributed: start the processes with torchrun --nproc-per-node N -m sparsebwd.train ...")

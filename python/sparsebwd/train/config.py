@@ -43,6 +43,7 @@ class TrainConfig:
 
     Raises:
         ValueError: an option is out of range; the message names it, what was got and what is accepted.
+        RuntimeError: the backend cannot run here.
     """
 
     model: str = "resnet18"
@@ -86,7 +87,7 @@ class TrainConfig:
         check_sigma_estimator(self.sigma_estimator)
         check_backend(self.backend)
         if self.backend != "auto" and (reason := get_backend(self.backend).available()):
-            raise ValueError(f"backend: got {self.backend!r}, which cannot run here: {reason}")
+            raise RuntimeError(f"backend: {self.backend!r} cannot run: {reason}")
         if self.placement != "auto":
             check_placement(self.placement)
         for name in ("epochs", "batch_size", "decay_epochs", "image_size", "measure_every"):

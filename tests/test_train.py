@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -17,10 +18,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import nn
 
 from sparsebwd import data, models
 from sparsebwd.train import CheckpointError, TrainConfig, checkpoint, cli, log, measure
+from sparsebwd.train.report import Reporter
 
 TINY = """
 from torch import nn
@@ -209,6 +212,22 @@ def test_demo(tmp_path, capsys):
     assert "A training step with pruned gradients was" in shown and "Next:" in shown
     config = json.loads((tmp_path / log.JSON_FILE).read_text())["config"]
     assert config["compare"] and config["schedule"] == "cosine" and config["epochs"] == 1 and config["batch_size"] == 16
+
+
+def test_demo_names_the_interpreter_as_one_would_type_it(tmp_path, monkeypatch):
+    def shown() -> str:
+        console = Console(file=io.StringIO())
+        Reporter(console).demo({"variants": {"sparse": {}}, "speedup": {}})
+        return console.file.getvalue()
+
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    monkeypatch.chdir(tmp_path)
+    assert "\n  .venv/bin/python -m sparsebwd.train --help\n" in shown()
+    monkeypatch.chdir(tmp_path.parent)
+    assert f"\n  {tmp_path.name}/.venv/bin/python -m sparsebwd.train --help\n" in shown()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert f"\n  {tmp_path}/.venv/bin/python -m sparsebwd.train --help\n" in shown()
 
 
 def test_mobilenet_is_warned_of(capsys, tmp_path):
@@ -411,14 +430,15 @@ def test_a_replaced_run_cannot_be_resumed(tmp_path, monkeypatch):
         (["--model", "vgg"], "model: got 'vgg', accepted are resnet18, "),
         (["--data", "mnist"], "data: got 'mnist', accepted are digits, cifar10, cifar100, imagefolder"),
         (["--data", "cifar10"], "data_dir: got none"),
-        (["--data", "cifar10", "--data-dir", "/nowhere", "--image-size", "32"], "no test_batch.bin in /nowhere"),
-        (["--data", "imagefolder", "--data-dir", "/nowhere"], "/nowhere needs the folders train/ and test/"),
+        (["--data", "cifar10", "--data-dir", "/nowhere", "--image-size", "32"], "data_dir: got '/nowhere', which does not exist"),
+        (["--data", "imagefolder", "--data-dir", "/nowhere"], "data_dir: got '/nowhere', which does not exist"),
         (["--percentile", "49"], "percentile: got 49"),
         (["--percentile", "100"], "percentile: got 100"),
         (["--percentile", "nan"], "percentile: got nan"),
         (["--percentile", "much"], "--percentile: got 'much', accepted are numbers in [50, 100) and none"),
         (["--placement", "middle"], "placement: got 'middle'"),
         (["--backend", "abacus"], "backend: got 'abacus'"),
+        (["--backend", "cuda"], "backend: 'cuda' cannot run: this version has no CUDA kernels yet"),
         (["--sigma-estimator", "guess"], "sigma_estimator: got 'guess'"),
         (["--dtype", "int8"], "dtype: got 'int8', accepted are float32, bfloat16"),
         (["--schedule", "random"], "schedule: got 'random', accepted are step, cosine"),

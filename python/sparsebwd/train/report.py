@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,12 +137,19 @@ class Reporter:
                 f"Of the gradients {_percent(sparse['density'])} were not zero. Test accuracy: "
                 f"{_percent(sparse['test_accuracy'])} sparse, {_percent(variants['dense']['test_accuracy'])} dense."
             )
+        command = f"{_interpreter()} -m sparsebwd.train"
         self.say(
             "Next:\n"
-            "  python -m sparsebwd.train --demo --data imagefolder --data-dir DIR   (your images, a folder per class)\n"
-            "  python -m sparsebwd.train --model resnet18 --data cifar10 --data-dir DIR --compare\n"
-            "  python -m sparsebwd.train --help"
+            f"  {command} --demo --data imagefolder --data-dir DIR   (your images, a folder per class)\n"
+            f"  {command} --model resnet18 --data cifar10 --data-dir DIR --compare\n"
+            f"  {command} --help"
         )
+
+
+def _interpreter() -> str:
+    """The Python that runs this, as one would type it here: another one may lack the package."""
+    path = Path(sys.executable)
+    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
 
 
 def _number(value: float | None, form: str) -> str:

@@ -4,7 +4,7 @@
 __version__ = "0.1.0"
 
 from . import functional, grad, nn
-from .convert import convert, revert
+from .convert import conversion_report, convert, revert
 from .functional import prune_gradient
 from .info import info
 from .monitor import DensityMonitor
@@ -13,6 +13,7 @@ from .nn import SparseConv2d
 __all__ = [
     "DensityMonitor",
     "SparseConv2d",
+    "conversion_report",
     "convert",
     "functional",
     "grad",

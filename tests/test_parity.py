@@ -44,6 +44,7 @@ GRID = [
     "n4c16h28w28k16r3s3p1",
     "n1c512h3w3k16r3s3p1",
     "n1c16h3w3k512r3s3p1",  # long sums in AGB
+    "n2c16h16w16k512r1s1",
 ]
 FASTEST = available_backends()[-1]
 SMALL_GRID = GRID[1:5] + GRID[8:11]
@@ -101,9 +102,11 @@ def _oracle(problem: ConvProblem, input, weight, grad_output):
     )
 
 
-def _check_errors(backend, text, density, dtype, memory_format, generator):
+def _check_errors(backend, text, density, dtype, memory_format, generator, positive=False):
     problem = ConvProblem.parse(text)
     operands = _operands(problem, density, dtype, memory_format, generator)
+    if positive:
+        operands = [operand.abs_() for operand in operands]
     expected = _oracle(problem, *operands)
     dense = _backward("dense", problem, *operands)
     for run in (_backward, _layer_backward):
@@ -115,6 +118,16 @@ def _check_errors(backend, text, density, dtype, memory_format, generator):
 @pytest.mark.parametrize("text", GRID)
 def test_error_is_at_most_twice_that_of_dense(backend, text, density, dtype, memory_format, generator):
     _check_errors(backend, text, density, dtype, memory_format, generator)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("density", [1.0, 0.3])
+@pytest.mark.parametrize(
+    "text", ["n2c16h16w16k512r1s1", "n8c16h32w32k16r1s1", "n1c512h3w3k16r3s3p1", "n2c64h14w14k64r3s3p1"]
+)
+def test_error_of_growing_sums(text, density, memory_format, generator):
+    """Sums of positive numbers: rounding errors grow with the length of a chain of additions."""
+    _check_errors(FASTEST, text, density, torch.float32, memory_format, generator, positive=True)
 
 
 @pytest.mark.isa

@@ -18,8 +18,10 @@ namespace {
 // Largest partial sums of grad_weight that are kept several times, for as many groups of images.
 constexpr int64_t kPrivateSumFloats = 256 * 1024;
 constexpr int64_t kMostGroups = 8;
+// A workspace that has grown larger is not kept for the next call.
+constexpr int64_t kKeptBytes = 256 * 1024 * 1024;
 
-void run_serially(int64_t tasks, TaskBody body, void* context) {
+void run_serially(int, int64_t tasks, TaskBody body, void* context) {
   for (int64_t task = 0; task < tasks; ++task) body(context, task, 0);
 }
 
@@ -149,9 +151,12 @@ class Backward {
 
 int64_t conv_backward(const ConvKernels& kernels, const PruneKernels& prune_kernels,
                       const TaskPool& pool, const ConvBackward& call) {
-  static thread_local Workspace workspace;
+  static thread_local std::unique_ptr<Workspace> workspace;
+  if (!workspace) workspace = std::make_unique<Workspace>();
   const ConvPlan plan(kernels, prune_kernels, call);
-  return Backward(plan, pool, workspace).run();
+  const int64_t nonzeros = Backward(plan, pool, *workspace).run();
+  if (Buffer::held() > kKeptBytes) workspace.reset();
+  return nonzeros;
 }
 
 }  // namespace sparsebwd

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The inner kernels of the sparse convolutions, as each instruction set provides them. The drivers
-// in conv_backward.cpp are written against this table only.
+// (lists.cpp, agb.cpp, wgc.cpp) are written against this table only.
 #pragma once
 
 #include <stdint.h>
@@ -65,7 +65,7 @@ struct ConvKernels {
 
   // Lists in the order of WGC: appends pixels to the lists of all channels. List k starts at
   // lists + k * capacity, counts[k] is its length. operand_offsets[i] is the offset of pixel i's
-  // operand, readable up to a multiple of `lanes`. Lists need room for `lanes` entries more. Returns
+  // operand, readable for `lanes` more. Lists need room for `lanes` entries more. Returns
   // the number of entries appended.
   int64_t (*list_by_channel)(const float* g, int64_t pixel_stride, int64_t pixels, int64_t channels,
                           const uint16_t* operand_offsets, List lists, int64_t capacity,

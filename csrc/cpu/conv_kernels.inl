@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Inner kernels of the sparse convolutions, written over Vec, Offsets, append_nonzero and
-// transpose, which the including file's vec_*.h defines for its instruction set. Everything has
+// Inner kernels of the sparse convolutions, written over Vec, Quad, Offsets, append_nonzero
+// and transpose, which the including file's vec_*.h defines for its instruction set. Everything has
 // internal linkage and nothing of the standard library is included: no function compiled here can
 // end up running on a machine without these instructions.
 #pragma once
@@ -11,8 +11,9 @@ namespace sparsebwd {
 namespace {
 
 constexpr int kLanes = Vec::kLanes;
-// Products that are added one after the other before they join the sum: rounding errors grow with
-// the length of such a chain.
+// Products that WGC adds one after the other before they join the sum of the panel, which then joins
+// that of all panels: rounding errors grow with the length of such chains. Those of AGB are at most
+// kMaxKBlock long.
 constexpr int64_t kLongestChain = 32;
 // A part of a pixel's channels is a strided read, which hardware prefetches badly.
 constexpr int64_t kPrefetchPixels = 16;
@@ -109,86 +110,73 @@ inline __attribute__((always_inline)) void for_each_entry(const float* values,
 // ---- AGB
 
 // What a pixel contributes is accumulated in registers while its list streams by. The sums start at
-// zero, not at what is there: short chains of additions keep the rounding errors small.
+// zero, not at what is there, and with few of them entries take turns with several sets: short
+// chains of additions keep the rounding errors small and hide the latency of the multiply-adds.
 template <int Columns, int Vectors>
 void agb_run(List list, const Visit* visits, int64_t count, const float* panel, float* dst) {
   constexpr int kSums = Columns * Vectors;
+  constexpr int kSets = kSums == 1 ? 4 : kSums <= 4 ? 2 : 1;
   const char* const base = reinterpret_cast<const char*>(panel);
   for (const Visit* const last = visits + count; visits != last; ++visits) {
     float* const sums = reinterpret_cast<float*>(reinterpret_cast<char*>(dst) + visits->dst);
-    Vec acc[kSums];
-    for (int i = 0; i < kSums; ++i) acc[i] = Vec::zero();
+    Vec acc[kSets][kSums];
+    for (int set = 0; set < kSets; ++set)
+      for (int i = 0; i < kSums; ++i) acc[set][i] = Vec::zero();
     for_each_entry(list.values + visits->start, list.offsets + visits->start, visits->count,
-                   [&](Vec g, int64_t at, int) __attribute__((always_inline)) {
+                   [&](Vec g, int64_t at, int n) __attribute__((always_inline)) {
                      const float* operand = reinterpret_cast<const float*>(base + at);
+                     Vec(&mine)[kSums] = acc[n % kSets];
                      for (int i = 0; i < kSums; ++i)
-                       acc[i] = acc[i].fma(g, Vec::load(operand + i * kLanes));
+                       mine[i] = mine[i].fma(g, Vec::load(operand + i * kLanes));
                    });
-    for (int i = 0; i < kSums; ++i) (Vec::load(sums + i * kLanes) + acc[i]).store(sums + i * kLanes);
+    for (int set = 1; set < kSets; ++set)
+      for (int i = 0; i < kSums; ++i) acc[0][i] = acc[0][i] + acc[set][i];
+    for (int i = 0; i < kSums; ++i)
+      (Vec::load(sums + i * kLanes) + acc[0][i]).store(sums + i * kLanes);
   }
 }
 
 // ---- WGC
 
-// All taps of a window of three rows are at fixed distances from an entry's operand, so the sums of
-// an output channel stay in registers while its list streams by. Sets > 1: entries take turns, to
-// hide the latency of the multiply-adds where there are few sums.
-template <int Columns, int Sets>
-void wgc_window(List lists, int64_t capacity, const uint16_t* counts, const uint16_t* order,
-                int64_t begin, int64_t last, const float* panel, int64_t row_bytes, float* dw,
-                int64_t dw_stride) {
-  constexpr int kSums = 3 * Columns;
-  const char* const row0 = reinterpret_cast<const char*>(panel);
-  const char* const row1 = row0 + row_bytes;
-  const char* const row2 = row1 + row_bytes;
+// All operands of an entry are at fixed distances: Rows rows of a window, RowSums vectors in each. So
+// the sums of an output channel stay in registers while its list streams by. With few sums, entries
+// take turns with two or more sets of them.
+template <int Rows, int RowSums, int Sets>
+void wgc_run(List lists, int64_t capacity, const uint16_t* counts, const uint16_t* order,
+             int64_t begin, int64_t last, const float* panel, int64_t row_bytes, float* dw,
+             int64_t dw_stride) {
+  constexpr int kSums = Rows * RowSums;
+  const char* rows[Rows];
+  for (int row = 0; row < Rows; ++row)
+    rows[row] = reinterpret_cast<const char*>(panel) + row * row_bytes;
   for (int64_t i = begin; i < last; ++i) {
     const int64_t k = order[i];
     float* sums = dw + k * dw_stride;
     const float* values = lists.values + k * capacity;
     const uint16_t* offsets = lists.offsets + k * capacity;
     Vec total[kSums];
-    for (int t = 0; t < kSums; ++t) total[t] = Vec::load(sums + t * kLanes);
+    for (int t = 0; t < kSums; ++t) total[t] = Vec::zero();
     for (int64_t left = counts[k]; left > 0; left -= kLongestChain) {
       Vec acc[Sets][kSums];
       for (int set = 0; set < Sets; ++set)
         for (int t = 0; t < kSums; ++t) acc[set][t] = Vec::zero();
       for_each_entry(values, offsets, left < kLongestChain ? left : kLongestChain,
                      [&](Vec g, int64_t at, int n) __attribute__((always_inline)) {
-                       const float* x[3] = {reinterpret_cast<const float*>(row0 + at),
-                                            reinterpret_cast<const float*>(row1 + at),
-                                            reinterpret_cast<const float*>(row2 + at)};
                        Vec(&mine)[kSums] = acc[n % Sets];
-                       for (int t = 0; t < kSums; ++t)
-                         mine[t] = mine[t].fma(g, Vec::load(x[t / Columns] + t % Columns * kLanes));
+                       for (int row = 0; row < Rows; ++row) {
+                         const float* x = reinterpret_cast<const float*>(rows[row] + at);
+                         for (int t = 0; t < RowSums; ++t)
+                           mine[row * RowSums + t] =
+                               mine[row * RowSums + t].fma(g, Vec::load(x + t * kLanes));
+                       }
                      });
       for (int set = 0; set < Sets; ++set)
         for (int t = 0; t < kSums; ++t) total[t] = total[t] + acc[set][t];
       values += kLongestChain;
       offsets += kLongestChain;
     }
-    for (int t = 0; t < kSums; ++t) total[t].store(sums + t * kLanes);
-  }
-}
-
-// One tap: entries alternate between two sets of sums, to hide the latency of the multiply-adds.
-template <int Vectors>
-void wgc_tap(List lists, int64_t capacity, const uint16_t* counts, const uint16_t* order,
-             int64_t begin, int64_t last, const float* panel, int64_t, float* dw,
-             int64_t dw_stride) {
-  const char* const base = reinterpret_cast<const char*>(panel);
-  for (int64_t i = begin; i < last; ++i) {
-    const int64_t k = order[i];
-    float* sums = dw + k * dw_stride;
-    Vec acc[2][Vectors];
-    for (int v = 0; v < Vectors; ++v) acc[0][v] = acc[1][v] = Vec::zero();
-    for_each_entry(lists.values + k * capacity, lists.offsets + k * capacity, counts[k],
-                   [&](Vec g, int64_t at, int n) __attribute__((always_inline)) {
-                     const float* x = reinterpret_cast<const float*>(base + at);
-                     for (int v = 0; v < Vectors; ++v)
-                       acc[n % 2][v] = acc[n % 2][v].fma(g, Vec::load(x + v * kLanes));
-                   });
-    for (int v = 0; v < Vectors; ++v)
-      (Vec::load(sums + v * kLanes) + (acc[0][v] + acc[1][v])).store(sums + v * kLanes);
+    for (int t = 0; t < kSums; ++t)
+      (Vec::load(sums + t * kLanes) + total[t]).store(sums + t * kLanes);
   }
 }
 
@@ -244,9 +232,9 @@ constexpr AgbKernel kAgbKernels[] = {
 };
 
 constexpr WgcKernel kWgcKernels[] = {
-    {3, 1, kLanes, true, wgc_window<1, 4>}, {3, 3, kLanes, false, wgc_window<3, 1>},
-    {1, 1, 4 * kLanes, false, wgc_tap<4>},  {1, 1, 2 * kLanes, false, wgc_tap<2>},
-    {1, 1, kLanes, false, wgc_tap<1>},
+    {3, 1, kLanes, true, wgc_run<3, 1, 4>},      {3, 3, kLanes, false, wgc_run<3, 3, 1>},
+    {1, 1, 4 * kLanes, false, wgc_run<1, 4, 2>}, {1, 1, 2 * kLanes, false, wgc_run<1, 2, 2>},
+    {1, 1, kLanes, false, wgc_run<1, 1, 4>},
 };
 
 constexpr ConvKernels kConvKernels = {

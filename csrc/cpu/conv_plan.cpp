@@ -6,7 +6,8 @@
 namespace sparsebwd {
 namespace {
 
-// Panels of operands that the inner loops read at random: they have to stay in L1.
+// Panels of operands that the inner loops read at random: they should stay in L1, of which recent
+// cores have 48 KB.
 constexpr int64_t kPanelBytes = 40 * 1024;
 // Panels of weights share L1 with the partial sums.
 constexpr int64_t kWeightPanelBytes = 37 * 1024;
@@ -24,9 +25,10 @@ constexpr int64_t kTilePixels = 32;
 AgbPlan plan_agb(const ConvKernels& kernels, const ConvProblem& problem) {
   AgbPlan plan;
   plan.channels = problem.c / problem.groups;
-  plan.padded_w = std::max(problem.w + 2 * problem.pad_w,
-                           (problem.q() - 1) * problem.stride_w + (problem.s - 1) * problem.dil_w + 1);
-  plan.images = std::max<int64_t>(1, std::min(problem.n, kSortedPixels / problem.q()));
+  plan.padded_w = problem.w + 2 * problem.pad_w;
+  const int64_t image_pixels = problem.p() * problem.q();
+  plan.images = std::min({problem.n, kSortedPixels / problem.q(), kChunkPixels / image_pixels});
+  plan.images = std::max<int64_t>(1, plan.images);
   for (int i = 0; i < kernels.agb_count; ++i) {
     const AgbKernel& kernel = kernels.agb[i];
     if (kernel.columns > 1 && (kernel.columns != problem.s || problem.dil_w != 1)) continue;

@@ -14,7 +14,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Most output channels of a panel of weights.
-constexpr int64_t kMaxKBlock = 512;
+constexpr int64_t kMaxKBlock = 128;
 
 // Images [begin, end).
 struct Images {
@@ -52,9 +52,9 @@ struct WgcPlan {
   int64_t channel_blocks;
   int64_t pitch;         // floats between pixels of a panel of input
   int64_t filter_floats;  // sums of one output channel and block of input channels
-  int64_t images;        // whole images of a unit, if > 1 or if the unit is one image
+  int64_t images;        // of a block: more than one if a unit is several whole images
   int64_t unit_rows;
-  int64_t units_per_block;  // a block: `images` images
+  int64_t units_per_block;
   int64_t segment;       // columns of a segment
   int64_t segments;      // of a row
   int64_t capacity;      // entries of the list of a channel and panel

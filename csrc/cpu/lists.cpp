@@ -83,7 +83,8 @@ void ChannelLists::reserve(const ConvPlan& plan, int64_t images, int64_t parts) 
 
   const int64_t pixels = wgc.segments == 1 ? wgc.unit_rows * plan.q : wgc.segment;
   const int64_t padded = round_up(pixels, plan.kernels.lanes);
-  operand_offsets_ = operand_offsets_buffer_.get<uint16_t>(padded);
+  // A tile that does not begin at a multiple of the lanes reads past the last pixel.
+  operand_offsets_ = operand_offsets_buffer_.get<uint16_t>(padded + plan.kernels.lanes);
   for (int64_t i = 0; i < padded; ++i) {
     int64_t pixel = i;
     if (wgc.window()) {
@@ -149,6 +150,8 @@ int64_t stage(const ConvPlan& plan, const char* source, char* out, Rows rows, fl
   return found;
 }
 
+constexpr int64_t kPrefetchBytes = 16 * 1024;
+
 // The lists are so many streams of stores that the hardware loses sight of the gradient's.
 void prefetch(const char* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
@@ -196,7 +199,8 @@ int64_t list_unit(const ConvPlan& plan, Rows unit, int64_t unit_index, PixelList
     const int64_t at = rows.first * plan.q * plan.problem.k * dtype_size(call.dtype);
     const char* source = static_cast<const char*>(call.grad_output) + at;
     const int64_t bytes = rows.count * plan.q * plan.problem.k * dtype_size(call.dtype);
-    const bool more = i + rows.count < unit.count;
+    // Of the next tile.
+    const int64_t ahead = i + rows.count < unit.count ? std::min(bytes, kPrefetchBytes) : 0;
     const float* g = reinterpret_cast<const float*>(source);
     if (plan.staged()) {
       char* out = call.pruned ? static_cast<char*>(call.pruned) + at : nullptr;
@@ -204,9 +208,9 @@ int64_t list_unit(const ConvPlan& plan, Rows unit, int64_t unit_index, PixelList
       const bool keeps = out && call.dtype == DType::kFloat32;
       staged += stage(plan, source, out, rows, keeps ? nullptr : scratch);
       g = keeps ? reinterpret_cast<const float*>(out) : scratch;
-      if (more && out) prefetch(out + bytes, bytes);
+      if (out) prefetch(out + bytes, ahead);
     }
-    if (more) prefetch(source + bytes, bytes);
+    prefetch(source + bytes, ahead);
     if (pixel_lists) by_pixel += list_by_pixel(plan, g, rows, *pixel_lists);
     if (channel_lists)
       by_channel += list_by_channel(plan, g, unit_index, {i, rows.count}, *channel_lists);

@@ -13,14 +13,14 @@ using TaskBody = void (*)(void* context, int64_t task, int worker);
 
 struct TaskPool {
   int threads;
-  void (*run)(int64_t tasks, TaskBody body, void* context);
+  void (*run)(int threads, int64_t tasks, TaskBody body, void* context);
 };
 
 // pool.run for a callable (int64_t task, int worker); it must not throw.
 template <class Body>
 static inline void parallel_tasks(const TaskPool& pool, int64_t tasks, Body&& body) {
   pool.run(
-      tasks,
+      pool.threads, tasks,
       [](void* context, int64_t task, int worker) {
         (*static_cast<decltype(&body)>(context))(task, worker);
       },

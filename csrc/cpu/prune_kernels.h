@@ -19,7 +19,8 @@ struct PruneKernels {
   // Prunes `pixels` neighbours of a row, from column w on, of `channels` channels each, stored
   // channel by channel with `pixel_stride` elements between pixels. `out` (may be null, may be g)
   // has the strides and the dtype of g; `out_f32` (may be null) receives the same values as
-  // float32, `f32_stride` elements between pixels. Returns the number of non-zeros.
+  // float32, `f32_stride` elements between pixels; not both are null. Returns the number of
+  // non-zeros.
   int64_t (*prune_pixels_nhwc)(const void* g, DType dtype, int64_t pixel_stride, void* out,
                                float* out_f32, int64_t f32_stride, uint32_t n, uint32_t h,
                                uint32_t w, int64_t pixels, int64_t channels,

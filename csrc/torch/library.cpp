@@ -96,9 +96,10 @@ int pool_threads() {
   return static_cast<int>(threads);
 }
 
-void pool_run(int64_t tasks, sparsebwd::TaskBody body, void* context) {
+// The number of threads is that for which the caller made room, even if it was changed since.
+void pool_run(int threads, int64_t tasks, sparsebwd::TaskBody body, void* context) {
   PoolRun run = {body, context, tasks};
-  const int64_t workers = std::min<int64_t>(tasks, pool_threads());
+  const int64_t workers = std::min<int64_t>(tasks, threads);
   if (workers <= 1)
     run_worker(0, workers, &run);
   else
@@ -205,15 +206,19 @@ int64_t conv2d_backward(const Tensor& grad_output, std::optional<Tensor> input,
         text(weight_size), ", accepted is a divisor of both numbers of channels");
   for (const int64_t size : {problem.h, problem.w, problem.r, problem.s, problem.stride_h,
                              problem.stride_w, problem.dil_h, problem.dil_w})
-    check(size >= 1, "input_size, weight_size, stride, dilation: got a size below 1");
+    check(size >= 1, "input_size, weight_size, stride, dilation: got ", text(input_size), ", ",
+          text(weight_size), ", ", text(stride), " and ", text(dilation),
+          ", accepted are numbers above 0");
   check(problem.n >= 0 && problem.pad_h >= 0 && problem.pad_w >= 0,
-        "batch and padding: got a negative number");
+        "input_size and padding: got ", text(input_size), " and ", text(padding),
+        ", accepted are numbers from 0 on");
   check(problem.h + 2 * problem.pad_h > problem.dil_h * (problem.r - 1) &&
             problem.w + 2 * problem.pad_w > problem.dil_w * (problem.s - 1),
-        "weight_size: got a kernel that is larger than the padded input");
+        "weight_size: got ", text(weight_size), ", accepted is a kernel not larger than the input ",
+        text(input_size), " with padding ", text(padding));
 
-  check(problem.c / groups <= 65535 && problem.k / groups <= 65535, "weight_size: got ",
-        text(weight_size), ", accepted are up to 65535 channels a group");
+  check(problem.k / groups <= 65535, "weight_size: got ", text(weight_size),
+        ", accepted are up to 65535 output channels a group");
   call.lists_only = lists_only;
   call.dtype = checked_dtype(grad_output, "grad_output");
   check_activation(grad_output, "grad_output", grad_output,

@@ -26,6 +26,11 @@ except ImportError as error:
 _raw = torch.ops.sparsebwd_cpu
 
 
+# What the lists' integers can count.
+_MOST_CHANNELS = 65535
+_LONGEST_ROW = 2**22
+
+
 class _Convolved(NamedTuple):
     density: Tensor
     pruned: Tensor | None
@@ -41,9 +46,7 @@ def _density(nonzeros: int, numel: int) -> Tensor:
     return torch.tensor(nonzeros / max(numel, 1), dtype=torch.float32)
 
 
-def _threshold(
-    grad: Tensor, percentile: float, sigma_estimator: str
-) -> tuple[Tensor, Tensor]:
+def _threshold(grad: Tensor, percentile: float, sigma_estimator: str) -> tuple[Tensor, Tensor]:
     """(sigma, tau) of ``grad``, see :func:`sparsebwd.reference.threshold`."""
     abs_sum, _ = _raw.abs_sum(grad)
     return reference.threshold(
@@ -63,19 +66,19 @@ def _convolve(
     key: Tensor | None = None,
     tau: Tensor | None = None,
     keep_pruned: bool = False,
+    weight_format: torch.memory_format = torch.contiguous_format,
 ) -> _Convolved:
-    """Prune if there is a key, AGB if there is a weight, WGC if there is an input; in one call."""
+    """Prune if there is a key, AGB if there is a weight, WGC if there is an input; in one call.
+
+    weight_format: that of the gradient of the weight.
+    """
     grad_output = _channels_last(grad_output)
     pruned = torch.empty_like(grad_output) if keep_pruned else None
     grad_input = grad_weight = None
     if weight is not None:
-        grad_input = torch.empty(
-            problem.input_size, dtype=grad_output.dtype, memory_format=torch.channels_last
-        )
+        grad_input = torch.empty(problem.input_size, dtype=grad_output.dtype, memory_format=torch.channels_last)
     if input is not None:
-        grad_weight = torch.empty(
-            problem.weight_size, dtype=input.dtype, memory_format=reference.memory_format(input)
-        )
+        grad_weight = torch.empty(problem.weight_size, dtype=input.dtype, memory_format=weight_format)
         input = _channels_last(input)
     nonzeros = _raw.conv2d_backward(
         grad_output,
@@ -105,21 +108,22 @@ class CpuBackend(Backend):
     def available(self) -> str | None:
         return _unavailable
 
-    def can_run(
-        self, problem: ConvProblem | None, device_type: str, dtype: torch.dtype
-    ) -> str | None:
+    def can_run(self, problem: ConvProblem | None, device_type: str, dtype: torch.dtype) -> str | None:
         if device_type != "cpu":
             return f"the device is {device_type}, not cpu"
         if dtype not in (torch.float32, torch.bfloat16):
             return f"{dtype} is not float32 or bfloat16"
+        if problem is not None:
+            if problem.k // problem.groups > _MOST_CHANNELS:
+                return f"more than {_MOST_CHANNELS} output channels a group"
+            if problem.w > _LONGEST_ROW:
+                return f"rows longer than {_LONGEST_ROW} pixels"
         return None
 
     def for_auto(self) -> Backend:
         return AdaptiveCpuBackend()
 
-    def prune(
-        self, grad: Tensor, key: Tensor, percentile: float, sigma_estimator: str
-    ) -> PrunedGradient:
+    def prune(self, grad: Tensor, key: Tensor, percentile: float, sigma_estimator: str) -> PrunedGradient:
         sigma, tau = _threshold(grad, percentile, sigma_estimator)
         values = torch.empty_like(grad)
         nonzeros = _raw.prune(grad, key, tau.item(), values)
@@ -129,7 +133,8 @@ class CpuBackend(Backend):
         return _convolve(problem, grad_output, weight=weight).grad_input
 
     def conv2d_weight(self, problem: ConvProblem, input: Tensor, grad_output: Tensor) -> Tensor:
-        return _convolve(problem, grad_output, input=input).grad_weight
+        weight_format = reference.memory_format(input)
+        return _convolve(problem, grad_output, input=input, weight_format=weight_format).grad_weight
 
     def sparse_pays(
         self, problem: ConvProblem, grad: Tensor, key: Tensor | None = None, tau: Tensor | None = None
@@ -169,6 +174,7 @@ class CpuBackend(Backend):
                 prune_key,
                 tau,
                 keep_pruned=prune_output and any(dense),
+                weight_format=reference.memory_format(weight),
             )
             density, pruned, grad_input, grad_weight = result
         else:
@@ -179,17 +185,13 @@ class CpuBackend(Backend):
                 density = _density(nonzeros, grad_output.numel())
         gradient = grad_output if pruned is None else pruned
         if any(dense):
-            dense_input, dense_weight = convolution_backward(
-                problem, gradient, input, weight, tuple(dense)
-            )
+            dense_input, dense_weight = convolution_backward(problem, gradient, input, weight, tuple(dense))
             grad_input = dense_input if dense[0] else grad_input
             grad_weight = dense_weight if dense[1] else grad_weight
 
         if percentile is not None and placement == "input" and grad_input is not None:
             grad_input, tau, sigma, _ = self.prune(grad_input, key, percentile, sigma_estimator)
-        implementation = "+".join(
-            name for name, ran in ((self.name, any(sparse)), ("dense", any(dense))) if ran
-        )
+        implementation = "+".join(name for name, ran in ((self.name, any(sparse)), ("dense", any(dense))) if ran)
         return BackwardResult(
             grad_input,
             grad_weight,

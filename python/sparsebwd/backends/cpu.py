@@ -265,5 +265,5 @@ def _break_even(problem: ConvProblem, dtype: torch.dtype) -> tuple[float, float]
     if dtype == torch.bfloat16:
         return 0.15, 0.15
     if problem.r * problem.s == 1:
-        return 0.40, 0.35
-    return (0.60, 0.60) if problem.c >= 16 else (0.0, 0.30)
+        return 0.40, 0.25
+    return (0.60, 0.60) if problem.c >= 16 else (0.0, 0.25)

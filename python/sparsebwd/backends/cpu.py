@@ -262,8 +262,8 @@ def _break_even(problem: ConvProblem, dtype: torch.dtype) -> tuple[float, float]
     if problem.groups > 1 or problem.k < 16:
         # Few channels a group leave the kernels' vectors mostly empty.
         return 0.0, 0.0
-    if dtype == torch.bfloat16:
-        return 0.15, 0.15
+    if problem.c < 16:
+        return 0.0, 0.25 if dtype == torch.float32 else 0.0
     if problem.r * problem.s == 1:
-        return 0.40, 0.25
-    return (0.60, 0.60) if problem.c >= 16 else (0.0, 0.25)
+        return (0.40, 0.25) if dtype == torch.float32 else (0.10, 0.10)
+    return (0.55, 0.60) if dtype == torch.float32 else (0.15, 0.25)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import sparsebwd
 from sparsebwd import grad, ops, reference  # noqa: F401  (ops defines torch.ops.sparsebwd)
+from sparsebwd.backends.dense import convolution_backward
 from sparsebwd.problem import ConvProblem
 from sparsebwd.testing import assert_bit_equal, assert_error_bounded
 
@@ -210,19 +211,12 @@ class Convolution(Operation):
         return any(self.outputs(layer))
 
     def baseline(self, case: Case, operands: Operands) -> tuple[Tensor | None, ...]:
-        problem = case.layer.problem
-        return torch.ops.aten.convolution_backward(
+        return convolution_backward(
+            case.layer.problem,
             operands.grad_output,
             operands.input,
             operands.weight,
-            None,
-            problem.stride,
-            problem.padding,
-            problem.dilation,
-            False,
-            (0, 0),
-            problem.groups,
-            (*self.outputs(case.layer), False),
+            self.outputs(case.layer),
         )
 
     def consumed(self, case: Case, inputs: Inputs) -> Operands:

@@ -13,8 +13,8 @@ void Agb::start(const ConvPlan& plan, const TaskPool& pool) {
   const ConvProblem& problem = plan.problem;
   const AgbPlan& agb = plan.agb;
   const AgbKernel& kernel = *agb.kernel;
-  panels_ = buffer_.get<float>(plan.k_blocks() * agb.channel_blocks * problem.r * agb.column_steps *
-                               agb.panel_floats);
+  panels_.reserve(plan.k_blocks() * agb.channel_blocks * problem.r * agb.column_steps *
+                  agb.panel_floats);
   parallel_tasks(pool, plan.k_blocks() * agb.channel_blocks, [&](int64_t task, int) {
     const WeightStrides& strides = plan.call.weight_strides;
     const int64_t block = task / agb.channel_blocks, channel_block = task % agb.channel_blocks;
@@ -23,7 +23,7 @@ void Agb::start(const ConvPlan& plan, const TaskPool& pool) {
     for (int64_t k = 0; k < plan.k_size(block); ++k)
       for (int64_t r = 0; r < problem.r; ++r)
         for (int64_t s = 0; s < problem.s; ++s) {
-          float* to = panels_ + panel(block, channel_block, r, s / kernel.columns) +
+          float* to = panels_.data() + panel(block, channel_block, r, s / kernel.columns) +
                       (k * kernel.columns + s % kernel.columns) * kernel.group;
           load_weights((plan.k_begin(block) + k) * strides.k + c_begin * strides.c + r * strides.r +
                            s * strides.s,
@@ -76,7 +76,7 @@ void Agb::run(const PixelLists& lists, int64_t task, float* scratch) const {
     for (int64_t column_step = 0; column_step < agb.column_steps; ++column_step)
       for (int64_t block = first_block; block < first_block + agb.k_blocks; ++block) {
         const float* weights =
-            panels_ + panel(block, channel_task % agb.channel_blocks, r, column_step);
+            panels_.data() + panel(block, channel_task % agb.channel_blocks, r, column_step);
         float* sums = scratch + column_step * problem.dil_w * agb.kernel->group;
         for (int64_t h = first; h < last; ++h, sums += agb.row_floats()) {
           const int64_t offset = h + problem.pad_h - r * problem.dil_h;

@@ -26,8 +26,7 @@ class Agb {
   void write(Images images, Rows rows, int64_t channel_task, const float* sums) const;
 
   const ConvPlan* plan_ = nullptr;
-  float* panels_ = nullptr;
-  Buffer buffer_;
+  Buffer<float> panels_;
 };
 
 }  // namespace sparsebwd

@@ -9,6 +9,13 @@
 
 namespace sparsebwd {
 
+// Bytes of all buffers that this thread has made.
+inline int64_t& held_bytes() {
+  static thread_local int64_t bytes = 0;
+  return bytes;
+}
+
+template <class T>
 class Buffer {
  public:
   Buffer() = default;
@@ -16,32 +23,28 @@ class Buffer {
   Buffer& operator=(const Buffer&) = delete;
   ~Buffer() {
     free(data_);
-    held_ -= bytes_;
+    held_bytes() -= bytes_;
   }
 
-  // Bytes of all buffers that this thread has made.
-  static int64_t held() { return held_; }
-
-  // At least `count` elements, aligned to a cache line. What was there before is gone.
-  template <class T>
-  T* get(int64_t count) {
+  // Room for `count` elements, aligned to a cache line. What was there before is gone.
+  void reserve(int64_t count) {
     const int64_t bytes = (count * static_cast<int64_t>(sizeof(T)) + 127) / 64 * 64;
-    if (bytes > bytes_) {
-      free(data_);
-      held_ -= bytes_;
-      bytes_ = 0;
-      data_ = aligned_alloc(64, bytes);
-      if (!data_) throw std::bad_alloc();
-      bytes_ = bytes;
-      held_ += bytes_;
-    }
-    return static_cast<T*>(data_);
+    if (bytes <= bytes_) return;
+    free(data_);
+    data_ = nullptr;
+    held_bytes() -= bytes_;
+    bytes_ = 0;
+    data_ = static_cast<T*>(aligned_alloc(64, static_cast<size_t>(bytes)));
+    if (!data_) throw std::bad_alloc();
+    bytes_ = bytes;
+    held_bytes() += bytes_;
   }
+
+  T* data() const { return data_; }
 
  private:
-  void* data_ = nullptr;
+  T* data_ = nullptr;
   int64_t bytes_ = 0;
-  static inline thread_local int64_t held_ = 0;
 };
 
 }  // namespace sparsebwd

@@ -35,7 +35,7 @@ struct Workspace {
   Agb agb;
   Wgc wgc;
   std::vector<std::unique_ptr<Lists>> lists;
-  Buffer scratch;
+  Buffer<float> scratch;
 };
 
 class Backward {
@@ -106,10 +106,10 @@ class Backward {
     }
     // Kernels may load, not store, a little past the end; and workers share no cache line.
     scratch_stride_ = round_up(floats, 16) + 1024;
-    scratch_ = workspace_.scratch.get<float>(scratch_stride_ * pool_.threads);
+    workspace_.scratch.reserve(scratch_stride_ * pool_.threads);
   }
 
-  float* scratch(int worker) const { return scratch_ + worker * scratch_stride_; }
+  float* scratch(int worker) const { return workspace_.scratch.data() + worker * scratch_stride_; }
 
   // Of the workers of `pool`, the first is number `worker`.
   int64_t run_chunk(Images images, int64_t group, const TaskPool& pool, int worker) {
@@ -143,7 +143,6 @@ class Backward {
   const TaskPool& pool_;
   Workspace& workspace_;
   const int64_t chunk_;  // images
-  float* scratch_ = nullptr;
   int64_t scratch_stride_ = 0;
 };
 
@@ -155,7 +154,7 @@ int64_t conv_backward(const ConvKernels& kernels, const PruneKernels& prune_kern
   if (!workspace) workspace = std::make_unique<Workspace>();
   const ConvPlan plan(kernels, prune_kernels, call);
   const int64_t nonzeros = Backward(plan, pool, *workspace).run();
-  if (Buffer::held() > kKeptBytes) workspace.reset();
+  if (held_bytes() > kKeptBytes) workspace.reset();
   return nonzeros;
 }
 

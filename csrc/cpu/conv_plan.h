@@ -7,11 +7,9 @@
 
 #include "conv_backward.h"
 #include "conv_kernels.h"
+#include "integers.h"
 
 namespace sparsebwd {
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Most output channels of a panel of weights.
 constexpr int64_t kMaxKBlock = 128;

@@ -14,11 +14,11 @@ void PixelLists::reserve(const ConvPlan& plan, int64_t images) {
   capacity_images_ = images;
   const int64_t lists = images * plan.p * plan.k_blocks();
   const int64_t tiles = ceil_div(images, plan.agb.images) * plan.p * plan.k_blocks();
-  values_ = values_buffer_.get<float>(lists * plan.agb.capacity);
-  offsets_ = offsets_buffer_.get<uint16_t>(lists * plan.agb.capacity);
-  counts_ = counts_buffer_.get<uint16_t>(lists * plan.q);
-  visits_ = visits_buffer_.get<Visit>(tiles * plan.agb.images * plan.q);
-  visit_counts_ = visit_counts_buffer_.get<int64_t>(tiles);
+  values_.reserve(lists * plan.agb.capacity);
+  offsets_.reserve(lists * plan.agb.capacity);
+  counts_.reserve(lists * plan.q);
+  visits_.reserve(tiles * plan.agb.images * plan.q);
+  visit_counts_.reserve(tiles);
 }
 
 Images PixelLists::group(int64_t index) const {
@@ -29,7 +29,7 @@ Images PixelLists::group(int64_t index) const {
 PixelLists::Tile PixelLists::tile(int64_t group_index, int64_t p, int64_t k_block) const {
   const int64_t index = tile_index(group_index, p, k_block);
   return {list(group(group_index).begin * plan_->p + p, k_block),
-          visits_ + index * plan_->agb.images * plan_->q, visit_counts_[index]};
+          visits_.data() + index * plan_->agb.images * plan_->q, visit_counts_.data()[index]};
 }
 
 void PixelLists::sort(int64_t group_index, int64_t p) {
@@ -40,7 +40,7 @@ void PixelLists::sort(int64_t group_index, int64_t p) {
 void PixelLists::sort(int64_t group_index, int64_t p, int64_t k_block) {
   const Images images = group(group_index);
   const int64_t index = tile_index(group_index, p, k_block);
-  Visit* const visits = visits_ + index * plan_->agb.images * plan_->q;
+  Visit* const visits = visits_.data() + index * plan_->agb.images * plan_->q;
   uint32_t position[kMaxKBlock + 1] = {};
   for (int64_t n = images.begin; n < images.end; ++n) {
     const uint16_t* here = counts(n * plan_->p + p, k_block);
@@ -53,7 +53,7 @@ void PixelLists::sort(int64_t group_index, int64_t p, int64_t k_block) {
     position[n] = sum;
     sum += here;
   }
-  visit_counts_[index] = position[0];
+  visit_counts_.data()[index] = position[0];
   const AgbPlan& agb = plan_->agb;
   const uint32_t pixel_bytes =
       static_cast<uint32_t>(plan_->problem.stride_w * agb.kernel->group * 4);
@@ -76,15 +76,15 @@ void ChannelLists::reserve(const ConvPlan& plan, int64_t images, int64_t parts) 
   const WgcPlan& wgc = plan.wgc;
   const int64_t panels = ceil_div(images, wgc.images) * wgc.units_per_block * wgc.segments;
   const int64_t lists = panels * plan.problem.k;
-  values_ = values_buffer_.get<float>(lists * wgc.capacity);
-  offsets_ = offsets_buffer_.get<uint16_t>(lists * wgc.capacity);
-  counts_ = counts_buffer_.get<uint16_t>(lists);
-  order_ = order_buffer_.get<uint16_t>(lists);
+  values_.reserve(lists * wgc.capacity);
+  offsets_.reserve(lists * wgc.capacity);
+  counts_.reserve(lists);
+  order_.reserve(lists);
 
   const int64_t pixels = wgc.segments == 1 ? wgc.unit_rows * plan.q : wgc.segment;
   const int64_t padded = round_up(pixels, plan.kernels.lanes);
   // A tile that does not begin at a multiple of the lanes reads past the last pixel.
-  operand_offsets_ = operand_offsets_buffer_.get<uint16_t>(padded + plan.kernels.lanes);
+  operand_offsets_.reserve(padded + plan.kernels.lanes);
   for (int64_t i = 0; i < padded; ++i) {
     int64_t pixel = i;
     if (wgc.window()) {
@@ -93,13 +93,13 @@ void ChannelLists::reserve(const ConvPlan& plan, int64_t images, int64_t parts) 
           image * plan.window_rows(plan.p) + row % plan.p * plan.problem.stride_h;
       pixel = panel_row * plan.window_columns() + i % plan.q * plan.problem.stride_w;
     }
-    operand_offsets_[i] = static_cast<uint16_t>(pixel * wgc.pitch * 4);
+    operand_offsets_.data()[i] = static_cast<uint16_t>(pixel * wgc.pitch * 4);
   }
 }
 
 void ChannelLists::clear(int64_t unit_index) {
   const int64_t lists = plan_->wgc.segments * plan_->problem.k;
-  memset(counts_ + unit_index * lists, 0, lists * sizeof(uint16_t));
+  memset(counts_.data() + unit_index * lists, 0, lists * sizeof(uint16_t));
 }
 
 // Counting sort, in classes: the inner loop only has to guess right most of the time.
@@ -108,7 +108,7 @@ void ChannelLists::sort(int64_t unit_index) {
   const int64_t segments = plan_->wgc.segments, groups = plan_->problem.groups;
   for (int64_t i = 0; i < segments * groups; ++i) {
     const int64_t first = unit_index * segments * plan_->problem.k + i * plan_->k_group;
-    const auto class_of = [counts = counts_ + first](int64_t k) {
+    const auto class_of = [counts = counts_.data() + first](int64_t k) {
       return std::min<int64_t>(counts[k], kClasses - 1);
     };
     for (int64_t part = 0; part < parts_; ++part) {
@@ -121,7 +121,7 @@ void ChannelLists::sort(int64_t unit_index) {
         sum += here;
       }
       for (int64_t k = part_begin(part); k < part_begin(part + 1); ++k)
-        order_[first + position[class_of(k)]++] = static_cast<uint16_t>(k);
+        order_.data()[first + position[class_of(k)]++] = static_cast<uint16_t>(k);
     }
   }
 }

@@ -19,10 +19,10 @@ class PixelLists {
 
   List list(int64_t row, int64_t k_block) const {
     const int64_t at = index(row, k_block) * plan_->agb.capacity;
-    return {values_ + at, offsets_ + at};
+    return {values_.data() + at, offsets_.data() + at};
   }
   uint16_t* counts(int64_t row, int64_t k_block) const {
-    return counts_ + index(row, k_block) * plan_->q;
+    return counts_.data() + index(row, k_block) * plan_->q;
   }
 
   // Groups of images are numbered from the first image on.
@@ -51,12 +51,10 @@ class PixelLists {
   const ConvPlan* plan_ = nullptr;
   Images images_ = {};
   int64_t capacity_images_ = 0;
-  float* values_ = nullptr;
-  uint16_t* offsets_ = nullptr;
-  uint16_t* counts_ = nullptr;
-  Visit* visits_ = nullptr;
-  int64_t* visit_counts_ = nullptr;
-  Buffer values_buffer_, offsets_buffer_, counts_buffer_, visits_buffer_, visit_counts_buffer_;
+  Buffer<float> values_;
+  Buffer<uint16_t> offsets_, counts_;
+  Buffer<Visit> visits_;
+  Buffer<int64_t> visit_counts_;
 };
 
 // For WGC: a list for every panel of pixels and output channel, and for every panel the channels of
@@ -70,15 +68,15 @@ class ChannelLists {
 
   List list(int64_t panel) const {
     const int64_t at = panel * plan_->problem.k * plan_->wgc.capacity;
-    return {values_ + at, offsets_ + at};
+    return {values_.data() + at, offsets_.data() + at};
   }
-  uint16_t* counts(int64_t panel) const { return counts_ + panel * plan_->problem.k; }
-  const uint16_t* order(int64_t panel) const { return order_ + panel * plan_->problem.k; }
+  uint16_t* counts(int64_t panel) const { return counts_.data() + panel * plan_->problem.k; }
+  const uint16_t* order(int64_t panel) const { return order_.data() + panel * plan_->problem.k; }
   int64_t part_begin(int64_t part) const { return plan_->k_group * part / parts_; }
   int64_t parts() const { return parts_; }
 
   // Byte offset in a panel of input of the operand of pixel i of the panel's gradient.
-  const uint16_t* operand_offsets() const { return operand_offsets_; }
+  const uint16_t* operand_offsets() const { return operand_offsets_.data(); }
 
   // Units (see ConvPlan) are numbered from the first image on.
   void clear(int64_t unit_index);
@@ -88,12 +86,8 @@ class ChannelLists {
   const ConvPlan* plan_ = nullptr;
   Images images_ = {};
   int64_t parts_ = 1;
-  float* values_ = nullptr;
-  uint16_t* offsets_ = nullptr;
-  uint16_t* counts_ = nullptr;
-  uint16_t* order_ = nullptr;
-  uint16_t* operand_offsets_ = nullptr;
-  Buffer values_buffer_, offsets_buffer_, counts_buffer_, order_buffer_, operand_offsets_buffer_;
+  Buffer<float> values_;
+  Buffer<uint16_t> offsets_, counts_, order_, operand_offsets_;
 };
 
 // Prunes if asked to and lists the rows of a unit, number `unit_index` of `channel_lists`. Either kind

@@ -5,13 +5,13 @@
 #include <atomic>
 #include <vector>
 
+#include "integers.h"
+
 namespace sparsebwd {
 namespace {
 
 constexpr int64_t kSumChunk = 16 * 1024;   // elements; part of the definition of the sum
 constexpr int64_t kTaskElements = 32 * 1024;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 const void* at(const void* base, DType dtype, int64_t element) {
   return static_cast<const char*>(base) + element * dtype_size(dtype);

@@ -20,8 +20,8 @@ int64_t Wgc::sum_floats(const ConvPlan& plan) {
 void Wgc::start(const ConvPlan& plan, int64_t groups) {
   plan_ = &plan;
   groups_ = groups;
-  sums_ = buffer_.get<float>(groups * sum_floats(plan));
-  memset(sums_, 0, groups * sum_floats(plan) * sizeof(float));
+  sums_.reserve(groups * sum_floats(plan));
+  memset(sums_.data(), 0, groups * sum_floats(plan) * sizeof(float));
 }
 
 int64_t Wgc::tasks(const ChannelLists& lists) const {
@@ -38,9 +38,9 @@ void Wgc::run(const ChannelLists& lists, int64_t group, int64_t task, float* scr
   const Block block = {conv_group * wgc.channels + c,
                        std::min<int64_t>(kernel.group, wgc.channels - c)};
   const int64_t k = conv_group * plan_->k_group;
-  const int64_t filter = plan_->wgc.filter_floats;
+  const int64_t filter = wgc.filter_floats;
   float* const sums =
-      sums_ + group * sum_floats(*plan_) + channel_task * plan_->k_group * filter;
+      sums_.data() + group * sum_floats(*plan_) + channel_task * plan_->k_group * filter;
   const int64_t units = plan_->units(lists.images());
   const int64_t begin = lists.part_begin(part), end = lists.part_begin(part + 1);
   for (int64_t index = 0; index < units; ++index) {
@@ -162,10 +162,10 @@ void Wgc::write_filter(Storage* grad_weight, int64_t k, Convert convert) const {
   const WgcPlan& wgc = plan_->wgc;
   const WeightStrides& strides = plan_->call.grad_weight_strides;
   const int64_t group = wgc.kernel->group;
-  const int64_t filter = plan_->wgc.filter_floats;
+  const int64_t filter = wgc.filter_floats;
   for (int64_t block = 0; block < wgc.channel_blocks; ++block) {
     const int64_t channel_task = k / plan_->k_group * wgc.channel_blocks + block;
-    float* sums = sums_ + (channel_task * plan_->k_group + k % plan_->k_group) * filter;
+    float* sums = sums_.data() + (channel_task * plan_->k_group + k % plan_->k_group) * filter;
     for (int64_t image_group = 1; image_group < groups_; ++image_group) {
       const float* more = sums + image_group * sum_floats(*plan_);
       for (int64_t i = 0; i < filter; ++i) sums[i] += more[i];

@@ -45,8 +45,8 @@ class Wgc {
 
   const ConvPlan* plan_ = nullptr;
   int64_t groups_ = 0;
-  float* sums_ = nullptr;  // [group][block of input channels][output channel of its group][tap][channel]
-  Buffer buffer_;
+  // [group][block of input channels][output channel of its group][row, column][channel]
+  Buffer<float> sums_;
 };
 
 }  // namespace sparsebwd

@@ -240,7 +240,6 @@ def _conv2d_backward(
             sigma_estimator,
             placement,
             output_mask[:2],
-            layer_id,
         )
         seconds = time.perf_counter() - start
         if output_mask[0]:

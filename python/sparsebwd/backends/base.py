@@ -108,7 +108,6 @@ class Backend(ABC):
         sigma_estimator: str,
         placement: str,
         output_mask: Sequence[bool],
-        layer_id: int,
     ) -> BackwardResult:
         """Prune, AGB and WGC; ``output_mask`` says whether the input's and the weight's gradient
         are wanted."""

@@ -58,6 +58,13 @@ def _threshold(grad: Tensor, percentile: float, sigma_estimator: str) -> tuple[T
     )
 
 
+def _prune_at(grad: Tensor, key: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient pruned at the threshold ``tau``, and its density."""
+    values = torch.empty_like(grad)
+    nonzeros = _raw.prune(grad, key, tau.item(), values)
+    return values, _density(nonzeros, grad.numel())
+
+
 def _convolve(
     problem: ConvProblem,
     grad_output: Tensor,
@@ -125,9 +132,8 @@ class CpuBackend(Backend):
 
     def prune(self, grad: Tensor, key: Tensor, percentile: float, sigma_estimator: str) -> PrunedGradient:
         sigma, tau = _threshold(grad, percentile, sigma_estimator)
-        values = torch.empty_like(grad)
-        nonzeros = _raw.prune(grad, key, tau.item(), values)
-        return PrunedGradient(values, tau, sigma, _density(nonzeros, grad.numel()))
+        values, density = _prune_at(grad, key, tau)
+        return PrunedGradient(values, tau, sigma, density)
 
     def conv2d_input(self, problem: ConvProblem, weight: Tensor, grad_output: Tensor) -> Tensor:
         return _convolve(problem, grad_output, weight=weight).grad_input
@@ -154,7 +160,6 @@ class CpuBackend(Backend):
         sigma_estimator: str,
         placement: str,
         output_mask: Sequence[bool],
-        layer_id: int,
     ) -> BackwardResult:
         sigma = tau = None
         prune_output = percentile is not None and placement == "output"
@@ -180,9 +185,7 @@ class CpuBackend(Backend):
         else:
             density = pruned = grad_input = grad_weight = None
             if prune_output:
-                pruned = torch.empty_like(grad_output)
-                nonzeros = _raw.prune(grad_output, key, tau.item(), pruned)
-                density = _density(nonzeros, grad_output.numel())
+                pruned, density = _prune_at(grad_output, key, tau)
         gradient = grad_output if pruned is None else pruned
         if any(dense):
             dense_input, dense_weight = convolution_backward(problem, gradient, input, weight, tuple(dense))

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from PIL import Image
 from rich.console import Console
 from torch import nn
 
-from sparsebwd import data, models
+from sparsebwd import convert, data, models
 from sparsebwd.train import CheckpointError, TrainConfig, checkpoint, cli, log, measure
 from sparsebwd.train.report import Reporter
 
@@ -249,15 +250,21 @@ def test_learning_rates():
     assert TrainConfig(epochs=10, max_steps=7).total_steps(10) == 7
 
 
-def test_convolution_timer_sees_convolutions_only():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
-    timer = measure.ConvBackwardTimer(lambda: calls.append(1))
+def test_backward_timer_tells_kinds_apart(monkeypatch):
+    clock = iter(range(1000))
+    ticking = SimpleNamespace(perf_counter=lambda: float(next(clock)))  # each operation takes a second
+    monkeypatch.setattr(measure, "time", ticking)
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), convert(nn.Conv2d(4, 4, 3)), nn.MaxPool2d(4)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4, 2))
     calls = []
+    timer = measure.BackwardTimer(lambda: calls.append(1))
     loss = model(torch.randn(2, 3, 8, 8)).square().mean()
     with timer:
         loss.backward()
-    assert len(calls) == 4  # before and after each of the two
-    assert timer.seconds > 0
+    other = timer.seconds.pop("other")
+    assert timer.seconds == {"convolution": 2, "batch_norm": 1, "relu": 1, "pooling": 1, "linear": 2}
+    assert other > 0
+    assert len(calls) == 2 * (sum(timer.seconds.values()) + other)  # before and after each
 
 
 # resuming

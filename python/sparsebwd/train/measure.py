@@ -9,34 +9,49 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .. import ops  # noqa: F401  (defines torch.ops.sparsebwd)
+_KINDS = {
+    "aten::convolution_backward": "convolution",
+    "sparsebwd::conv2d_backward": "convolution",
+    "aten::native_batch_norm_backward": "batch_norm",
+    "aten::batch_norm_backward": "batch_norm",
+    "aten::threshold_backward": "relu",
+    "aten::max_pool2d_with_indices_backward": "pooling",
+    "aten::avg_pool2d_backward": "pooling",
+    "aten::_adaptive_avg_pool2d_backward": "pooling",
+    "aten::mm": "linear",
+    "aten::addmm": "linear",
+}
 
-_CONV_BACKWARD = (torch.ops.aten.convolution_backward.default, torch.ops.sparsebwd.conv2d_backward.default)
+KINDS = (*dict.fromkeys(_KINDS.values()), "other")
+"""The kinds of operations that a `BackwardTimer` tells apart."""
 
 
-class ConvBackwardTimer(TorchDispatchMode):
-    """Sums the time of the backward pass of all convolutions, dense and sparse, while active.
+class BackwardTimer(TorchDispatchMode):
+    """Sums the times of the operations of a backward pass by kind, while active.
 
-    It sees every operation, which costs each some microseconds: times of whole steps are taken without it.
+    It costs each operation some microseconds: times of whole steps are taken without it.
+
+    seconds: of each of `KINDS`; "convolution" is the backward pass of all convolutions, dense and sparse, with pruning.
     """
 
-    def __init__(self, synchronize: Callable[[], None]) -> None:
+    def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
         super().__init__()
-        self.seconds = 0.0
+        self.seconds = dict.fromkeys(KINDS, 0.0)
         self._synchronize = synchronize
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func not in _CONV_BACKWARD:
-            return func(*args, **(kwargs or {}))
         self._synchronize()
         start = time.perf_counter()
         result = func(*args, **(kwargs or {}))
         self._synchronize()
-        self.seconds += time.perf_counter() - start
+        self.record(_KINDS.get(func.name().partition(".")[0], "other"), time.perf_counter() - start)
         return result
+
+    def record(self, kind: str, seconds: float) -> None:
+        """Called after each operation."""
+        self.seconds[kind] += seconds
 
 
 @dataclass

@@ -25,7 +25,7 @@ from ..monitor import DensityMonitor
 from . import checkpoint
 from .config import DTYPES, TrainConfig
 from .log import RunLog
-from .measure import ConvBackwardTimer, EpochTally, speedups, summarize
+from .measure import BackwardTimer, EpochTally, speedups, summarize
 from .report import Reporter
 from .world import World
 
@@ -138,7 +138,7 @@ class Trainer:
         self._write_log()
         with self.reporter.running(self._step, self._total_steps):
             while self._step < self._total_steps:
-                self._train_step()
+                self.train_step()
                 if self._step % len(self._batches) == 0:
                     self._close_epoch(complete=True)
                 elif self.config.checkpoint_steps and self._step % self.config.checkpoint_steps == 0:
@@ -148,6 +148,42 @@ class Trainer:
         summary = summarize(self._history)
         self._write_log(summary)
         return summary
+
+    def train_step(self) -> None:
+        """One step of every twin on the same batch, within `reporter.running`. They take turns at going first.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        inputs, labels = self.batch(self._step)
+        rate = self.config.learning_rate_at(self._step, len(self._batches))
+        # Consecutive seeds: all steps of all processes of a run have different ones.
+        seed = (self.config.seed * 0x9E3779B1 + self._step * self.world.size + self.world.rank) % 2**32
+        measured = self._step % self.config.measure_every == self.config.measure_every - 1
+        order = self.twins if self._step % 2 == 0 else self.twins[::-1]
+        losses = dict.fromkeys(twin.name for twin in self.twins)
+        for twin in order:
+            torch.manual_seed(seed)
+            losses[twin.name] = self._step_twin(twin, inputs, labels, rate, measured)
+        self._step += 1
+        for twin in self.twins:
+            if not math.isfinite(losses[twin.name]):
+                raise TrainingError(
+                    f"the loss of the {twin.name} model became {losses[twin.name]} in step {self._step}: "
+                    "try a lower --learning-rate, some --warmup-steps or a lower --percentile"
+                )
+        self.reporter.step(losses, {twin.name: twin.tally.step[-1] for twin in self.twins if twin.tally.step})
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs [N, 3, H, W] and labels [N] of step `step`, counted from 0 over the whole run."""
+        images, labels = self._batches.batch(*divmod(step, len(self._batches)))
+        return self._normalize(images), labels.to(self.world.device)
+
+    def forward(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """Logits in float32."""
+        dtype = DTYPES[self.config.dtype]
+        with torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32):
+            return model(inputs).float()
 
     def _build_twins(self) -> list[Twin]:
         config = self.config
@@ -180,29 +216,6 @@ class Trainer:
         )
         return Twin(name, model, parallel, optimizer, EpochTally())
 
-    def _train_step(self) -> None:
-        """One step of every twin on the same batch. They take turns at going first."""
-        per_epoch = len(self._batches)
-        images, labels = self._batches.batch(*divmod(self._step, per_epoch))
-        inputs, labels = self._normalize(images), labels.to(self.world.device)
-        rate = self.config.learning_rate_at(self._step, per_epoch)
-        # Consecutive seeds: all steps of all processes of a run have different ones.
-        seed = (self.config.seed * 0x9E3779B1 + self._step * self.world.size + self.world.rank) % 2**32
-        measured = self._step % self.config.measure_every == self.config.measure_every - 1
-        order = self.twins if self._step % 2 == 0 else self.twins[::-1]
-        losses = dict.fromkeys(twin.name for twin in self.twins)
-        for twin in order:
-            torch.manual_seed(seed)
-            losses[twin.name] = self._step_twin(twin, inputs, labels, rate, measured)
-        self._step += 1
-        for twin in self.twins:
-            if not math.isfinite(losses[twin.name]):
-                raise TrainingError(
-                    f"the loss of the {twin.name} model became {losses[twin.name]} in step {self._step}: "
-                    "try a lower --learning-rate, some --warmup-steps or a lower --percentile"
-                )
-        self.reporter.step(losses, {twin.name: twin.tally.step[-1] for twin in self.twins if twin.tally.step})
-
     def _step_twin(self, twin: Twin, inputs: Tensor, labels: Tensor, rate: float, measured: bool) -> float:
         """Forward, backward, update. Returns the mean loss over all processes."""
         twin.parallel.train()
@@ -210,15 +223,15 @@ class Trainer:
             group["lr"] = rate
         twin.optimizer.zero_grad()
         begin = self._clock()
-        logits = self._forward(twin.parallel, inputs)
+        logits = self.forward(twin.parallel, inputs)
         loss = cross_entropy(logits, labels)
         middle = self._clock()
         if measured:
             with ExitStack() as stack:
-                timer = stack.enter_context(ConvBackwardTimer(self.world.synchronize))
+                timer = stack.enter_context(BackwardTimer(self.world.synchronize))
                 monitor = stack.enter_context(DensityMonitor(twin.model)) if twin.name == "sparse" else None
                 loss.backward()
-            twin.tally.conv_backward.append(timer.seconds)
+            twin.tally.conv_backward.append(timer.seconds["convolution"])
             if monitor is not None:
                 twin.tally.add_densities(monitor.as_dict())
         else:
@@ -238,12 +251,6 @@ class Trainer:
         twin.tally.images += count
         return total / count
 
-    def _forward(self, model: nn.Module, inputs: Tensor) -> Tensor:
-        """Logits in float32."""
-        dtype = DTYPES[self.config.dtype]
-        with torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32):
-            return model(inputs).float()
-
     @torch.no_grad()
     def _evaluate(self, twin: Twin) -> dict[str, float]:
         """Loss and accuracy on the test images."""
@@ -257,7 +264,7 @@ class Trainer:
             world_size=self.world.size,
         ):
             labels = labels.to(self.world.device)
-            logits = self._forward(twin.model, self._normalize(images))
+            logits = self.forward(twin.model, self._normalize(images))
             loss += cross_entropy(logits, labels, reduction="sum").item()
             correct += (logits.argmax(1) == labels).sum().item()
             count += len(labels)

@@ -47,8 +47,8 @@ class GradientFile:
 
     model, data: names as `python -m sparsebwd.train` takes them.
     percentile: at which the run pruned; None if it did not.
-    placement: which gradients it pruned, "output", "input", or "none". With "input", `grad_output` has the zeros that
-        a rectifier left, and the convolutions consume it as it is.
+    placement: which gradients it pruned, "output" or "input"; "input+output" where layers differ. With "input",
+        `grad_output` has the zeros that a rectifier left, and the convolutions consume it as it is.
     """
 
     model: str

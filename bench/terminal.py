@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands have in common: files to write, warnings, the state of the machine, tables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from .environment import OtherProcesses, environment
+from .timing import keep_freed_memory
+
+BUSY = 0.1
+"""CPUs used by others above which a warning is due."""
+
+FILE = {"dir_okay": False, "metavar": "FILE"}
+"""Settings of an option that names a file to write."""
+
+
+def check_writable(**files: Path | None) -> None:
+    """Refuse now rather than after the measurement."""
+    for name, path in files.items():
+        if path is not None:
+            folder = next(folder for folder in path.absolute().parents if folder.exists())
+            if not (folder.is_dir() and os.access(folder, os.W_OK)):
+                raise typer.BadParameter(
+                    f"{name}: got {str(path)!r}; {folder} is not a folder to write to", param_hint=f"--{name}"
+                )
+
+
+def warn(text: str) -> None:
+    typer.echo(f"warning: {text}", err=True)
+
+
+def fail(text: str, status: int = 1) -> NoReturn:
+    typer.echo(text, err=True)
+    raise typer.Exit(status)
+
+
+@contextmanager
+def measuring() -> Iterator[dict[str, Any]]:
+    """Freed memory is kept; yields the environment, complete on leaving. Warns if others use the machine."""
+    allocator = keep_freed_memory()
+    found = environment() | {"allocator": allocator}
+    if found["load"] is not None and found["load"] > BUSY * found["cpu"]["cores"]:
+        warn(f"this machine is busy (load {found['load']}); times may be off")
+    others = OtherProcesses()
+    yield found
+    found["other_cpus"] = others.cpus()
+    if found["other_cpus"] is not None and found["other_cpus"] > BUSY:
+        warn(f"other processes used {found['other_cpus']} CPUs during the measurement; these times are no evidence")
+
+
+def machine(environment: dict[str, Any]) -> str:
+    """The line above a table: what it was measured on."""
+    cpu = environment["cpu"]
+    return (
+        f"{cpu['name']}, {cpu['cores']} cores, {cpu['isa']['in_use']}; torch {environment['torch']}, "
+        f"sparsebwd {environment['sparsebwd']}; {environment['time']}."
+    )
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text. Columns whose heading is in `left` are aligned to the left. `notes` stand below, one a line."""
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: Sequence[str]
+    notes: Sequence[str] = ()
+
+    def show(self, console: Console) -> None:
+        table = RichTable(box=None, pad_edge=False, show_edge=False, header_style="bold")
+        for heading in self.headings:
+            table.add_column(heading, justify="left" if heading in self.left else "right", no_wrap=True)
+        for row in self.rows:
+            table.add_row(*map(Text, row))
+        # A cell that is cut off tells nothing; a terminal wraps long lines.
+        unlimited = console.options.update(max_width=10_000)
+        console.width = max(console.width, console.measure(table, options=unlimited).maximum)
+        console.print(Text(f"\n{self.title}", "bold"))
+        console.print(table)
+        for note in self.notes:
+            console.print(Text(note), soft_wrap=True)
+
+    def markdown(self) -> str:
+        lines = [
+            f"## {self.title}\n",
+            _markdown_line(self.headings),
+            _markdown_line(":--" if heading in self.left else "--:" for heading in self.headings),
+            *map(_markdown_line, self.rows),
+            "",
+            *(f"- {note}" for note in self.notes),
+        ]
+        return "\n".join(lines).rstrip() + "\n"
+
+
+def _markdown_line(cells) -> str:
+    return "| " + " | ".join(cells) + " |"

@@ -20,6 +20,16 @@ PARAMETERS = {
     "alexnet": (14_859_082, 15_043_492),
     "mobilenet": (3_217_226, 3_309_476),
 }
+# With 1000 classes. Those of the papers' networks as everybody counts them.
+IMAGENET_PARAMETERS = {
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
+    "alexnet": 61_100_840,
+    "mobilenet": 4_231_976,
+}
 CONVOLUTIONS = {
     "resnet18": 20,
     "resnet34": 36,
@@ -51,14 +61,44 @@ def test_parameters_shapes_and_placement(name):
     assert {layer.placement for layer in layers} == {expected_placement}
 
 
-@pytest.mark.parametrize(("name", "size"), [("resnet18", 4), ("resnet50", 4), ("mobilenet", 2)])
-def test_the_last_maps_have_the_size_that_the_paper_averages(name, size):
+@pytest.mark.parametrize("name", IMAGENET_PARAMETERS)
+def test_imagenet_form(name):
     with torch.device("meta"):
-        model = models.create(name, 10)
+        model = models.create(name, 1000, form="imagenet")
+        assert sum(parameter.numel() for parameter in model.parameters()) == IMAGENET_PARAMETERS[name]
+        assert model(torch.empty(2, 3, 224, 224)).shape == (2, 1000)
+        assert model(torch.empty(1, 3, 227, 227)).shape == (1, 1000)
+        assert sum(isinstance(module, torch.nn.Conv2d) for module in model.modules()) == CONVOLUTIONS[name]
+        assert model.state_dict().keys() == models.create(name, 10).state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "size"),
+    [
+        ("resnet18", "cifar", 4),
+        ("resnet50", "cifar", 4),
+        ("alexnet", "cifar", 4),
+        ("mobilenet", "cifar", 2),
+        ("resnet18", "imagenet", 7),
+        ("resnet50", "imagenet", 7),
+        ("alexnet", "imagenet", 6),
+        ("mobilenet", "imagenet", 7),
+    ],
+)
+def test_the_last_maps_have_the_size_that_the_papers_name(name, form, size):
+    with torch.device("meta"):
+        model = models.create(name, 10, form)
         seen = []
         model.pool.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[-2:]))
-        model(torch.empty(1, 3, 32, 32))
+        model(torch.empty(1, 3, models.IMAGE_SIZE[form], models.IMAGE_SIZE[form]))
     assert seen == [(size, size)]
+
+
+def test_alexnet_for_imagenet_begins_with_large_filters():
+    with torch.device("meta"):
+        model = models.create("alexnet", 1000, "imagenet")
+    first, second = [module for module in model.features if isinstance(module, torch.nn.Conv2d)][:2]
+    assert (first.kernel_size, first.stride, second.kernel_size) == ((11, 11), (4, 4), (5, 5))
 
 
 def test_alexnet_has_the_layers_that_the_paper_names():
@@ -100,3 +140,5 @@ def test_bad_arguments():
         models.create("vgg16", 10)
     with pytest.raises(ValueError, match="num_classes: got 0"):
         models.create("resnet18", 0)
+    with pytest.raises(ValueError, match="form: got 'imagenette', accepted are cifar, imagenet"):
+        models.create("resnet18", 10, "imagenette")

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The networks of Ye et al. (2019) in their CIFAR form, for 32x32 images.
+"""The networks of Ye et al. (2019), each in two forms: for 32x32 images ("cifar") and for 224x224 ("imagenet").
 
-Every model maps float images [N, 3, 32, 32] to logits [N, num_classes]. They are plain PyTorch modules with dense
-convolutions: `sparsebwd.convert` makes the backward pass of their convolutions sparse.
+Every model maps float images [N, 3, H, W] to logits [N, num_classes]. They are plain PyTorch modules with dense
+convolutions: `sparsebwd.convert` makes the backward pass of their convolutions sparse. The two forms of a network have
+the same modules under the same names; they differ in what brings images down to the size of the first maps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
@@ -15,14 +17,18 @@ from .alexnet import AlexNet
 from .mobilenet import MobileNet
 from .resnet import BasicBlock, Bottleneck, ResNet
 
-__all__ = ["AlexNet", "MobileNet", "ResNet", "create", "names"]
+__all__ = ["IMAGE_SIZE", "AlexNet", "MobileNet", "ResNet", "create", "names"]
 
-_BUILDERS: dict[str, Callable[[int], nn.Module]] = {
-    "resnet18": lambda num_classes: ResNet(BasicBlock, (2, 2, 2, 2), num_classes),
-    "resnet34": lambda num_classes: ResNet(BasicBlock, (3, 4, 6, 3), num_classes),
-    "resnet50": lambda num_classes: ResNet(Bottleneck, (3, 4, 6, 3), num_classes),
-    "resnet101": lambda num_classes: ResNet(Bottleneck, (3, 4, 23, 3), num_classes),
-    "resnet152": lambda num_classes: ResNet(Bottleneck, (3, 8, 36, 3), num_classes),
+IMAGE_SIZE = {"cifar": 32, "imagenet": 224}
+"""The forms, and the height and width of the images that each is made for; others work. The paper crops ImageNet to
+227x227, this package to the usual 224x224."""
+
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),
+    "resnet34": partial(ResNet, BasicBlock, (3, 4, 6, 3)),
+    "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3)),
+    "resnet101": partial(ResNet, Bottleneck, (3, 4, 23, 3)),
+    "resnet152": partial(ResNet, Bottleneck, (3, 8, 36, 3)),
     "alexnet": AlexNet,
     "mobilenet": MobileNet,
 }
@@ -33,18 +39,21 @@ def names() -> tuple[str, ...]:
     return tuple(_BUILDERS)
 
 
-def create(name: str, num_classes: int) -> nn.Module:
+def create(name: str, num_classes: int, form: str = "cifar") -> nn.Module:
     """A freshly initialised model. Weights are drawn from PyTorch's default generator.
 
     Args:
         name: one of `names()`.
         num_classes: number of logits, at least 1.
+        form: "cifar" or "imagenet".
 
     Raises:
-        ValueError: unknown `name`, or `num_classes` below 1.
+        ValueError: unknown `name` or `form`, or `num_classes` below 1.
     """
     if name not in _BUILDERS:
         raise ValueError(f"model: got {name!r}, accepted are {', '.join(_BUILDERS)}")
     if num_classes < 1:
         raise ValueError(f"num_classes: got {num_classes}, accepted are integers from 1")
-    return _BUILDERS[name](num_classes)
+    if form not in IMAGE_SIZE:
+        raise ValueError(f"form: got {form!r}, accepted are {', '.join(IMAGE_SIZE)}")
+    return _BUILDERS[name](num_classes, form=form)

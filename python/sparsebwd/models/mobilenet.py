@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MobileNet v1 (Howard et al. 2017) for 32x32 images."""
+"""MobileNet v1 (Howard et al. 2017)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ _BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)
 
 
 class MobileNet(nn.Module):
-    """Stride 1 in the first layer, so that the last maps are 2x2 and averaged."""
+    """On 32x32 images ("cifar"), the first layer has stride 1, so that the last maps are 2x2 and averaged; on 224x224
+    ("imagenet") it has stride 2, and they are 7x7."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, form: str = "cifar") -> None:
         super().__init__()
-        layers = [_conv(3, 32, 3)]
+        layers = [_conv(3, 32, 3, stride=2 if form == "imagenet" else 1)]
         channels = 32
         for out_channels, stride in _BLOCKS:
             layers += [_conv(channels, channels, 3, stride, groups=channels), _conv(channels, out_channels, 1)]
@@ -30,9 +31,7 @@ class MobileNet(nn.Module):
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, groups=groups, bias=False
-        ),
+        nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, groups=groups, bias=False),
         nn.BatchNorm2d(out_channels),
         nn.ReLU(inplace=True),
     )

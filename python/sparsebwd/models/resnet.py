@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ResNet-18/34/50/101/152 (He et al. 2016) for 32x32 images."""
+"""ResNet-18/34/50/101/152 (He et al. 2016)."""
 
 from __future__ import annotations
 
@@ -53,22 +53,36 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """First convolution 3x3 with stride 1 and no max-pooling, so that the last maps are 4x4 and averaged.
+    """On 32x32 images ("cifar"), the first convolution is 3x3 with stride 1, without max-pooling, so that the last maps
+    are 4x4 and averaged. On 224x224 ("imagenet") it is 7x7 with stride 2, and 3x3 max-pooling with stride 2 follows: 7x7.
 
     Args:
         block: `BasicBlock` or `Bottleneck`.
         depths: number of blocks in each of the four stages.
         num_classes: number of logits.
         width: channels of the first stage, doubled by each of the next.
+        form: "cifar" or "imagenet".
     """
 
     def __init__(
-        self, block: type[BasicBlock | Bottleneck], depths: Sequence[int], num_classes: int, width: int = 64
+        self,
+        block: type[BasicBlock | Bottleneck],
+        depths: Sequence[int],
+        num_classes: int,
+        width: int = 64,
+        form: str = "cifar",
     ) -> None:
         super().__init__()
+        large = form == "imagenet"
         self.stem = nn.Sequential(
-            nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+            nn.Conv2d(3, width, 7, 2, padding=3, bias=False)
+            if large
+            else nn.Conv2d(3, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
         )
+        if large:
+            self.stem.append(nn.MaxPool2d(3, 2, padding=1))
         stages, channels = [], width
         for index, depth in enumerate(depths):
             inner = width * 2**index
@@ -93,6 +107,4 @@ class ResNet(nn.Module):
 def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
-    )
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))

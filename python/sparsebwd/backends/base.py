@@ -24,15 +24,16 @@ class BackwardResult(NamedTuple):
     """Gradients of one convolution; None where they were not asked for.
 
     density is that of the gradient which both convolutions consumed; tau and sigma are those of
-    the gradient that was pruned. All three are 0-dim float32 tensors, or None where not computed.
+    the gradient that was pruned. All three are numbers, as 0-dim tensors where they are known to
+    the device alone, or None where not computed.
     implementation names what ran, for instance "dense" where a backend fell back to it.
     """
 
     grad_input: Tensor | None
     grad_weight: Tensor | None
-    tau: Tensor | None
-    sigma: Tensor | None
-    density: Tensor | None
+    tau: Tensor | float | None
+    sigma: Tensor | float | None
+    density: Tensor | float | None
     implementation: str
 
 

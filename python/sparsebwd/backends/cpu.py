@@ -32,7 +32,7 @@ _LONGEST_ROW = 2**22
 
 
 class _Convolved(NamedTuple):
-    density: Tensor
+    density: float
     pruned: Tensor | None
     grad_input: Tensor | None
     grad_weight: Tensor | None
@@ -42,27 +42,15 @@ def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
-def _density(nonzeros: int, numel: int) -> Tensor:
-    return torch.tensor(nonzeros / max(numel, 1), dtype=torch.float32)
-
-
-def _threshold(grad: Tensor, percentile: float, sigma_estimator: str) -> tuple[Tensor, Tensor]:
+def _threshold(grad: Tensor, percentile: float, sigma_estimator: str) -> tuple[float, float]:
     """(sigma, tau) of ``grad``, see :func:`sparsebwd.reference.threshold`."""
     abs_sum, _ = _raw.abs_sum(grad)
-    return reference.threshold(
-        torch.tensor(abs_sum, dtype=torch.float64),
-        grad.numel(),
-        percentile,
-        sigma_estimator,
-        grad.dtype,
-    )
+    return reference.threshold(abs_sum, grad.numel(), percentile, sigma_estimator, grad.dtype)
 
 
-def _prune_at(grad: Tensor, key: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient pruned at the threshold ``tau``, and its density."""
-    values = torch.empty_like(grad)
-    nonzeros = _raw.prune(grad, key, tau.item(), values)
-    return values, _density(nonzeros, grad.numel())
+def _prune_at(grad: Tensor, key: Tensor, tau: float, values: Tensor) -> float:
+    """Write ``grad`` pruned at the threshold ``tau`` to ``values``, which may be ``grad``. Returns the density."""
+    return _raw.prune(grad, key, tau, values) / max(grad.numel(), 1)
 
 
 def _convolve(
@@ -71,7 +59,7 @@ def _convolve(
     input: Tensor | None = None,
     weight: Tensor | None = None,
     key: Tensor | None = None,
-    tau: Tensor | None = None,
+    tau: float = 0.0,
     keep_pruned: bool = False,
     weight_format: torch.memory_format = torch.contiguous_format,
 ) -> _Convolved:
@@ -98,13 +86,12 @@ def _convolve(
         problem.dilation,
         problem.groups,
         key,
-        0.0 if tau is None else tau.item(),
+        tau,
         pruned,
         grad_input,
         grad_weight,
     )
-    density = _density(nonzeros, grad_output.numel())
-    return _Convolved(density, pruned, grad_input, grad_weight)
+    return _Convolved(nonzeros / max(grad_output.numel(), 1), pruned, grad_input, grad_weight)
 
 
 class CpuBackend(Backend):
@@ -132,8 +119,9 @@ class CpuBackend(Backend):
 
     def prune(self, grad: Tensor, key: Tensor, percentile: float, sigma_estimator: str) -> PrunedGradient:
         sigma, tau = _threshold(grad, percentile, sigma_estimator)
-        values, density = _prune_at(grad, key, tau)
-        return PrunedGradient(values, tau, sigma, density)
+        values = torch.empty_like(grad)
+        density = _prune_at(grad, key, tau, values)
+        return PrunedGradient(values, *(torch.tensor(scalar, dtype=torch.float32) for scalar in (tau, sigma, density)))
 
     def conv2d_input(self, problem: ConvProblem, weight: Tensor, grad_output: Tensor) -> Tensor:
         return _convolve(problem, grad_output, weight=weight).grad_input
@@ -143,7 +131,7 @@ class CpuBackend(Backend):
         return _convolve(problem, grad_output, input=input, weight_format=weight_format).grad_weight
 
     def sparse_pays(
-        self, problem: ConvProblem, grad: Tensor, key: Tensor | None = None, tau: Tensor | None = None
+        self, problem: ConvProblem, grad: Tensor, key: Tensor | None = None, tau: float = 0.0
     ) -> tuple[bool, bool]:
         """Whether AGB and WGC of ``grad``, pruned at ``tau`` if there is a key, run on the sparse
         kernels."""
@@ -161,48 +149,39 @@ class CpuBackend(Backend):
         placement: str,
         output_mask: Sequence[bool],
     ) -> BackwardResult:
-        sigma = tau = None
+        sigma = tau = density = pruned = grad_input = grad_weight = None
         prune_output = percentile is not None and placement == "output"
         if prune_output:
             sigma, tau = _threshold(grad_output, percentile, sigma_estimator)
-        prune_key = key if prune_output else None
+        pruning = (key, tau) if prune_output else ()
 
-        pays = self.sparse_pays(problem, grad_output, prune_key, tau)
-        sparse = [wanted and pay for wanted, pay in zip(output_mask, pays)]
-        dense = [wanted and not pay for wanted, pay in zip(output_mask, pays)]
+        pays = self.sparse_pays(problem, grad_output, *pruning)
+        sparse = (output_mask[0] and pays[0], output_mask[1] and pays[1])
+        dense = (output_mask[0] and not pays[0], output_mask[1] and not pays[1])
         if any(sparse):
-            result = _convolve(
+            density, pruned, grad_input, grad_weight = _convolve(
                 problem,
                 grad_output,
                 input if sparse[1] else None,
                 weight if sparse[0] else None,
-                prune_key,
-                tau,
+                *pruning,
                 keep_pruned=prune_output and any(dense),
                 weight_format=reference.memory_format(weight),
             )
-            density, pruned, grad_input, grad_weight = result
-        else:
-            density = pruned = grad_input = grad_weight = None
-            if prune_output:
-                pruned, density = _prune_at(grad_output, key, tau)
-        gradient = grad_output if pruned is None else pruned
+        elif prune_output:
+            pruned = torch.empty_like(grad_output)
+            density = _prune_at(grad_output, *pruning, pruned)
         if any(dense):
-            dense_input, dense_weight = convolution_backward(problem, gradient, input, weight, tuple(dense))
+            gradient = grad_output if pruned is None else pruned
+            dense_input, dense_weight = convolution_backward(problem, gradient, input, weight, dense)
             grad_input = dense_input if dense[0] else grad_input
             grad_weight = dense_weight if dense[1] else grad_weight
 
         if percentile is not None and placement == "input" and grad_input is not None:
-            grad_input, tau, sigma, _ = self.prune(grad_input, key, percentile, sigma_estimator)
+            sigma, tau = _threshold(grad_input, percentile, sigma_estimator)
+            _prune_at(grad_input, key, tau, grad_input)
         implementation = "+".join(name for name, ran in ((self.name, any(sparse)), ("dense", any(dense))) if ran)
-        return BackwardResult(
-            grad_input,
-            grad_weight,
-            tau,
-            sigma,
-            density,
-            implementation,
-        )
+        return BackwardResult(grad_input, grad_weight, tau, sigma, density, implementation)
 
 
 _dense = DenseBackend()
@@ -216,7 +195,7 @@ class AdaptiveCpuBackend(CpuBackend):
     """
 
     def sparse_pays(
-        self, problem: ConvProblem, grad: Tensor, key: Tensor | None = None, tau: Tensor | None = None
+        self, problem: ConvProblem, grad: Tensor, key: Tensor | None = None, tau: float = 0.0
     ) -> tuple[bool, bool]:
         limits = _break_even(problem, grad.dtype)
         if not any(limits):
@@ -244,25 +223,36 @@ class AdaptiveCpuBackend(CpuBackend):
         return chosen.conv2d_weight(problem, input, grad_output)
 
 
-def _expected_density(grad: Tensor, key: Tensor | None, tau: Tensor | None) -> float:
+# The sample that density is estimated from. The number of runs is prime, so that they do not meet the same pixels of
+# every image.
+_RUNS = 61
+_RUN_LENGTH = 256
+
+
+def _expected_density(grad: Tensor, key: Tensor | None, tau: float) -> float:
+    """Density of ``grad``, pruned at ``tau`` if there is a key, from runs of elements spread evenly over its memory."""
+    runs = min(_RUNS, grad.numel())
+    distance = grad.numel() // runs
+    length = min(_RUN_LENGTH, distance)
+    # The copy is to be pruned. It is as one row of pixels with a run each: channels share random numbers.
+    sample = grad.as_strided((1, length, 1, runs), (0, 1, 0, distance)).clone(memory_format=torch.channels_last)
     if key is None:
-        return _raw.abs_sum(grad)[1] / max(grad.numel(), 1)
-    # Two images tell enough, at a fraction of the cost of pruning them all.
-    sample = grad[:: max(1, grad.shape[0] // 2)][:2]
-    nonzeros = 0
-    for image in sample.split(1):
-        nonzeros += _raw.prune(image, key, tau.item(), torch.empty_like(image))
-    return nonzeros / max(sample.numel(), 1)
+        return _raw.abs_sum(sample)[1] / sample.numel()
+    return _prune_at(sample, key, tau, sample)
+
+
+# Multiply-adds below which the fixed costs of the sparse kernels outweigh what they save.
+_FEWEST_MACS = 2**22
 
 
 @lru_cache(maxsize=4096)
 def _break_even(problem: ConvProblem, dtype: torch.dtype) -> tuple[float, float]:
-    """Densities up to which the sparse AGB and WGC are the faster ones.
+    """Densities up to which the sparse AGB and WGC are the faster ones; 0 where they never are.
 
     Read off ``python -m sparsebwd.bench``, on the cautious side; docs/performance.md has the
     measurements.
     """
-    if problem.groups > 1 or problem.k < 16:
+    if problem.groups > 1 or problem.k < 16 or problem.macs < _FEWEST_MACS:
         # Few channels a group leave the kernels' vectors mostly empty.
         return 0.0, 0.0
     if problem.c < 16:

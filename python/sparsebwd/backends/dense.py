@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,13 +26,19 @@ class DenseBackend(Backend):
         return reference.prune(grad, key, percentile, sigma_estimator)
 
     def conv2d_input(self, problem: ConvProblem, weight: Tensor, grad_output: Tensor) -> Tensor:
-        # Only the shape of the input matters here.
-        input = grad_output.new_empty(1).expand(problem.input_size)
+        input = _unread(problem.input_size, grad_output)
         return convolution_backward(problem, grad_output, input, weight, (True, False))[0]
 
     def conv2d_weight(self, problem: ConvProblem, input: Tensor, grad_output: Tensor) -> Tensor:
-        weight = grad_output.new_empty(1).expand(problem.weight_size)
+        weight = _unread(problem.weight_size, input)
         return convolution_backward(problem, grad_output, input, weight, (False, True))[1]
+
+
+def _unread(size: Sequence[int], like: Tensor) -> Tensor:
+    """A tensor of which PyTorch reads only shape and strides. These choose the layout that it computes in: were they
+    those of neither, it would convert the other operands."""
+    memory_format = reference.memory_format(like)
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 
 def convolution_backward(

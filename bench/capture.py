@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from torch import Tensor
 
-from sparsebwd.train import Trainer, TrainingError
+from sparsebwd.train import Trainer
 from sparsebwd.train.config import DTYPES
 
 from . import gradients, training
@@ -64,7 +64,7 @@ def command(
     try:
         captured = capture(trainer, when, [found.name for found in chosen])
         gradients.save(output, captured)
-    except TrainingError as error:
+    except RuntimeError as error:
         fail(f"error: {error}")
     except OSError as error:
         fail(f"error: {error.filename}: {error.strerror}")

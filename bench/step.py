@@ -16,6 +16,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -222,9 +223,14 @@ def measure(trainer: Trainer, repeats: int) -> dict[str, Any]:
     step = trainer.steps_done
     batches = [trainer.batch(step + turn) for turn in range(_WARMUP + repeats)]
     sides = {name: Side(trainer, name) for name in SIDES}
-    for part in (Side.step, Side.backward_in_parts):
-        calls = {name: Call(_bound(part, side), _next(batches, trainer.config.seed)) for name, side in sides.items()}
-        interleave(calls, repeats, _WARMUP)
+    # All in turns: the bound divides times of one kind of step by those of the other.
+    parts = {"whole": Side.step, "in parts": Side.backward_in_parts}
+    calls = {
+        f"{name} {part}": Call(partial(function, side), _next(batches, trainer.config.seed))
+        for part, function in parts.items()
+        for name, side in sides.items()
+    }
+    interleave(calls, repeats, _WARMUP)
     monitored = sides["sparse"].densities(batches[_WARMUP:])
     layers = [
         _layer(convolution, monitored["layers"][name], sides, DTYPES[trainer.config.dtype].itemsize)
@@ -264,10 +270,6 @@ def bounds(density: float, step_ms: float, convolution_ms: float) -> dict[str, f
     backward convolutions take `convolution_ms`, and the rest stays as it is.
     """
     return {"ideal": 3 / (1 + 2 * density), "measured": step_ms / (step_ms - convolution_ms * (1 - density))}
-
-
-def _bound(part: Callable[[Side, Batch], None], side: Side) -> Callable[[Batch], None]:
-    return lambda batch: part(side, batch)
 
 
 def _next(batches: Sequence[Batch], seed: int) -> Callable[[], Batch]:

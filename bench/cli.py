@@ -3,38 +3,36 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sparsebwd import models
 from sparsebwd.backends import registered_backends
 from sparsebwd.functional import check_percentile
 from sparsebwd.problem import ConvProblem
 
-from . import operations, results, suites
-from .environment import OtherProcesses, environment, last_level_cache
-from .inputs import DTYPES, LAYOUTS, Rotation
-from .runner import Plan, run
+from . import capture, compare, operations, results, suites
+from .environment import last_level_cache
+from .inputs import DTYPES, LAYOUTS, PATTERNS, Rotation
+from .runner import Plan, peaks, run
 from .suites import Layer
-from .timing import keep_freed_memory
+from .terminal import FILE, check_writable, fail, measuring
 
 T = TypeVar("T")
 
 DEFAULT_BATCH = 32
+_DENSITIES = ("0.35", "0.1")
+_PICTURES = (".png", ".svg")
 _UNKNOWN_CACHE = 32 * 2**20
 # Kinds of tensors that rotate: three operands in two layouts.
 _ROTATED = 6
-
-
-BUSY = 0.1
-"""CPUs used by others above which a warning is due."""
 
 app = typer.Typer(
     add_completion=False,
@@ -42,9 +40,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-_FILE = {"dir_okay": False, "metavar": "FILE"}
-
 
 _OPERATIONS = "\n".join(f"{found.name:<13}{found.description}" for found in operations.ALL)
 
@@ -62,13 +57,16 @@ that rotate so that the last-level cache does not hold them. Both allocate their
 to keep what is freed, or either would mostly time the system clearing fresh pages. docs/performance.md has the rest."""
 
 
-@app.command(help=_HELP)
+@app.callback(help=_HELP, invoke_without_command=True)
 def main(
+    context: typer.Context,
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"{', '.join(suites.names())}: each distinct convolution once. With a kernel size behind it, as in "
-            "resnet50-cifar-1x1, only those. Default: resnet18-cifar.",
+            help=f"{', '.join(models.names())}, with -cifar ({models.IMAGE_SIZE['cifar']}x{models.IMAGE_SIZE['cifar']} "
+            f"pixels) or -imagenet ({models.IMAGE_SIZE['imagenet']}x{models.IMAGE_SIZE['imagenet']}) behind it: each "
+            "distinct convolution once. With a kernel size behind that, as in resnet50-cifar-1x1, only those. Default: "
+            "resnet18-cifar.",
         ),
     ] = None,
     problem: Annotated[
@@ -78,12 +76,32 @@ def main(
             "channels, kernel, stride u, padding p, dilation d, groups g; pairs as u2x1.",
         ),
     ] = None,
+    gradients: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead: the layers of a file that the command capture wrote, and their gradients.",
+            dir_okay=False,
+            metavar="FILE",
+        ),
+    ] = None,
+    layer: Annotated[
+        list[str] | None, typer.Option(help="Of a suite or of --gradients, only layers of this name.")
+    ] = None,
     op: Annotated[list[str], typer.Option(help=" | ".join(operations.NAMES) + ", see above.")] = ("agb", "wgc"),
+    pattern: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="For agb and wgc: zeros are iid, or skewed, with a density that differs between images and between "
+            "channels. Default: iid."
+        ),
+    ] = None,
     density: Annotated[
-        list[str], typer.Option(help="For agb and wgc: fraction of the gradient that is not zero; the zeros are iid.")
-    ] = ("0.35", "0.1"),
+        list[str] | None,
+        typer.Option(help=f"For the same: fraction of the gradient that is not zero. Default: {','.join(_DENSITIES)}."),
+    ] = None,
     percentile: Annotated[
-        list[str], typer.Option(help="For prune and backward: the pruning percentile, in [50, 100).")
+        list[str],
+        typer.Option(help="For prune, backward and all of --gradients: the pruning percentile, in [50, 100)."),
     ] = ("90",),
     dtype: Annotated[list[str], typer.Option(help=" | ".join(DTYPES))] = ("float32",),
     layout: Annotated[
@@ -97,56 +115,115 @@ def main(
     repeats: Annotated[
         int, typer.Option(min=3, help="Samples of which the median is taken, after 2 for warm-up.")
     ] = 15,
-    memory: Annotated[int, typer.Option(min=1, help="MiB that copies of the tensors may take, about.")] = 1024,
+    memory: Annotated[
+        int, typer.Option(min=1, help="MiB that copies of the tensors may take, about. There are always 2 of each.")
+    ] = 1024,
     seed: Annotated[int, typer.Option(min=0, help="Of the random tensors.")] = 0,
-    json: Annotated[Path | None, typer.Option(help="Write environment, rows and summary.", **_FILE)] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write the rows.", **_FILE)] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write the table and the summary.", **_FILE)] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write environment, rows, summary and break-even densities.", **FILE)
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the rows.", **FILE)] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table and what sums it up.", **FILE)] = None,
+    plot: Annotated[
+        list[str] | None,
+        typer.Option(help="Draw speed-up against density, a line for each layer: .png or .svg.", metavar="FILE"),
+    ] = None,
+    compare_with: Annotated[
+        Path | None,
+        typer.Option(
+            "--compare",
+            help="Compare with what --json wrote earlier; the exit status is 1 if a speed-up is lower than it was.",
+            dir_okay=False,
+            metavar="OLD.json",
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float,
+        typer.Option(min=0, help="For --compare: per cent by which a speed-up may be lower, its spread apart."),
+    ] = 5.0,
 ) -> None:
-    plan = _plan(**{name: value for name, value in locals().items() if name not in ("json", "csv", "markdown")})
-    _check_writable(json=json, csv=csv, markdown=markdown)
-    allocator = keep_freed_memory()
-    found = environment()
-    if found["load"] is not None and found["load"] > BUSY * found["cpu"]["cores"]:
-        _warn(f"this machine is busy (load {found['load']}); times may be off")
-    others = OtherProcesses()
+    if context.invoked_subcommand is not None:
+        _refuse_options_before_command(context)
+        return
+    old = _checked("compare", compare.load, compare_with) if compare_with else None
+    plan = _plan(
+        suite=suite,
+        problem=problem,
+        gradients=gradients,
+        layer=layer,
+        op=op,
+        pattern=pattern,
+        density=density,
+        percentile=percentile,
+        dtype=dtype,
+        layout=layout,
+        backend=backend,
+        threads=threads,
+        batch=batch,
+        repeats=repeats,
+        memory=memory,
+        seed=seed,
+    )
+    check_writable(json=json, csv=csv, markdown=markdown)
+    draw = _pictures(plot or [], plan)
+    typer.echo(f"{len(plan)} rows, {repeats} samples each", err=True)
     rows: list[results.Row] = []
     interrupted = False
-    try:
-        with _progress() as progress:
-            task = progress.add_task("", total=len(plan))
-            for row in run(plan, lambda what: progress.update(task, description=what)):
-                rows.append(row)
-                progress.advance(task)
-    except KeyboardInterrupt:
-        interrupted = True
-    found |= {"other_cpus": others.cpus(), "allocator": allocator, "rotated_bytes": plan.rotation.nbytes}
+    with measuring() as environment:
+        try:
+            environment |= peaks(plan) | {"rotated_bytes": plan.rotation.nbytes}
+            with _progress() as progress:
+                task = progress.add_task("", total=len(plan))
+                for row in run(plan, environment["peak_gflops"], lambda what: progress.update(task, description=what)):
+                    rows.append(row)
+                    progress.advance(task)
+        except KeyboardInterrupt:
+            interrupted = True
     if rows:
         results.show(rows, Console())
-    if found["other_cpus"] is not None and found["other_cpus"] > BUSY:
-        _warn(f"other processes used {found['other_cpus']} CPUs during the measurement; these times are no evidence")
     if interrupted:
-        typer.echo("interrupted: no file is written", err=True)
-        raise typer.Exit(130)
+        fail("interrupted: no file is written", status=130)
     try:
         if json:
-            results.write_json(json, found, rows)
+            results.write_json(json, environment, rows)
         if csv:
             results.write_csv(csv, rows)
         if markdown:
-            results.write_markdown(markdown, found, rows)
+            results.write_markdown(markdown, environment, rows)
+        draw(environment, rows)
     except OSError as error:
-        typer.echo(f"error: {error.filename}: {error.strerror}", err=True)
-        raise typer.Exit(1) from None
-    if any(row.error for row in rows):
+        fail(f"error: {error.filename}: {error.strerror}")
+    except ValueError as error:
+        fail(f"error: {error}")
+    failed = any(row.error for row in rows)
+    if old is not None:
+        comparison = compare.compare(old, environment, rows, tolerance / 100)
+        compare.table(comparison, compare_with).show(Console())
+        failed |= comparison.regressions > 0 or not comparison.rows
+    if failed:
         raise typer.Exit(1)
+
+
+app.command("capture")(capture.command)
+
+
+def _refuse_options_before_command(context: typer.Context) -> None:
+    for parameter in context.command.params:
+        if context.get_parameter_source(parameter.name).name == "COMMANDLINE":
+            raise typer.BadParameter(
+                f"accepted without a command; those of {context.invoked_subcommand} stand behind it",
+                param_hint=parameter.opts[0],
+            )
 
 
 def _plan(
     suite: list[str] | None,
     problem: list[str] | None,
+    gradients: Path | None,
+    layer: list[str] | None,
     op: list[str],
-    density: list[str],
+    pattern: list[str] | None,
+    density: list[str] | None,
     percentile: list[str],
     dtype: list[str],
     layout: list[str],
@@ -157,16 +234,33 @@ def _plan(
     memory: int,
     seed: int,
 ) -> Plan:
+    if gradients is not None:
+        for name, value in (
+            ("suite", suite),
+            ("problem", problem),
+            ("batch", batch),
+            ("pattern", pattern),
+            ("density", density),
+        ):
+            if value:
+                raise typer.BadParameter("the file of --gradients has its own", param_hint=f"--{name}")
     if problem and batch is not None and not suite:
         raise typer.BadParameter("the batch of a problem is its n; accepted with --suite", param_hint="--batch")
-    problems = _parse("problem", problem or [], lambda text: Layer(None, str(_problem(text)), _problem(text)))
-    suite = suite or ([] if problem else ["resnet18-cifar"])
-    layers = chain(*_parse("suite", suite, lambda name: suites.load(name, batch or DEFAULT_BATCH)))
+    if gradients is not None:
+        layers = _checked("gradients", suites.captured, gradients)
+    else:
+        problems = _parse("problem", problem or [], lambda text: Layer(None, str(_problem(text)), _problem(text)))
+        suite = suite or ([] if problem else ["resnet18-cifar"])
+        layers = [*chain(*_parse("suite", suite, lambda name: suites.load(name, batch or DEFAULT_BATCH))), *problems]
+    if layer:
+        layers = _checked("layer", suites.select, layers, _parse("layer", layer, str))
     rotated = min(2 * (last_level_cache() or _UNKNOWN_CACHE), memory * 2**20 // _ROTATED)
     plan = Plan(
-        layers=[*layers, *problems],
+        layers=layers,
+        file=gradients,
         operations=list(chain(*_parse("op", op, operations.named))),
-        densities=_parse("density", density, _density),
+        patterns=_parse("pattern", pattern or PATTERNS[:1], lambda text: _one_of("pattern", text, PATTERNS)),
+        densities=_parse("density", density or _DENSITIES, _density),
         percentiles=_parse("percentile", percentile, lambda text: check_percentile(_float("percentile", text))),
         dtypes=_parse("dtype", dtype, lambda text: _one_of("dtype", text, DTYPES)),
         layouts=_parse("layout", layout, lambda text: _one_of("layout", text, LAYOUTS)),
@@ -187,9 +281,14 @@ def _plan(
 
 def _parse(option: str, values: Sequence[str], parse: Callable[[str], T]) -> list[T]:
     """Each comma-separated part of each value, parsed, without repetitions."""
+    parts = dict.fromkeys(part.strip() for value in values for part in value.split(","))
+    return [_checked(option, parse, part) for part in parts]
+
+
+def _checked(option: str, function: Callable[..., T], *arguments: object) -> T:
+    """What `function` returns; its ValueError is one of the option's use."""
     try:
-        parts = dict.fromkeys(part.strip() for value in values for part in value.split(","))
-        return [parse(part) for part in parts]
+        return function(*arguments)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint=f"--{option}") from None
 
@@ -227,19 +326,33 @@ def _one_of(name: str, text: str, accepted: Sequence[str]) -> str:
     return text
 
 
-def _check_writable(**files: Path | None) -> None:
-    """Refuse now rather than after the measurement."""
-    for name, path in files.items():
-        if path is not None:
-            folder = next(folder for folder in path.absolute().parents if folder.exists())
-            if not (folder.is_dir() and os.access(folder, os.W_OK)):
-                raise typer.BadParameter(
-                    f"{name}: got {str(path)!r}; {folder} is not a folder to write to", param_hint=f"--{name}"
-                )
+def _pictures(names: Sequence[str], plan: Plan) -> Callable[[dict[str, Any], Sequence[results.Row]], None]:
+    """A function of environment and rows that draws each of them."""
+    paths = [Path(name) for name in _parse("plot", names, str)]
+    if not paths:
+        return lambda environment, rows: None
+    for path in paths:
+        if path.suffix.lower() not in _PICTURES:
+            raise typer.BadParameter(
+                f"plot: got {str(path)!r}; accepted: {' or '.join(_PICTURES)}", param_hint="--plot"
+            )
+        check_writable(plot=path)
+    if all(operation.against == results.COPY for operation in plan.operations):
+        raise typer.BadParameter(
+            "plot: accepted with agb, wgc or backward, which dense is timed for", param_hint="--plot"
+        )
+    try:
+        from . import plot
+    except ImportError as error:
+        raise typer.BadParameter(
+            f"plot: needs matplotlib, which is not installed ({error}); pip install matplotlib", param_hint="--plot"
+        ) from None
 
+    def draw(environment: dict[str, Any], rows: Sequence[results.Row]) -> None:
+        for path in paths:
+            plot.write(path, environment, rows)
 
-def _warn(text: str) -> None:
-    typer.echo(f"warning: {text}", err=True)
+    return draw
 
 
 def _progress() -> Progress:

@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import torch
+import torch.nn.functional as F
 
 import sparsebwd
 
@@ -31,6 +35,48 @@ def environment() -> dict[str, Any]:
 def load() -> float | None:
     """Processes that wanted to run over the last minute, on average; None where the system does not say."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+PRODUCT = 2048
+"""Rows and columns of the matrices whose product is timed for the peak."""
+
+COPIED = 2**26
+"""Bytes of the tensor that is copied for the bandwidth, or twice the last-level cache where that is more."""
+
+_SAMPLES, _ENOUGH_SECONDS = 5, 1.0
+
+
+def peak_gflops(dtype: torch.dtype) -> float:
+    """GFLOP/s of the fastest dense product that PyTorch has here, with the present number of threads: of square
+    matrices, or a 3x3 convolution, which on some CPUs has a better library. The best of several calls."""
+    size = PRODUCT
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    channels, pixels, images = size // 8, 28, 16
+    x = torch.randn(images, channels, pixels, pixels).to(dtype).to(memory_format=torch.channels_last)
+    w = torch.randn(channels, channels, 3, 3).to(dtype).to(memory_format=torch.channels_last)
+    return max(
+        2 * size**3 / _best_seconds(lambda: torch.mm(a, b)),
+        2 * images * pixels**2 * channels**2 * 9 / _best_seconds(lambda: F.conv2d(x, w, padding=1)),
+    ) / 1e9  # fmt: skip
+
+
+def copy_gbs() -> float:
+    """Gigabytes read and written per second by copying a tensor that is too large for caches, with the present number
+    of threads. The best of several calls."""
+    source = torch.ones(max(2 * (last_level_cache() or 0), COPIED) // 4)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _best_seconds(lambda: target.copy_(source)) / 1e9
+
+
+def _best_seconds(call: Callable[[], object]) -> float:
+    """Of several calls after one for warm-up; of fewer where they take long."""
+    call()
+    samples: list[float] = []
+    while len(samples) < _SAMPLES and sum(samples) < _ENOUGH_SECONDS:
+        start = time.perf_counter()
+        call()
+        samples.append(time.perf_counter() - start)
+    return min(samples)
 
 
 class OtherProcesses:

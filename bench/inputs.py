@@ -6,12 +6,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sparsebwd import reference
 from sparsebwd.problem import ConvProblem
 from sparsebwd.testing import random_tensor
 
@@ -22,6 +23,20 @@ TAIL = 1.5
 """Standard deviation of the logarithm of the factor that gives heavy-tailed gradients their tail. The density after
 pruning at percentile 90 is then 0.31; that of ResNet-18 in training is about 0.30."""
 
+SKEW = 1.0
+"""Standard deviation, over the images and over the channels, of the log-odds that an element of a skewed gradient is
+not zero."""
+
+PATTERNS = ("iid", "skewed")
+"""Of random gradients with zeros."""
+
+SIGMA_ESTIMATOR = "corrected"
+KEY = torch.tensor((0x0123456789ABCDEF, 0x1122334455667788))
+"""Of the random numbers of pruning."""
+
+# Elements of gradients that are drawn at once: random numbers are made in float64, and take a multiple of the result.
+_BLOCK = 2**23
+
 _OPERANDS = ("grad_output", "input", "weight")
 
 
@@ -31,6 +46,65 @@ class Operands(NamedTuple):
     grad_output: Tensor
     input: Tensor
     weight: Tensor
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What the gradient of a row is like.
+
+    pattern: "iid", zeros are independent; "skewed", their probability differs between images and channels, see
+        `skewed_densities`; "heavy-tailed", without zeros, normal times log-normal; "captured", from training.
+    density: the expected fraction that is not zero, where there is a choice.
+    captured: (N, K, P, Q), for this pattern.
+    percentile: at which the reference prunes a captured gradient before it is used; None: as it is.
+    """
+
+    pattern: str
+    density: float | None = None
+    captured: Tensor | None = field(default=None, compare=False, repr=False)
+    percentile: float | None = None
+
+    def copies(self, count: int, size: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+        """(count * N, K, P, Q). Copies of a random gradient are drawn anew, those of a captured one have its images in
+        another order, by rolling the batch."""
+        if self.captured is not None:
+            gradient = self.captured.to(dtype)
+            if self.percentile is not None:
+                gradient = reference.prune(gradient, KEY, self.percentile, SIGMA_ESTIMATOR).values
+            return torch.cat([gradient.roll(copy, 0) for copy in range(count)])
+        result = torch.empty((count * size[0], *size[1:]), dtype=dtype)
+        for block in result.split(max(1, _BLOCK // math.prod(size)) * size[0]):
+            block.copy_(self._draw(tuple(block.shape), size[0], generator))
+        return result
+
+    def _draw(self, shape: tuple[int, ...], n: int, generator: torch.Generator) -> Tensor:
+        if self.pattern == "iid":
+            return random_tensor(shape, generator=generator, density=self.density)
+        normal = random_tensor(shape, generator=generator)
+        if self.pattern == "skewed":
+            kept = skewed_densities(shape[0] // n, n, shape[1], self.density, generator).view(*shape[:2], 1, 1)
+            return normal * (torch.rand(shape, generator=generator) < kept)
+        return normal * (TAIL * random_tensor(shape, generator=generator)).exp()
+
+
+def skewed_densities(copies: int, n: int, k: int, density: float, generator: torch.Generator) -> Tensor:
+    """(copies, n, k): the density of each channel of each image. The mean over each copy is `density`.
+
+    The log-odds of an element not being zero are a + b[image] + c[channel], b and c normal with standard deviation
+    SKEW, and a such that the mean is right.
+    """
+    if density in (0, 1):
+        return torch.full((copies, n, k), float(density))
+    images, channels = (
+        torch.randn(size, generator=generator, dtype=torch.float64) for size in ((copies, n, 1), (copies, 1, k))
+    )
+    skew = SKEW * (images + channels)
+    low, high = (torch.full((copies, 1, 1), bound, dtype=torch.float64) for bound in (-50.0, 50.0))
+    for _ in range(50):  # bisection: the mean grows with a
+        middle = (low + high) / 2
+        below = (skew + middle).sigmoid().mean((1, 2), keepdim=True) < density
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return (skew + high).sigmoid().float()
 
 
 @dataclass(frozen=True)
@@ -45,23 +119,22 @@ class Rotation:
 
 
 class Inputs:
-    """Random operands of one problem, made when they are first asked for.
+    """Operands of one problem, made when they are first asked for.
 
     Args:
         problem: the convolution.
         dtype: of all tensors.
-        density: the fraction of ``grad_output`` that is not zero, zeros being independent ("iid"); None for a dense
-            gradient with a heavy tail ("heavy-tailed"): normal times log-normal.
+        gradient: what ``grad_output`` is like. Input and weight are normal.
         rotation: how many copies.
         seed: of the random numbers.
     """
 
     def __init__(
-        self, problem: ConvProblem, dtype: torch.dtype, density: float | None, rotation: Rotation, seed: int = 0
+        self, problem: ConvProblem, dtype: torch.dtype, gradient: Gradient, rotation: Rotation, seed: int = 0
     ) -> None:
         self.problem = problem
         self._dtype = dtype
-        self._density = density
+        self._gradient = gradient
         self._rotation = rotation
         self._generator = torch.Generator().manual_seed(seed)
         self._copies: dict[tuple[str, str], Tensor] = {}
@@ -75,6 +148,11 @@ class Inputs:
         """A function that returns the next copy of each operand in `used`, and the first one of the others."""
         cycles = [itertools.cycle(self._all(name, layout)[: None if name in used else 1]) for name in _OPERANDS]
         return lambda: Operands(*(next(cycle) for cycle in cycles))
+
+    def density(self, layout: str) -> float:
+        """The fraction of ``grad_output`` that is not zero, over all copies."""
+        copies = self._all("grad_output", layout)
+        return sum(copy.count_nonzero().item() for copy in copies) / (len(copies) * copies[0].numel())
 
     def memo(self, key: object, compute: Callable[[], object]) -> object:
         """What `compute` returned when it was first called for `key`."""
@@ -97,10 +175,6 @@ class Inputs:
         """All copies in one tensor. Those of a gradient differ, so that branch predictors cannot learn the zeros."""
         size = self._size(name)
         copies = self._rotation.copies(math.prod(size) * self._dtype.itemsize)
-        if name != "grad_output":
-            return random_tensor(size, generator=self._generator, dtype=self._dtype).repeat(copies, 1, 1, 1)
-        size = (copies * size[0], *size[1:])
-        if self._density is not None:
-            return random_tensor(size, generator=self._generator, dtype=self._dtype, density=self._density)
-        normal, logarithm = (random_tensor(size, generator=self._generator) for _ in range(2))
-        return (normal * (TAIL * logarithm).exp()).to(self._dtype)
+        if name == "grad_output":
+            return self._gradient.copies(copies, size, self._dtype, self._generator)
+        return random_tensor(size, generator=self._generator, dtype=self._dtype).repeat(copies, 1, 1, 1)

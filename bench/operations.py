@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,29 +18,38 @@ from sparsebwd.backends.dense import convolution_backward
 from sparsebwd.problem import ConvProblem
 from sparsebwd.testing import assert_bit_equal, assert_error_bounded
 
-from .inputs import LAYOUTS, Inputs, Operands
+from .inputs import KEY, LAYOUTS, SIGMA_ESTIMATOR, Gradient, Inputs, Operands
 from .results import COPY
 from .suites import Layer
 
-SIGMA_ESTIMATOR = "corrected"
 TORCH = "torch"
 """In place of a backend's name: plain PyTorch operations."""
 
-_KEY = torch.tensor((0x0123456789ABCDEF, 0x1122334455667788))
 _SEED = 1
+
+# Elements of the unfolded input that the reference makes at once, in float64.
+_UNFOLDED = 2**23
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row to be: an operation on a layer. Either density (of the gradient, iid zeros) or percentile (at which a
-    dense, heavy-tailed gradient is pruned) is set."""
+    """One row to be: an operation on a layer.
+
+    pattern, density: of the gradient, see `inputs.Gradient`.
+    percentile: at which the operation prunes, or at which what it consumes was pruned before; None: nothing is.
+    """
 
     layer: Layer
     dtype: torch.dtype
     layout: str
     backend: str
+    pattern: str
     density: float | None = None
     percentile: float | None = None
+
+    def gradient(self, operation: Operation) -> Gradient:
+        """What `operation` starts from."""
+        return Gradient(self.pattern, self.density, self.layer.captured, None if operation.prunes else self.percentile)
 
 
 class Operation(ABC):
@@ -79,11 +91,11 @@ class Operation(ABC):
 
     def density(self, case: Case, inputs: Inputs) -> float:
         """That of the gradient which is consumed or, by pruning, made."""
-        if case.density is not None:
-            return case.density
+        if not self.prunes or case.layer.placement == "input":
+            return inputs.memo("density", lambda: inputs.density(case.layout))
         gradient = inputs.first(case.layout).grad_output
-        pruned = inputs.memo("pruned", lambda: reference.prune(gradient, _KEY, case.percentile, SIGMA_ESTIMATOR))
-        return pruned.density.item()
+        compute = partial(reference.prune, gradient, KEY, case.percentile, SIGMA_ESTIMATOR)
+        return inputs.memo(("density", case.percentile), lambda: compute().density.item())
 
     @abstractmethod
     def flops(self, layer: Layer, density: float) -> int:
@@ -100,6 +112,9 @@ class Pruning(Operation):
     name = "prune"
     prunes = True
     against = COPY
+
+    def applies(self, layer: Layer) -> bool:
+        return layer.placement == "output"
 
     def baseline(self, case: Case, operands: Operands) -> Tensor:
         return torch.empty_like(operands.grad_output).copy_(operands.grad_output)
@@ -149,8 +164,8 @@ class PruneWithTorch(Pruning):
         operands = inputs.first(case.layout)
         pruned, gradient = self.candidate(case, operands), operands.grad_output
         changed = pruned[pruned != gradient].abs()
-        levels = changed[changed != 0].unique()
-        if len(levels) > 1 or (len(levels) and not (gradient[pruned == 0].abs() < levels).all()):
+        kept = changed[changed != 0]
+        if len(kept) and not (kept.min() == kept.max() and (gradient[pruned == 0].abs() < kept[0]).all()):
             raise AssertionError("pruned gradient: elements other than 0, the threshold and those of the gradient")
 
 
@@ -179,7 +194,7 @@ class PruneAndList(Pruning):
             problem.input_size,
             problem.weight_size,
             *_geometry(problem),
-            _KEY,
+            KEY,
             tau.item(),
             pruned,
             None,
@@ -192,7 +207,7 @@ class PruneAndList(Pruning):
         """The lists themselves are checked where AGB and WGC are."""
         operands = inputs.first(case.layout)
         pruned, tau, nonzeros = self.candidate(case, operands)
-        _check_pruned(case, operands.grad_output, _KEY, pruned, tau)
+        _check_pruned(case, operands.grad_output, KEY, pruned, tau)
         if nonzeros != torch.count_nonzero(pruned).item():
             raise AssertionError(f"lists: {nonzeros} non-zeros instead of {torch.count_nonzero(pruned).item()}")
         return 0.0
@@ -219,35 +234,40 @@ class Convolution(Operation):
             self.outputs(case.layer),
         )
 
-    def consumed(self, case: Case, inputs: Inputs) -> Operands:
-        """The operands as both convolutions get them."""
-        return inputs.first(case.layout)
-
-    @abstractmethod
-    def results(self, case: Case, operands: Operands) -> tuple[Tensor | None, Tensor | None]:
-        """(grad_input, grad_weight) of `candidate`."""
+    def checked(self, case: Case, inputs: Inputs) -> tuple[Operands, Tensor | None, Tensor | None]:
+        """The operands as both convolutions get them, and (grad_input, grad_weight) as they return them."""
+        operands = inputs.first(case.layout)
+        return operands, *self.results(case, operands)
 
     def check(self, case: Case, inputs: Inputs) -> float:
-        problem = case.layer.problem
-        results = self.results(case, inputs.first(case.layout))
-        operands = self.consumed(case, inputs)
-        # Neither depends on the number of threads; pruned gradients may depend on the backend by a rounding of tau.
-        setting = (self.name, case.layout, case.backend)
-        dense = inputs.memo((setting, "dense"), lambda: self.baseline(case, operands))
+        """Every element is compared, some images at a time: the unfolded input of all would take gigabytes."""
+        problem, wanted = case.layer.problem, self.outputs(case.layer)
+        operands, grad_input, grad_weight = self.checked(case, inputs)
+        dense = self.baseline(case, operands)
         errors = []
-        for index, (name, wanted) in enumerate(zip(("grad_input", "grad_weight"), self.outputs(case.layer))):
-            if not wanted:
-                continue
+        if wanted[0]:
+            error = norm = 0.0
+            for part, images in _images(problem):
+                expected = reference.conv2d_input(part, operands.weight, operands.grad_output[images])
+                assert_error_bounded(grad_input[images], expected, dense[0][images], "grad_input")
+                error += (grad_input[images] - expected).square().sum().item()
+                norm += expected.square().sum().item()
+            errors.append((error, norm))
+        if wanted[1]:
 
-            def compute(index: int = index) -> Tensor:
-                if index == 0:
-                    return reference.conv2d_input(problem, operands.weight, operands.grad_output)
-                return reference.conv2d_weight(problem, operands.input, operands.grad_output)
+            def compute() -> Tensor:
+                parts = (
+                    reference.conv2d_weight(part, operands.input[images], operands.grad_output[images])
+                    for part, images in _images(problem)
+                )
+                return sum(parts)
 
-            expected = inputs.memo((setting, name), compute)
-            assert_error_bounded(results[index], expected, dense[index], name)
-            errors.append(_relative_error(results[index], expected))
-        return max(errors)
+            # It does not depend on the number of threads, nor, where nothing is pruned, on anything but the inputs.
+            setting = (case.layout, case.backend, case.percentile) if self.prunes else None
+            expected = inputs.memo(("grad_weight", setting), compute)
+            assert_error_bounded(grad_weight, expected, dense[1], "grad_weight")
+            errors.append(((grad_weight - expected).square().sum().item(), expected.square().sum().item()))
+        return max(math.sqrt(error / norm) if error else 0.0 for error, norm in errors)
 
     def flops(self, layer: Layer, density: float) -> int:
         return round(2 * layer.problem.macs * density) * sum(self.outputs(layer))
@@ -304,9 +324,9 @@ class Backward(Convolution):
             operands.input,
             operands.weight,
             *_geometry(case.layer.problem),
-            _KEY,
+            KEY,
             case.percentile,
-            "output",
+            case.layer.placement,
             SIGMA_ESTIMATOR,
             case.backend,
             0,
@@ -316,12 +336,22 @@ class Backward(Convolution):
     def results(self, case: Case, operands: Operands) -> tuple[Tensor | None, Tensor | None]:
         return self.candidate(case, operands)[:2]
 
-    def consumed(self, case: Case, inputs: Inputs) -> Operands:
+    def checked(self, case: Case, inputs: Inputs) -> tuple[Operands, Tensor | None, Tensor | None]:
         operands = inputs.first(case.layout)
-        gradient = operands.grad_output
-        pruned, tau, *_ = torch.ops.sparsebwd.prune(gradient, _KEY, case.percentile, SIGMA_ESTIMATOR, case.backend)
-        _check_pruned(case, gradient, _KEY, pruned, tau)
-        return operands._replace(grad_output=pruned)
+        grad_input, grad_weight = self.results(case, operands)
+
+        def pruned(gradient: Tensor) -> Tensor:
+            values, tau, *_ = torch.ops.sparsebwd.prune(gradient, KEY, case.percentile, SIGMA_ESTIMATOR, case.backend)
+            _check_pruned(case, gradient, KEY, values, tau)
+            return values
+
+        if case.layer.placement == "output":
+            return operands._replace(grad_output=pruned(operands.grad_output)), grad_input, grad_weight
+        if self.outputs(case.layer)[0]:
+            unpruned, _ = self.results(replace(case, percentile=None), operands)
+            assert_bit_equal(grad_input, pruned(unpruned), "pruned gradient of the input")
+            grad_input = unpruned
+        return operands, grad_input, grad_weight
 
 
 ALL: tuple[Operation, ...] = (Prune(), PruneWithTorch(), PruneAndList(), Agb(), Wgc(), Backward())
@@ -345,9 +375,13 @@ def _numel(size: tuple[int, ...]) -> int:
     return torch.Size(size).numel()
 
 
-def _relative_error(actual: Tensor, expected: Tensor) -> float:
-    error = torch.linalg.vector_norm(actual.double() - expected)
-    return (error / torch.linalg.vector_norm(expected)).item() if error != 0 else 0.0
+def _images(problem: ConvProblem) -> Iterator[tuple[ConvProblem, slice]]:
+    """The batch in parts small enough for the reference: the problem of each part, and where it is."""
+    unfolded = problem.c * problem.r * problem.s * problem.p * problem.q
+    size = max(1, _UNFOLDED // unfolded)
+    for first in range(0, problem.n, size):
+        last = min(first + size, problem.n)
+        yield replace(problem, n=last - first), slice(first, last)
 
 
 def _check_pruned(case: Case, gradient: Tensor, key: Tensor, pruned: Tensor, tau: Tensor) -> None:

@@ -8,15 +8,18 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, geometric_mean
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
 from sparsebwd.data.files import atomic_write
+
+from .terminal import Table, machine
 
 COPY = "copy"
 """The baseline of pruning."""
@@ -26,13 +29,15 @@ COPY = "copy"
 class Row:
     """One measurement. Fields are the columns of JSON and CSV, in this order.
 
+    suite: or the file of captured gradients; None for a single problem.
     multiplicity: layers of the network that have this problem.
-    density: of the gradient that is consumed or, by pruning, made. percentile: None where nothing is pruned.
-    pattern: of the gradient before pruning, "iid" zeros or "heavy-tailed".
+    density: of the gradient that is consumed or, by pruning, made. nominal_density: its expectation as asked for; None
+        where it follows from a percentile or from what was captured. percentile: None where nothing is pruned.
+    pattern: of the gradient before pruning: "iid" or "skewed" zeros, "heavy-tailed", or "captured" in training.
     threads: of PyTorch's pool.
     sparse_ms, dense_ms: medians; dense_ms is the time of `baseline`: the faster of two layouts, or "copy".
     speedup: dense_ms / sparse_ms.
-    gflops: useful GFLOP/s of the candidate.
+    gflops: useful GFLOP/s of the candidate. of_peak: these / those of the fastest dense product, same dtype and threads.
     rel_error: norm of the error against float64 / norm of the result.
     spread: interquartile range / median of the samples, the larger one of candidate and baseline.
     bytes: read or written at least; flops: useful ones.
@@ -46,6 +51,7 @@ class Row:
     multiplicity: int
     op: str
     density: float
+    nominal_density: float | None
     percentile: float | None
     pattern: str
     dtype: str
@@ -56,6 +62,7 @@ class Row:
     dense_ms: float | None
     speedup: float | None
     gflops: float | None
+    of_peak: float | None
     rel_error: float | None
     spread: float | None
     baseline: str | None
@@ -89,6 +96,11 @@ def _speedup(row: Row) -> str:
     return ("costs " if row.baseline == COPY else "") + _gain(row.baseline, row.speedup)
 
 
+def _density(actual: float, nominal: float | None) -> str:
+    """The one that was asked for, which random zeros miss by little, or that which resulted."""
+    return f"{actual:.3g}" if nominal is None else f"{nominal:g}"
+
+
 def _gain(baseline: str, speedup: float) -> str:
     """A speed-up in words, "2.31x", and against a copy its inverse, "1.80 copies"."""
     return f"{1 / speedup:.2f} copies" if baseline == COPY else f"{speedup:.2f}x"
@@ -100,8 +112,9 @@ COLUMNS = (
     Column("problem", lambda row: row.problem, right=False),
     Column("times", _number("d", "multiplicity"), may_collapse=True),
     Column("op", lambda row: row.op, right=False),
-    Column("density", _number(".3g", "density")),
+    Column("density", lambda row: _density(row.density, row.nominal_density)),
     Column("percentile", _number("g", "percentile"), may_collapse=True),
+    Column("pattern", lambda row: row.pattern, right=False, may_collapse=True),
     Column("dtype", lambda row: row.dtype, right=False, may_collapse=True),
     Column("layout", lambda row: row.layout, right=False, may_collapse=True),
     Column("backend", lambda row: row.backend, right=False, may_collapse=True),
@@ -111,9 +124,16 @@ COLUMNS = (
     Column("against", lambda row: row.baseline or "-", right=False, may_collapse=True),
     Column("speed-up", _speedup),
     Column("GFLOP/s", _number(".1f", "gflops")),
+    Column("of peak", _number(".0%", "of_peak")),
     Column("error", _number(".1e", "rel_error")),
     Column("spread", _number(".0%", "spread")),
 )
+
+
+SETTING = (
+    "suite", "op", "nominal_density", "percentile", "pattern", "dtype", "layout", "backend", "threads",
+)  # fmt: skip
+"""What the layers that are summed up have in common."""
 
 
 def summarize(rows: Iterable[Row]) -> list[dict[str, Any]]:
@@ -122,19 +142,21 @@ def summarize(rows: Iterable[Row]) -> list[dict[str, Any]]:
 
     Rows whose result is wrong are in none of them; `wrong` is how many there are.
     """
+    return [_summary(group) for group in _grouped(rows, SETTING).values()]
+
+
+def _grouped(rows: Iterable[Row], names: Sequence[str]) -> dict[tuple, list[Row]]:
+    """Rows that agree in these fields, in the order in which they came."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        setting = ("density", row.density) if row.percentile is None else ("percentile", row.percentile)
-        key = (row.suite, row.op, setting, row.pattern, row.dtype, row.layout, row.backend, row.threads)
-        groups.setdefault(key, []).append(row)
-    return [_summary(group) for group in groups.values()]
+        groups.setdefault(tuple(getattr(row, name) for name in names), []).append(row)
+    return groups
 
 
 def _summary(group: Sequence[Row]) -> dict[str, Any]:
     first = group[0]
-    names = ("suite", "op", "percentile", "pattern", "dtype", "layout", "backend", "threads")
-    summary = {name: getattr(first, name) for name in names}
-    summary["density"] = fmean(row.density for row in group) if first.percentile is not None else first.density
+    summary = {name: getattr(first, name) for name in SETTING}
+    summary["density"] = fmean(row.density for row in group)
     timed = [row for row in group if row.error is None]
     summary |= {"layers": len(timed), "wrong": len(group) - len(timed)}
     if not timed:
@@ -150,15 +172,65 @@ def _summary(group: Sequence[Row]) -> dict[str, Any]:
     }
 
 
+BREAK_EVEN_SETTING = ("suite", "layer", "problem", "op", "pattern", "dtype", "layout", "backend", "threads")
+
+
+def break_even(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """For each layer and operation (and pattern, dtype, layout, backend, threads) with several densities: up to which
+    density sparse is faster than dense.
+
+    `break_even` is the lowest density at which the speed-up falls below 1, by interpolation between the measured ones
+    on logarithmic scales, on which a speed-up that goes with 1/density is a straight line. `relation` is "="; ">" where
+    every measured speed-up is at least 1 (`break_even` is then the highest density that was measured); or "<" where
+    that at the lowest density is not (the lowest). Rows against a copy have none, and density 0 does not count.
+    """
+    timed = [row for row in rows if row.speedup is not None and row.baseline != COPY and row.density > 0]
+    found = []
+    for group in _grouped(timed, BREAK_EVEN_SETTING).values():
+        points = sorted((row.density, row.speedup) for row in group)
+        if points[0][0] < points[-1][0]:
+            relation, density = _break_even(points)
+            setting = {name: getattr(group[0], name) for name in BREAK_EVEN_SETTING}
+            found.append(setting | {"relation": relation, "break_even": density})
+    return found
+
+
+def _break_even(points: Sequence[tuple[float, float]]) -> tuple[str, float]:
+    """Of (density, speed-up) by rising density."""
+    if points[0][1] < 1:
+        return "<", points[0][0]
+    for (below, fast), (above, slow) in pairwise(points):
+        if slow < 1:
+            share = math.log(fast) / math.log(fast / slow)
+            return "=", below * (above / below) ** share
+    return ">", points[-1][0]
+
+
+def break_even_table(rows: Iterable[Row]) -> Table | None:
+    """A line for each layer, a column for each operation and whatever else differs; None without entries."""
+    found = break_even(rows)
+    if not found:
+        return None
+    names = ("op", "suite", "pattern", "dtype", "layout", "backend", "threads")
+    varying = [name for name in names if name == "op" or len({entry[name] for entry in found}) > 1]
+    cells: dict[str, dict[str, str]] = {}
+    for entry in found:
+        heading = " ".join(str(entry[name]) + (" threads" if name == "threads" else "") for name in varying)
+        relation = "" if entry["relation"] == "=" else f"{entry['relation']} "
+        cells.setdefault(entry["layer"], {})[heading] = f"{relation}{entry['break_even']:.2g}"
+    headings = sorted({heading for line in cells.values() for heading in line})
+    lines = [[layer, *(line.get(heading, "-") for heading in headings)] for layer, line in cells.items()]
+    return Table("Break-even density: sparse is faster below it", ["layer", *headings], lines, left=["layer"])
+
+
 def summary_line(summary: dict[str, Any]) -> str:
     """One line for people."""
     threads = f"{summary['threads']} thread" + ("s" if summary["threads"] > 1 else "")
-    gradient = f"density {summary['density']:.3g}"
+    gradient = f"density {_density(summary['density'], summary['nominal_density'])}"
     if summary["percentile"] is not None:
         gradient += f" (percentile {summary['percentile']:g})"
-    setting = ", ".join(
-        part for part in (summary["suite"], summary["dtype"], summary["layout"], summary["backend"], threads) if part
-    )
+    names = ("suite", "pattern", "dtype", "layout", "backend")
+    setting = ", ".join(part for part in (*(summary[name] for name in names), threads) if part)
     wrong = f"{summary['wrong']} WRONG; " if summary["wrong"] else ""
     if not summary["layers"]:
         return f"{summary['op']} at {gradient} [{setting}]: {wrong}nothing was timed"
@@ -175,9 +247,9 @@ def summary_line(summary: dict[str, Any]) -> str:
 
 
 def show(rows: Sequence[Row], console: Console) -> None:
-    """Print the table, as wide as it has to be, and a line for each summary."""
+    """Print the table, as wide as it has to be, a line for each summary, and the break-even densities."""
     columns, common = _visible(rows)
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = RichTable(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column.heading, justify="right" if column.right else "left", no_wrap=True)
     for row in rows:
@@ -193,6 +265,9 @@ def show(rows: Sequence[Row], console: Console) -> None:
     console.print()
     for summary in summarize(rows):
         console.print(Text(summary_line(summary)), soft_wrap=True)
+    table = break_even_table(rows)
+    if table is not None:
+        table.show(console)
 
 
 def _visible(rows: Sequence[Row]) -> tuple[list[Column], str]:
@@ -215,6 +290,7 @@ def write_json(path: Path, environment: dict[str, Any], rows: Sequence[Row]) -> 
         "environment": environment,
         "rows": [_finite(asdict(row)) for row in rows],
         "summary": summarize(rows),
+        "break_even": break_even(rows),
     }
     _write(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
@@ -228,10 +304,8 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 def write_markdown(path: Path, environment: dict[str, Any], rows: Sequence[Row]) -> None:
     columns, common = _visible(rows)
-    cpu = environment["cpu"]
     lines = [
-        f"{cpu['name']}, {cpu['cores']} cores, {cpu['isa']['in_use']}; torch {environment['torch']}, "
-        f"sparsebwd {environment['sparsebwd']}; {environment['time']}." + (f" All rows: {common}." if common else ""),
+        machine(environment) + (f" All rows: {common}." if common else ""),
         "",
         _markdown_line(column.heading for column in columns),
         _markdown_line("--:" if column.right else ":--" for column in columns),
@@ -239,6 +313,9 @@ def write_markdown(path: Path, environment: dict[str, Any], rows: Sequence[Row])
         "",
         *(f"- {summary_line(summary)}" for summary in summarize(rows)),
     ]
+    table = break_even_table(rows)
+    if table is not None:
+        lines += ["", table.markdown().rstrip()]
     _write(path, "\n".join(lines) + "\n")
 
 

@@ -1,45 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers that are measured: those of the networks in :mod:`sparsebwd.models`, read off the networks themselves."""
+"""The layers that are measured: those of the networks in :mod:`sparsebwd.models`, read off the networks themselves, or
+those of a file of captured gradients."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsebwd import models
 from sparsebwd.problem import ConvProblem
 
-IMAGE_SIZE = 32
+from . import gradients
 
-_NAME = re.compile(r"(?P<model>\w+)-cifar(?:-(?P<r>\d+)x(?P<s>\d+))?")
+_NAME = re.compile(rf"(?P<model>\w+)-(?P<form>{'|'.join(models.IMAGE_SIZE)})(?:-(?P<r>\d+)x(?P<s>\d+))?")
 
 
 @dataclass(frozen=True)
 class Layer:
     """A convolution to be measured.
 
-    suite, name: where it comes from; name is that of the first module with this problem.
+    suite, name: where it comes from, a suite or a file, None for a single problem; name is that of the first module
+        with this problem, or that of the captured layer.
     multiplicity: how many modules of the network have this problem.
     needs_grad_input: False for the first layer of a network, whose AGB no training step computes.
+    captured: its gradient (N, K, P, Q) in training before pruning; None: random ones are used.
+    placement: what training prunes, the gradient of the "output" or that of the "input".
     """
 
-    suite: str
+    suite: str | None
     name: str
     problem: ConvProblem
     multiplicity: int = 1
     needs_grad_input: bool = True
+    captured: Tensor | None = field(default=None, compare=False, repr=False)
+    placement: str = "output"
 
 
 def names() -> tuple[str, ...]:
     """Names of the suites of whole networks; each may be followed by a kernel size such as ``-1x1``."""
-    return tuple(f"{model}-cifar" for model in models.names())
+    return tuple(f"{model}-{form}" for form in models.IMAGE_SIZE for model in models.names())
 
 
 def load(name: str, batch: int) -> list[Layer]:
-    """The distinct convolutions of a network at 32x32 pixels, in the order of the forward pass.
+    """The distinct convolutions of a network, in the order of the forward pass.
 
     Args:
         name: one of `names()`; with a kernel size behind it, as in ``resnet50-cifar-1x1``, only those of this size.
@@ -54,7 +62,7 @@ def load(name: str, batch: int) -> list[Layer]:
             f"suite: got {name!r}; accepted: {', '.join(names())}; each also with a kernel size, as resnet50-cifar-1x1"
         )
     distinct: dict[tuple[ConvProblem, bool], Layer] = {}
-    for layer in _convolutions(match["model"], batch):
+    for layer in _convolutions(match["model"], match["form"], batch):
         problem = layer.problem
         if match["r"] and (problem.r, problem.s) != (int(match["r"]), int(match["s"])):
             continue
@@ -66,7 +74,39 @@ def load(name: str, batch: int) -> list[Layer]:
     return list(distinct.values())
 
 
-def _convolutions(model_name: str, batch: int) -> list[Layer]:
+def captured(path: Path) -> list[Layer]:
+    """The layers of a file of captured gradients; names end in "@step" if the file has several steps of training.
+
+    Raises:
+        ValueError: no such file, another kind of file, or one without gradients.
+    """
+    file = gradients.load(path)
+    if not file.gradients:
+        raise ValueError(f"gradients: {path} holds none")
+    several = len({found.step for found in file.gradients}) > 1
+    return [
+        Layer(
+            path.name,
+            f"{found.layer}@{found.step}" if several else found.layer,
+            found.problem,
+            needs_grad_input=found.needs_grad_input,
+            captured=found.grad_output,
+            placement="input" if file.placement == "input" else "output",
+        )
+        for found in file.gradients
+    ]
+
+
+def select(layers: Sequence[Layer], names: Sequence[str]) -> list[Layer]:
+    """Those of `layers` that have one of these names. Raises ValueError for a name that none has."""
+    for name in names:
+        if not any(layer.name == name for layer in layers):
+            accepted = ", ".join(dict.fromkeys(layer.name for layer in layers))
+            raise ValueError(f"layer: got {name!r}; accepted: {accepted}")
+    return [layer for layer in layers if layer.name in names]
+
+
+def _convolutions(model_name: str, form: str, batch: int) -> list[Layer]:
     """Every convolution of the network, in the order of the forward pass. Nothing is computed: tensors are meta."""
     found: list[Layer] = []
 
@@ -80,9 +120,9 @@ def _convolutions(model_name: str, batch: int) -> list[Layer]:
         return record
 
     with torch.device("meta"), torch.enable_grad():
-        model = models.create(model_name, num_classes=10)
+        model = models.create(model_name, num_classes=10, form=form)
         for name, module in model.named_modules():
             if isinstance(module, nn.Conv2d):
                 module.register_forward_hook(hook(name))
-        model(torch.empty(batch, 3, IMAGE_SIZE, IMAGE_SIZE))
+        model(torch.empty(batch, 3, models.IMAGE_SIZE[form], models.IMAGE_SIZE[form]))
     return found

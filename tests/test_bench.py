@@ -16,10 +16,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from sparsebwd import models
+from sparsebwd import models, reference
 from sparsebwd.backends import DenseBackend, available_backends, choose_backend
-from sparsebwd.bench import cli, operations, results, suites
-from sparsebwd.bench.inputs import Inputs, Rotation
+from sparsebwd.bench import cli, environment, gradients, operations, suites, terminal
+from sparsebwd.bench.gradients import Captured, GradientFile
+from sparsebwd.bench.inputs import KEY, SIGMA_ESTIMATOR, Gradient, Inputs, Rotation, skewed_densities
 from sparsebwd.bench.timing import Call, interleave
 from sparsebwd.problem import ConvProblem
 
@@ -33,9 +34,12 @@ CONTRACT = {
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    """Little memory, and malloc as it is."""
+    """Little memory, malloc as it is, and no long look at what the machine can do."""
     monkeypatch.setattr(cli, "last_level_cache", lambda: 2**14)
-    monkeypatch.setattr(cli, "keep_freed_memory", lambda: "as is")
+    monkeypatch.setattr(terminal, "keep_freed_memory", lambda: "as is")
+    monkeypatch.setattr(environment, "last_level_cache", lambda: 2**14)
+    monkeypatch.setattr(environment, "PRODUCT", 64)
+    monkeypatch.setattr(environment, "COPIED", 2**14)
 
 
 def bench(*arguments: object):
@@ -52,17 +56,19 @@ def rows_of(path) -> list[dict]:
 # ---- suites
 
 
+@pytest.mark.parametrize("form", models.IMAGE_SIZE)
 @pytest.mark.parametrize("name", models.names())
-def test_suites_are_the_convolutions_of_the_models(name):
-    layers = suites.load(f"{name}-cifar", batch=2)
-    model = models.create(name, num_classes=10).to("meta")
+def test_suites_are_the_convolutions_of_the_models(name, form):
+    layers = suites.load(f"{name}-{form}", batch=2)
+    with torch.device("meta"):
+        model = models.create(name, num_classes=10, form=form)
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     assert sum(layer.multiplicity for layer in layers) == len(convolutions)
     assert len({(layer.problem, layer.needs_grad_input) for layer in layers}) == len(layers)
     assert [layer.needs_grad_input for layer in layers].count(False) == 1 and not layers[0].needs_grad_input
     assert {layer.problem.n for layer in layers} == {2}
     with FlopCounterMode(display=False) as counter:
-        model(torch.empty(2, 3, 32, 32, device="meta"))
+        model(torch.empty(2, 3, models.IMAGE_SIZE[form], models.IMAGE_SIZE[form], device="meta"))
     counted = counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
     assert sum(2 * layer.problem.macs * layer.multiplicity for layer in layers) == counted
 
@@ -76,6 +82,27 @@ def test_resnet18_by_hand():
         ("stages.1.0.conv2", "n32c128h16w16k128r3s3u1p1d1g1", 3),
     ]
     assert len(layers) == 11
+
+
+def test_imagenet_by_hand():
+    def first(suite: str) -> list[str]:
+        return [str(layer.problem) for layer in suites.load(suite, batch=32)[:2]]
+
+    assert first("resnet50-imagenet") == ["n32c3h224w224k64r7s7u2p3d1g1", "n32c64h56w56k64r1s1u1p0d1g1"]
+    assert first("alexnet-imagenet") == ["n32c3h224w224k64r11s11u4p2d1g1", "n32c64h27w27k192r5s5u1p2d1g1"]
+    assert first("mobilenet-imagenet") == ["n32c3h224w224k32r3s3u2p1d1g1", "n32c32h112w112k32r3s3u1p1d1g32"]
+
+
+def test_layers_are_selected_by_name(tmp_path):
+    path = tmp_path / "rows.json"
+    result = bench("--suite", "alexnet-cifar,resnet18-cifar", "--batch", "1", "--layer", "features.3,stem.0", "--op", "wgc",
+                   "--density", "0.1", "--backend", "dense", "--memory", "1", "--json", path)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert [(row["suite"], row["layer"]) for row in rows_of(path)] == [
+        ("alexnet-cifar", "features.3"),
+        ("resnet18-cifar", "stem.0"),
+    ]
+    assert "2 rows" in result.output
 
 
 def test_kernel_size_selects_layers():
@@ -97,7 +124,7 @@ def test_mobilenet_has_depthwise_layers():
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_inputs_rotate_over_enough_copies(layout):
     problem = ConvProblem.parse(PROBLEM)
-    inputs = Inputs(problem, torch.float32, 0.5, Rotation(10_000))
+    inputs = Inputs(problem, torch.float32, Gradient("iid", 0.5), Rotation(10_000))
     following = inputs.rotating(layout, ("grad_output", "weight"))
     drawn = [following() for _ in range(9)]
     gradient_bytes = 2 * 8 * 6 * 5 * 4
@@ -113,21 +140,61 @@ def test_inputs_rotate_over_enough_copies(layout):
 
 
 def test_layouts_hold_the_same_numbers():
-    inputs = Inputs(ConvProblem.parse(PROBLEM), torch.bfloat16, None, Rotation(1))
+    inputs = Inputs(ConvProblem.parse(PROBLEM), torch.bfloat16, Gradient("heavy-tailed"), Rotation(1))
     for one, other in zip(inputs.first("contiguous"), inputs.first("channels_last")):
         assert one.equal(other) and one.dtype == torch.bfloat16
 
 
-def test_density_of_inputs():
+@pytest.mark.parametrize("pattern", ["iid", "skewed"])
+def test_density_of_inputs(pattern):
     problem = ConvProblem.parse("n16c1h32w32k16r1s1")
     for density in (0.0, 0.1, 1.0):
-        gradient = Inputs(problem, torch.float32, density, Rotation(1)).first("contiguous").grad_output
+        inputs = Inputs(problem, torch.float32, Gradient(pattern, density), Rotation(2**21))
+        gradient = inputs.first("contiguous").grad_output
         # 262144 draws: five standard deviations are 0.003
         assert gradient.count_nonzero().item() / gradient.numel() == pytest.approx(density, abs=0.003)
-    case = operations.Case(suites.Layer(None, "", problem), torch.float32, "contiguous", "dense", percentile=90)
-    inputs = Inputs(problem, torch.float32, None, Rotation(1))
+        following = inputs.rotating("contiguous", ("grad_output",))
+        counted = sum(following().grad_output.count_nonzero().item() for _ in range(2)) / (2 * gradient.numel())
+        assert inputs.density("channels_last") == pytest.approx(counted)
+
+
+def test_heavy_tailed_gradients_prune_as_those_of_training():
+    problem = ConvProblem.parse("n16c1h32w32k16r1s1")
+    layer = suites.Layer(None, "", problem)
+    case = operations.Case(layer, torch.float32, "contiguous", "dense", "heavy-tailed", percentile=90)
+    operation = operations.Prune()
+    inputs = Inputs(problem, torch.float32, case.gradient(operation), Rotation(1))
     assert inputs.first("contiguous").grad_output.count_nonzero() == 16 * 32 * 32 * 16
-    assert operations.Prune().density(case, inputs) == pytest.approx(0.31, abs=0.01)
+    assert operation.density(case, inputs) == pytest.approx(0.31, abs=0.01)
+
+
+def test_skewed_densities_differ_between_images_and_channels(generator):
+    for density in (0.01, 0.1, 0.35, 0.9):
+        densities = skewed_densities(3, 32, 64, density, generator)
+        assert torch.allclose(densities.mean((1, 2)), torch.tensor(density))
+        assert 0 < densities.min() < density / 2 and density < densities.max() < 1
+        log_odds = densities.double().logit()
+        images, channels = log_odds.mean(2), log_odds.mean(1)
+        # Standard deviation 1 of 96 and of 192 draws; rows and columns add up without interaction.
+        assert 0.7 < (images - images.mean(1, keepdim=True)).std() < 1.3
+        assert 0.8 < (channels - channels.mean(1, keepdim=True)).std() < 1.2
+        rest = log_odds - images[:, :, None] - channels[:, None] + log_odds.mean((1, 2), keepdim=True)
+        assert rest.abs().max() < 1e-3
+
+
+def test_captured_gradients_rotate_with_their_images_in_another_order(generator):
+    problem = ConvProblem.parse("n3c2h4w4k2r3s3u1p1d1g1")
+    captured = torch.randn(problem.output_size, generator=generator)
+    inputs = Inputs(problem, torch.float32, Gradient("captured", captured=captured), Rotation(5 * captured.nbytes))
+    following = inputs.rotating("channels_last", ("grad_output",))
+    copies = [following().grad_output for _ in range(5)]
+    assert copies[0].equal(captured) and copies[3].equal(captured)
+    for copy in copies[1:3]:
+        assert not copy.equal(captured)
+        assert copy[copy[:, 0, 0, 0].argsort()].equal(captured[captured[:, 0, 0, 0].argsort()])
+    pruned = Inputs(problem, torch.float32, Gradient("captured", captured=captured, percentile=90.0), Rotation(1))
+    expected = reference.prune(captured, KEY, 90.0, SIGMA_ESTIMATOR).values
+    assert pruned.first("contiguous").grad_output.equal(expected)
 
 
 def test_interleaving():
@@ -169,15 +236,22 @@ def test_files(tmp_path, backend):
         assert row["baseline"] == "copy" if row["op"] == "prune" else row["baseline"] in ("channels_last", "contiguous")
         assert row["pattern"] == ("iid" if row["percentile"] is None else "heavy-tailed")
         assert 0 < row["density"] < 1
+        if row["flops"]:
+            peak = record["environment"]["peak_gflops"]["float32"]["1"]
+            assert row["of_peak"] == pytest.approx(row["flops"] / row["sparse_ms"] / 1e6 / peak)
     assert all(row["rel_error"] < 1e-5 for row in rows if row["backend"] != "torch")
     assert {"torch", "sparsebwd", "cpu", "load", "last_level_cache", "variables"} <= record["environment"].keys()
+    assert record["environment"]["copy_gbs"]["1"] > 0
     assert [entry["op"] for entry in record["summary"]] == ["agb", "wgc", "agb", "wgc", "prune", "prune", "backward"]
 
     with open(files["csv"], newline="") as file:
         table = list(csv.DictReader(file))
     assert [row["command"] for row in table] == [row["command"] for row in rows]
     assert [float(row["speedup"]) for row in table] == [row["speedup"] for row in rows]
-    assert sum(line.startswith(f"| {PROBLEM} |") for line in files["markdown"].read_text().splitlines()) == len(rows)
+    table, _, break_even = files["markdown"].read_text().partition("## Break-even density")
+    assert sum(line.startswith(f"| {PROBLEM} |") for line in table.splitlines()) == len(rows)
+    assert sum(line.startswith(f"| {PROBLEM} |") for line in break_even.splitlines()) == 1
+    assert [entry["op"] for entry in record["break_even"]] == ["agb", "wgc"]
     assert list(tmp_path.iterdir()) and {path.name for path in tmp_path.iterdir()} == {p.name for p in files.values()}
     assert "costs" in result.output and "copies" in result.output
 
@@ -201,7 +275,8 @@ def test_useful_work(tmp_path):
                  "dense", "--json", path).exit_code == 0  # fmt: skip
     agb, wgc, backward, prune, _ = rows_of(path)
     macs, gradient, input, weight = 9 * 8, 36, 18, 8
-    assert agb["flops"] == wgc["flops"] == macs
+    assert agb["flops"] == wgc["flops"] == round(2 * macs * agb["density"])
+    assert (agb["nominal_density"], agb["density"]) == (0.5, pytest.approx(0.5, abs=0.1))
     assert agb["bytes"] == wgc["bytes"] == 4 * (gradient + input + weight)
     assert backward["flops"] == 2 * round(2 * macs * backward["density"])
     assert backward["bytes"] == 4 * (gradient + 2 * (input + weight))
@@ -215,17 +290,140 @@ def test_first_layer_has_no_agb():
     assert backward.outputs(layer) == (False, True)
 
 
-def test_command_of_a_row_repeats_it(tmp_path):
-    first, second = tmp_path / "1.json", tmp_path / "2.json"
-    bench("--problem", PROBLEM, "--op", "backward", "--percentile", "95", "--dtype", "bfloat16", "--layout", "contiguous",
-          "--backend", "dense", "--seed", "3", "--json", first)  # fmt: skip
-    (row,) = rows_of(first)
+GEOMETRIES = {"first": "n2c3h6w6k4r3s3u1p1d1g1", "depthwise": "n2c4h6w6k4r3s3u2p1d1g4"}
+
+
+@pytest.fixture
+def captured_file(tmp_path, generator):
+    """Writes gradients of two layers at `steps`, with zeros if the placement is "input"."""
+
+    def write(placement: str = "output", steps: tuple[int, ...] = (7,)):
+        found = []
+        for step in steps:
+            for name, text in GEOMETRIES.items():
+                problem = ConvProblem.parse(text)
+                gradient = torch.randn(problem.output_size, generator=generator)
+                if placement == "input":
+                    gradient.relu_()
+                found.append(Captured(name, problem, step, name != "first", gradient))
+        path = tmp_path / f"{placement}.pt"
+        gradients.save(path, GradientFile("resnet18", "digits", 90.0, placement, tuple(found)))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("backend", [name for name in available_backends() if name != "reference"])
+def test_captured_gradients(tmp_path, captured_file, backend):
+    path, file = tmp_path / "rows.json", captured_file(steps=(0, 50))
+    result = bench("--gradients", file, "--op", "agb,wgc,backward", "--percentile", "50,90", "--backend", backend, "--json",
+                   path)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = rows_of(path)
+    assert list(dict.fromkeys(row["layer"] for row in rows)) == ["first@0", "depthwise@0", "first@50", "depthwise@50"]
+    assert [(row["op"], row["percentile"]) for row in rows[:4]] == [
+        ("wgc", 50.0), ("wgc", 90.0), ("backward", 50.0), ("backward", 90.0),
+    ]  # fmt: skip
+    assert {(row["suite"], row["pattern"], row["nominal_density"]) for row in rows} == {("output.pt", "captured", None)}
+    assert rows[0]["density"] == 1  # at percentile 50 the threshold is 0
+    for row in (rows[1], rows[3]):  # one gradient, one key
+        captured = gradients.load(file).gradients[0].grad_output
+        assert row["density"] == pytest.approx(reference.prune(captured, KEY, 90.0, SIGMA_ESTIMATOR).density.item())
+
+
+@pytest.mark.parametrize("backend", [name for name in available_backends() if name != "reference"])
+def test_captured_gradients_with_natural_zeros_are_not_pruned(tmp_path, captured_file, backend):
+    path, file = tmp_path / "rows.json", captured_file("input")
+    result = bench("--gradients", file, "--layer", "depthwise", "--op", "prune,agb,wgc,backward", "--percentile", "80,90",
+                   "--backend", backend, "--json", path)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = rows_of(path)
+    assert [(row["op"], row["percentile"]) for row in rows] == [
+        ("agb", None), ("wgc", None), ("backward", 80.0), ("backward", 90.0),
+    ]  # fmt: skip
+    captured = gradients.load(file).gradients[1].grad_output
+    assert [row["density"] for row in rows] == pytest.approx([reference.density(captured).item()] * 4)
+
+
+def repeated(row: dict, path) -> dict:
     program, *arguments = shlex.split(row["command"].partition("-m ")[2])
     assert program == "sparsebwd.bench"
-    assert CliRunner().invoke(cli.app, [*arguments, "--json", str(second)]).exit_code == 0
-    (again,) = rows_of(second)
-    timed = {"sparse_ms", "dense_ms", "speedup", "gflops", "spread", "baseline"}
-    assert {k: v for k, v in again.items() if k not in timed} == {k: v for k, v in row.items() if k not in timed}
+    result = CliRunner().invoke(cli.app, [*arguments, "--json", str(path)])
+    assert result.exit_code == 0, result.output
+    (again,) = rows_of(path)
+    return again
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [
+            "--problem",
+            PROBLEM,
+            "--op",
+            "backward",
+            "--percentile",
+            "95",
+            "--dtype",
+            "bfloat16",
+            "--layout",
+            "contiguous",
+        ],
+        ["--problem", PROBLEM, "--op", "agb,wgc", "--pattern", "skewed,iid", "--density", "0.25"],
+        ["--suite", "mobilenet-cifar", "--batch", "2", "--layer", "features.0.0,features.1.0", "--op", "backward"],
+        ["--gradients", "FILE", "--op", "wgc,backward"],
+        ["--gradients", "FILE WITH ZEROS", "--op", "wgc,backward"],
+    ],
+)
+def test_command_of_a_row_repeats_it(tmp_path, captured_file, arguments):
+    files = {"FILE": captured_file("output"), "FILE WITH ZEROS": captured_file("input")}
+    first, second = tmp_path / "1.json", tmp_path / "2.json"
+    bench(*(files.get(argument, argument) for argument in arguments), "--backend", "dense", "--seed", "3", "--memory", "1",
+          "--json", first)  # fmt: skip
+    timed = {"sparse_ms", "dense_ms", "speedup", "gflops", "of_peak", "spread", "baseline"}
+    rows = rows_of(first)
+    assert rows
+    for row in rows:
+        again = repeated(row, second)
+        assert {k: v for k, v in again.items() if k not in timed} == {k: v for k, v in row.items() if k not in timed}
+
+
+def test_skewed_and_iid_rows_are_summed_up_apart(tmp_path):
+    path = tmp_path / "rows.json"
+    assert bench("--problem", PROBLEM, "--pattern", "iid,skewed", "--density", "0.5", "--op", "agb", "--backend", "dense",
+                 "--json", path).exit_code == 0  # fmt: skip
+    summaries = json.loads(path.read_text())["summary"]
+    assert [(summary["pattern"], summary["nominal_density"]) for summary in summaries] == [
+        ("iid", 0.5),
+        ("skewed", 0.5),
+    ]
+
+
+def test_results_are_checked_in_parts(monkeypatch):
+    """As in one piece; an error in the last image is found."""
+    problem = ConvProblem.parse("n5c4h6w5k8r3s3u2p1d1g2")
+    (backward,) = operations.named("backward")
+    case = operations.Case(
+        suites.Layer(None, "", problem), torch.float32, "contiguous", "dense", "heavy-tailed", None, 90.0
+    )
+
+    def check() -> float:
+        return backward.check(case, Inputs(problem, torch.float32, case.gradient(backward), Rotation(1)))
+
+    whole = check()
+    monkeypatch.setattr(operations, "_UNFOLDED", 2 * 4 * 9 * 3 * 3)
+    assert [images.stop for _, images in operations._images(problem)] == [2, 4, 5]
+    assert check() == pytest.approx(whole)
+    original = DenseBackend.conv2d_input
+
+    def wrong(self, *arguments):
+        result = original(self, *arguments)
+        result[-1, -1, -1, -1] += 1e-3
+        return result
+
+    monkeypatch.setattr(DenseBackend, "conv2d_input", wrong)
+    with pytest.raises(AssertionError, match="grad_input: largest error"):
+        check()
 
 
 @pytest.mark.parametrize("op", ["agb", "wgc", "backward", "prune"])
@@ -254,7 +452,9 @@ def test_wrong_results_get_no_speedup(tmp_path, monkeypatch, op):
 
 
 def test_not_a_number_is_wrong_and_json_stays_json(tmp_path, monkeypatch):
-    monkeypatch.setattr(DenseBackend, "conv2d_input", lambda self, problem, *_: torch.full(problem.input_size, torch.nan))
+    monkeypatch.setattr(
+        DenseBackend, "conv2d_input", lambda self, problem, *_: torch.full(problem.input_size, torch.nan)
+    )
     path = tmp_path / "rows.json"
     assert bench("--problem", PROBLEM, "--op", "agb", "--backend", "dense", "--json", path).exit_code == 1
     assert "NaN" not in path.read_text()
@@ -277,50 +477,21 @@ def test_interrupted_runs_write_nothing(tmp_path, monkeypatch):
     assert "agb" in result.output and "interrupted" in result.output
 
 
-# ---- summaries
-
-
-def make_row(**changes) -> results.Row:
-    values = dict.fromkeys(results.Row.__dataclass_fields__)
-    values |= {"suite": "s", "layer": "a", "problem": PROBLEM, "multiplicity": 1, "op": "agb", "density": 0.1}
-    values |= {"dtype": "float32", "layout": "contiguous", "backend": "cpu", "threads": 2, "baseline": "contiguous"}
-    values |= {"sparse_ms": 1.0, "dense_ms": 1.0, "speedup": 1.0, **changes}
-    return results.Row(**values)
-
-
-def test_summary():
-    rows = [
-        make_row(layer="a", sparse_ms=1.0, dense_ms=8.0, speedup=8.0, multiplicity=3),
-        make_row(layer="b", sparse_ms=4.0, dense_ms=8.0, speedup=2.0, multiplicity=1),
-        make_row(layer="c", sparse_ms=None, dense_ms=None, speedup=None, error="off"),
-        make_row(density=0.5),
-    ]
-    summary, other = results.summarize(rows)
-    assert (summary["layers"], summary["wrong"], summary["density"]) == (2, 1, 0.1)
-    assert summary["geometric_mean"] == pytest.approx(4)
-    assert summary["total_ratio"] == pytest.approx((3 * 8 + 8) / (3 * 1 + 4))
-    assert (summary["worst_layer"], summary["worst_speedup"]) == ("b", 2.0)
-    assert other["density"] == 0.5
-    assert results.summary_line(summary) == (
-        "agb at density 0.1 [s, float32, contiguous, cpu, 2 threads]: 1 WRONG; 4.00x (geometric mean of 2 layers), "
-        "4.57x in total, worst 2.00x (b)"
-    )
-
-
-def test_summary_of_pruning_counts_copies():
-    rows = [make_row(op="prune", percentile=90.0, density=d, baseline="copy", speedup=0.5) for d in (0.3, 0.4)]
-    (summary,) = results.summarize(rows)
-    assert summary["density"] == pytest.approx(0.35)
-    line = results.summary_line(summary)
-    assert "density 0.35 (percentile 90)" in line and "costs 2.00 copies (geometric mean of 2 layers)" in line
-
-
 # ---- what is refused
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
+        (["--suite", "resnet18-imagenet-5x5"], "resnet18 has no convolution of this kernel size"),
+        (["--layer", "stem.1"], "layer: got 'stem.1'; accepted: stem.0, stages.0.0.conv1,"),
+        (["--pattern", "blocks"], "pattern: got 'blocks'; accepted: iid, skewed"),
+        (["--gradients", "none.pt"], "none.pt: No such file"),
+        (["--plot", "rows.pdf"], "plot: got 'rows.pdf'; accepted: .png or .svg"),
+        (["--plot", "/dev/null/rows.svg"], "/dev/null is not a folder to write to"),
+        (["--op", "prune", "--plot", "rows.svg"], "plot: accepted with agb, wgc or backward"),
+        (["--compare", "none.json"], "none.json: No such file"),
+        (["--tolerance", "-1"], "0"),
         (["--suite", "vgg-cifar"], "suite: got 'vgg-cifar'; accepted: resnet18-cifar,"),
         (["--suite", "resnet18"], "suite: got 'resnet18'; accepted"),
         (["--suite", "resnet18-cifar-5x5"], "resnet18 has no convolution of this kernel size"),
@@ -345,6 +516,20 @@ def test_bad_arguments(arguments, words):
     assert result.exit_code == 2
     assert words in result.output
     assert arguments[-2].removeprefix("-") in result.output
+
+
+@pytest.mark.parametrize("option", ["--suite", "--problem", "--density", "--pattern", "--batch"])
+def test_gradients_come_with_their_layers(captured_file, option):
+    value = "1" if option == "--batch" else "iid"
+    result = CliRunner().invoke(cli.app, ["--gradients", str(captured_file()), option, value], env={"COLUMNS": "400"})
+    assert result.exit_code == 2
+    assert f"{option}: the file of --gradients has its own" in result.output
+
+
+def test_options_before_a_command_are_refused():
+    result = CliRunner().invoke(cli.app, ["--threads", "1", "capture"], env={"COLUMNS": "400"})
+    assert result.exit_code == 2
+    assert "--threads: accepted without a command; those of capture stand behind it" in result.output
 
 
 def test_backend_that_cannot_run(monkeypatch):

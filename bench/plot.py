@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speed-up against density, as a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from sparsebwd.data.files import atomic_write
+
+from .results import COPY, Row, break_even
+
+_PANEL = ("op", "suite", "pattern", "dtype", "layout", "backend", "threads")
+"""Rows that agree in these are in one panel."""
+
+_STYLES = ("-", "--", ":")
+_PANEL_WIDTH, _PANEL_HEIGHT, _LEGEND_WIDTH, _COLUMNS = 5.0, 4.0, 2.6, 2
+
+
+def write(path: Path, environment: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    """Draw a panel for each operation (and suite, pattern, dtype, layout, backend, threads), in it a line for each layer.
+
+    Break-even densities are crosses on the line of speed-up 1. The suffix names the format. Rows that were not timed, and those against a copy, are left out.
+
+    Raises OSError if the file cannot be written, ValueError if nothing is left to draw.
+    """
+    rows = [row for row in rows if row.speedup is not None and row.baseline != COPY and row.density > 0]
+    if not rows:
+        raise ValueError("plot: there is no speed-up against dense to draw")
+    panels: dict[tuple, list[Row]] = {}
+    for row in rows:
+        panels.setdefault(tuple(getattr(row, name) for name in _PANEL), []).append(row)
+    panels = dict(sorted(panels.items(), key=lambda item: tuple(map(str, item[0]))))
+    columns = min(_COLUMNS, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    styles = _line_styles(rows)
+    legend_columns = math.ceil(len(styles) / (14 * lines))
+    figure = Figure(
+        figsize=(columns * _PANEL_WIDTH + legend_columns * _LEGEND_WIDTH, lines * _PANEL_HEIGHT + 0.6),
+        layout="constrained",
+    )
+    grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+    axes = list(grid.flat)
+    for unused in axes[len(panels) :]:
+        unused.remove()
+    varying = [name for position, name in enumerate(_PANEL) if len({key[position] for key in panels}) > 1]
+    for axis, (key, group) in zip(axes, panels.items()):
+        _draw(axis, group, styles)
+        axis.set_title(", ".join(_value(name, key) for name in ("op", *(n for n in varying if n != "op"))), fontsize=11)
+    for position, axis in enumerate(axes[: len(panels)]):
+        axis.set_ylabel("speed-up over dense" if position % columns == 0 else "")
+        last = position + columns >= len(panels)
+        axis.set_xlabel("density of the gradient" if last else "")
+        axis.tick_params(labelbottom=last)
+    _limit(axes[0], rows)
+    common = [_value(name, next(iter(panels))) for name in _PANEL[1:] if name not in varying]
+    cpu = environment["cpu"]
+    figure.suptitle(f"{cpu['name']}, {cpu['isa']['in_use']}\n{', '.join(filter(None, common))}", fontsize=11)
+    handles = [Line2D([], [], **style, label=layer) for layer, style in styles.items()]
+    if len(styles) > 1:
+        handles.append(Line2D([], [], **_MEAN, label="geometric mean"))
+    handles.append(Line2D([], [], color="0.3", marker="x", linestyle="none", label="break-even"))
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False, ncols=legend_columns)
+    with atomic_write(path) as temporary:
+        # Text in SVG stays text, which can be searched and read aloud.
+        with matplotlib.rc_context({"svg.fonttype": "none"}):
+            figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150)
+
+
+_MEAN = {"color": "black", "linewidth": 3.0}
+
+
+def _line_styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """The look of each layer's line, the same in all panels: colours first, then dashes."""
+    colours = matplotlib.color_sequences["tab10"]
+    layers = dict.fromkeys(row.layer for row in rows)
+    return {
+        layer: {
+            "color": colours[position % len(colours)],
+            "linestyle": _STYLES[position // len(colours) % len(_STYLES)],
+            "linewidth": 1.2,
+            "marker": ".",
+        }
+        for position, layer in enumerate(layers)
+    }
+
+
+def _draw(axis: Axes, rows: Sequence[Row], styles: Mapping[str, Mapping[str, Any]]) -> None:
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.axhline(1, color="0.3", linewidth=1)
+    by_layer: dict[str, list[Row]] = {}
+    by_setting: dict[tuple, list[Row]] = {}
+    for row in rows:
+        by_layer.setdefault(row.layer, []).append(row)
+        by_setting.setdefault((row.nominal_density, row.percentile), []).append(row)
+    for layer, group in by_layer.items():
+        points = sorted((row.density, row.speedup) for row in group)
+        axis.plot(*zip(*points), **styles[layer])
+    if len(by_layer) > 1:
+        means = [
+            tuple(geometric_mean(getattr(row, name) for row in group) for name in ("density", "speedup"))
+            for group in by_setting.values()
+        ]
+        axis.plot(*zip(*sorted(means)), **_MEAN, marker="o")
+    for entry in break_even(rows):
+        if entry["relation"] == "=":
+            colour = styles[entry["layer"]]["color"]
+            axis.plot(entry["break_even"], 1, marker="x", markersize=8, markeredgewidth=2, color=colour, zorder=3)
+    axis.grid(color="0.9")
+    axis.set_axisbelow(True)
+
+
+def _limit(axis: Axes, rows: Sequence[Row]) -> None:
+    """Show all rows, and speed-up 1, on axes that all panels share."""
+    densities, speedups = [row.density for row in rows], [1.0, *(row.speedup for row in rows)]
+    axis.set_xticks(_ticks(1, 2, 5))
+    axis.set_yticks(_ticks(1, 1.5, 2, 3, 5, 7))
+    axis.set_xlim(min(densities) / 1.2, max(densities) * 1.2)
+    axis.set_ylim(min(speedups) / 1.2, max(speedups) * 1.2)
+    for direction in (axis.xaxis, axis.yaxis):
+        direction.set_minor_locator(NullLocator())
+        direction.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _ticks(*mantissas: float) -> list[float]:
+    return [mantissa * 10.0**exponent for exponent in range(-4, 4) for mantissa in mantissas]
+
+
+def _value(name: str, key: tuple) -> str:
+    value = key[_PANEL.index(name)]
+    return f"{value} thread{'s' if value != 1 else ''}" if name == "threads" else str(value or "")

@@ -87,7 +87,7 @@ class Table:
         # A cell that is cut off tells nothing; a terminal wraps long lines.
         unlimited = console.options.update(max_width=10_000)
         console.width = max(console.width, console.measure(table, options=unlimited).maximum)
-        console.print(Text(f"\n{self.title}", "bold"))
+        console.print(Text(f"\n{self.title}", "bold"), soft_wrap=True)
         console.print(table)
         for note in self.notes:
             console.print(Text(note), soft_wrap=True)

@@ -182,11 +182,40 @@ def sparse_conv2d(
         ValueError: another value, or shapes or devices that do not fit together.
         RuntimeError: the backend asked for cannot run.
     """
+    return convolve(
+        input,
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        check_percentile(percentile),
+        check_placement(placement),
+        check_sigma_estimator(sigma_estimator),
+        check_backend(backend),
+        generator,
+        layer_id,
+    )
+
+
+def convolve(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+    percentile: float | None,
+    placement: str,
+    sigma_estimator: str,
+    backend: str,
+    generator: torch.Generator | None,
+    layer_id: int,
+) -> Tensor:
+    """:func:`sparse_conv2d` with ``percentile``, ``placement``, ``sigma_estimator`` and ``backend`` checked before."""
     check_operands(input=input, weight=weight, **({} if bias is None else {"bias": bias}))
-    percentile = check_percentile(percentile)
-    check_placement(placement)
-    check_sigma_estimator(sigma_estimator)
-    check_backend(backend)
     if input.dim() not in (3, 4):
         raise ValueError(f"input: got shape {tuple(input.shape)}; accepted: (N, C, H, W) or (C, H, W)")
     if weight.dim() != 4:

@@ -16,8 +16,8 @@ from .functional import (
     check_percentile,
     check_placement,
     check_sigma_estimator,
+    convolve,
     prunes,
-    sparse_conv2d,
 )
 
 __all__ = ["SparseConv2d"]
@@ -123,7 +123,7 @@ class SparseConv2d(nn.Conv2d):
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        return sparse_conv2d(
+        return convolve(
             input,
             weight,
             bias,
@@ -131,11 +131,12 @@ class SparseConv2d(nn.Conv2d):
             padding,
             self.dilation,
             self.groups,
-            percentile=self.percentile,
-            placement=self.placement,
-            sigma_estimator=self.sigma_estimator,
-            backend=self.backend,
-            layer_id=self.layer_id,
+            self._percentile,
+            self._placement,
+            self._sigma_estimator,
+            self._backend,
+            None,
+            self.layer_id,
         )
 
     def __setstate__(self, state: dict) -> None:

@@ -82,14 +82,21 @@ def _cast(arg: object, device_type: str, dtype: torch.dtype) -> object:
     return arg
 
 
+# After autograd, the dispatcher goes on to the implementation for tensors with these keys, and to no mode and no fake.
+_ORDINARY = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
+
+
 def _register_autograd(
     name: str, implementation: Callable, backward: Callable, setup_context: Callable | None = None
 ) -> None:
-    """As :func:`torch.library.register_autograd`, but for ``setup_context(ctx, *args)``, and at a third of its cost:
-    a call with ordinary tensors goes on to ``implementation`` at once."""
+    """Like :func:`torch.library.register_autograd`, at a third of the cost, which is longer than a small convolution.
+
+    Tensors that may need a gradient are among the first three arguments. ``backward(ctx, *grads)`` returns their
+    gradients and a None; ``setup_context(ctx, *args)``.
+    """
     operator = getattr(torch.ops.sparsebwd, name).default
 
-    def below(keyset: torch._C.DispatchKeySet, args: tuple) -> object:
+    def below_autograd(keyset: torch._C.DispatchKeySet, args: tuple) -> object:
         keyset = keyset & torch._C._after_autograd_keyset
         if keyset.highestPriorityTypeId() in _ORDINARY:
             return implementation(*args)
@@ -97,24 +104,22 @@ def _register_autograd(
             return operator.redispatch(keyset, *args)
 
     def forward(ctx, *args):
-        *args, keyset = args
+        *tensors, (keyset, config) = args
+        args = (*tensors, *config)
         if setup_context is not None:
             setup_context(ctx, *args)
-        return below(keyset, args)
+        return below_autograd(keyset, args)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function = type(f"sparsebwd_{name}", (torch.autograd.Function,), methods)
 
     def kernel(keyset: torch._C.DispatchKeySet, *args):
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return function.apply(*args, keyset)
-        return below(keyset, args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args[:3]):
+            # In one, as PyTorch looks at each argument several times.
+            return function.apply(*args[:3], (keyset, args[3:]))
+        return below_autograd(keyset, args)
 
     _library.impl(name, kernel, "Autograd", with_keyset=True)
-
-
-# Where the dispatcher, done with autograd, would come to the implementation, and neither to a mode nor to a fake.
-_ORDINARY = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 
 
 def _not_differentiable(name: str, implementation: Callable) -> None:
@@ -379,7 +384,7 @@ def _backward(ctx, grad_output: Tensor) -> tuple:
         grad_output, input, weight, *ctx.geometry, key, *ctx.pruning, output_mask
     )
     wanted = (grad if want else None for grad, want in zip(grads, output_mask))
-    return (*wanted, *(None for _ in ctx.needs_input_grad[3:]))
+    return (*wanted, None)
 
 
 _define(

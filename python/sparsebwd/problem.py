@@ -7,6 +7,7 @@ import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 Pair = tuple[int, int]
 
@@ -30,6 +31,8 @@ def as_pair(value: int | Sequence[int], name: str) -> Pair:
 
     Raises TypeError if it is not made of ints, ValueError if it is not one or two of them.
     """
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
+        return value  # as layers have it: nothing to convert
     values = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
     try:
         values = tuple(as_int(v, name) for v in values)
@@ -96,15 +99,15 @@ class ConvProblem:
         span = self.dilation[axis] * (kernel - 1) + 1
         return (size + 2 * self.padding[axis] - span) // self.stride[axis] + 1
 
-    @property
+    @cached_property
     def input_size(self) -> tuple[int, int, int, int]:
         return (self.n, self.c, self.h, self.w)
 
-    @property
+    @cached_property
     def weight_size(self) -> tuple[int, int, int, int]:
         return (self.k, self.c // self.groups, self.r, self.s)
 
-    @property
+    @cached_property
     def output_size(self) -> tuple[int, int, int, int]:
         return (self.n, self.k, self.p, self.q)
 

@@ -30,7 +30,7 @@ TINY = """
 from torch import nn
 from sparsebwd import models
 
-def tiny(num_classes):
+def tiny(num_classes, form="cifar"):
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
         nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),

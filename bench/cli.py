@@ -18,7 +18,7 @@ from sparsebwd.backends import registered_backends
 from sparsebwd.functional import check_percentile
 from sparsebwd.problem import ConvProblem
 
-from . import capture, compare, operations, results, suites
+from . import capture, compare, operations, results, step, suites
 from .environment import last_level_cache
 from .inputs import DTYPES, LAYOUTS, PATTERNS, Rotation
 from .runner import Plan, peaks, run
@@ -205,6 +205,7 @@ def main(
 
 
 app.command("capture")(capture.command)
+app.command("step")(step.command)
 
 
 def _refuse_options_before_command(context: typer.Context) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from sparsebwd import reference
 from sparsebwd.problem import ConvProblem
-from sparsebwd.testing import random_tensor
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -31,10 +30,11 @@ PATTERNS = ("iid", "skewed")
 """Of random gradients with zeros."""
 
 SIGMA_ESTIMATOR = "corrected"
-KEY = torch.tensor((0x0123456789ABCDEF, 0x1122334455667788))
-"""Of the random numbers of pruning."""
+KEY_SEED = 1
+KEY = torch.empty(2, dtype=torch.int64).random_(generator=torch.Generator().manual_seed(KEY_SEED))
+"""Of the random numbers of pruning: what a generator with this seed draws."""
 
-# Elements of gradients that are drawn at once: random numbers are made in float64, and take a multiple of the result.
+# Elements of gradients that are drawn at once, because what they are made of takes a multiple of the memory.
 _BLOCK = 2**23
 
 _OPERANDS = ("grad_output", "input", "weight")
@@ -78,13 +78,13 @@ class Gradient:
         return result
 
     def _draw(self, shape: tuple[int, ...], n: int, generator: torch.Generator) -> Tensor:
-        if self.pattern == "iid":
-            return random_tensor(shape, generator=generator, density=self.density)
-        normal = random_tensor(shape, generator=generator)
+        normal = torch.randn(shape, generator=generator)
+        if self.pattern == "heavy-tailed":
+            return normal * (TAIL * torch.randn(shape, generator=generator)).exp()
+        density = self.density
         if self.pattern == "skewed":
-            kept = skewed_densities(shape[0] // n, n, shape[1], self.density, generator).view(*shape[:2], 1, 1)
-            return normal * (torch.rand(shape, generator=generator) < kept)
-        return normal * (TAIL * random_tensor(shape, generator=generator)).exp()
+            density = skewed_densities(shape[0] // n, n, shape[1], density, generator).view(*shape[:2], 1, 1)
+        return normal * (torch.rand(shape, generator=generator) < density)
 
 
 def skewed_densities(copies: int, n: int, k: int, density: float, generator: torch.Generator) -> Tensor:
@@ -154,6 +154,11 @@ class Inputs:
         copies = self._all("grad_output", layout)
         return sum(copy.count_nonzero().item() for copy in copies) / (len(copies) * copies[0].numel())
 
+    def pruned(self, layout: str, tau: Tensor) -> Tensor:
+        """What the reference makes of the first ``grad_output`` at the threshold ``tau``, with KEY. It is slow."""
+        gradient = self.first(layout).grad_output
+        return self.memo(("pruned", tau.item()), lambda: reference.prune_at(gradient, KEY, tau))
+
     def memo(self, key: object, compute: Callable[[], object]) -> object:
         """What `compute` returned when it was first called for `key`."""
         if key not in self._memo:
@@ -177,4 +182,4 @@ class Inputs:
         copies = self._rotation.copies(math.prod(size) * self._dtype.itemsize)
         if name == "grad_output":
             return self._gradient.copies(copies, size, self._dtype, self._generator)
-        return random_tensor(size, generator=self._generator, dtype=self._dtype).repeat(copies, 1, 1, 1)
+        return torch.randn(size, generator=self._generator).to(self._dtype).repeat(copies, 1, 1, 1)

@@ -7,7 +7,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,14 +17,12 @@ from sparsebwd.backends.dense import convolution_backward
 from sparsebwd.problem import ConvProblem
 from sparsebwd.testing import assert_bit_equal, assert_error_bounded
 
-from .inputs import KEY, LAYOUTS, SIGMA_ESTIMATOR, Gradient, Inputs, Operands
+from .inputs import KEY, KEY_SEED, LAYOUTS, SIGMA_ESTIMATOR, Gradient, Inputs, Operands
 from .results import COPY
 from .suites import Layer
 
 TORCH = "torch"
 """In place of a backend's name: plain PyTorch operations."""
-
-_SEED = 1
 
 # Elements of the unfolded input that the reference makes at once, in float64.
 _UNFOLDED = 2**23
@@ -94,8 +91,7 @@ class Operation(ABC):
         if not self.prunes or case.layer.placement == "input":
             return inputs.memo("density", lambda: inputs.density(case.layout))
         gradient = inputs.first(case.layout).grad_output
-        compute = partial(reference.prune, gradient, KEY, case.percentile, SIGMA_ESTIMATOR)
-        return inputs.memo(("density", case.percentile), lambda: compute().density.item())
+        return reference.density(inputs.pruned(case.layout, _threshold(case, gradient))).item()
 
     @abstractmethod
     def flops(self, layer: Layer, density: float) -> int:
@@ -142,9 +138,9 @@ class Prune(Pruning):
 
     def check(self, case: Case, inputs: Inputs) -> float:
         operands = inputs.first(case.layout)
-        pruned = self.candidate(case, operands, torch.Generator().manual_seed(_SEED))
-        key = torch.empty(2, dtype=torch.int64).random_(generator=torch.Generator().manual_seed(_SEED))
-        _check_pruned(case, operands.grad_output, key, pruned.values, pruned.tau)
+        pruned = self.candidate(case, operands, torch.Generator().manual_seed(KEY_SEED))
+        expected = inputs.pruned(case.layout, pruned.tau)
+        _check_pruned(case, operands.grad_output, pruned.values, pruned.tau, expected)
         return 0.0
 
 
@@ -207,7 +203,7 @@ class PruneAndList(Pruning):
         """The lists themselves are checked where AGB and WGC are."""
         operands = inputs.first(case.layout)
         pruned, tau, nonzeros = self.candidate(case, operands)
-        _check_pruned(case, operands.grad_output, KEY, pruned, tau)
+        _check_pruned(case, operands.grad_output, pruned, tau, inputs.pruned(case.layout, tau))
         if nonzeros != torch.count_nonzero(pruned).item():
             raise AssertionError(f"lists: {nonzeros} non-zeros instead of {torch.count_nonzero(pruned).item()}")
         return 0.0
@@ -340,16 +336,19 @@ class Backward(Convolution):
         operands = inputs.first(case.layout)
         grad_input, grad_weight = self.results(case, operands)
 
-        def pruned(gradient: Tensor) -> Tensor:
+        def prune(gradient: Tensor) -> tuple[Tensor, Tensor]:
             values, tau, *_ = torch.ops.sparsebwd.prune(gradient, KEY, case.percentile, SIGMA_ESTIMATOR, case.backend)
-            _check_pruned(case, gradient, KEY, values, tau)
-            return values
+            return values, tau
 
         if case.layer.placement == "output":
-            return operands._replace(grad_output=pruned(operands.grad_output)), grad_input, grad_weight
-        if self.outputs(case.layer)[0]:
+            pruned, tau = prune(operands.grad_output)
+            _check_pruned(case, operands.grad_output, pruned, tau, inputs.pruned(case.layout, tau))
+            operands = operands._replace(grad_output=pruned)
+        elif self.outputs(case.layer)[0]:
             unpruned, _ = self.results(replace(case, percentile=None), operands)
-            assert_bit_equal(grad_input, pruned(unpruned), "pruned gradient of the input")
+            pruned, tau = prune(unpruned)
+            _check_pruned(case, unpruned, pruned, tau, reference.prune_at(unpruned, KEY, tau))
+            assert_bit_equal(grad_input, pruned, "pruned gradient of the input")
             grad_input = unpruned
         return operands, grad_input, grad_weight
 
@@ -384,11 +383,15 @@ def _images(problem: ConvProblem) -> Iterator[tuple[ConvProblem, slice]]:
         yield replace(problem, n=last - first), slice(first, last)
 
 
-def _check_pruned(case: Case, gradient: Tensor, key: Tensor, pruned: Tensor, tau: Tensor) -> None:
-    """Raise AssertionError unless tau is that of the reference up to the order of its sum, and the rest to the bit."""
-    _, expected = reference.threshold(
-        gradient.abs().sum(dtype=torch.float64), gradient.numel(), case.percentile, SIGMA_ESTIMATOR, gradient.dtype
-    )
-    if abs(tau.item() - expected.item()) > torch.finfo(gradient.dtype).eps * expected.item():
-        raise AssertionError(f"tau: {tau.item()!r} instead of {expected.item()!r}")
-    assert_bit_equal(pruned, reference.prune_at(gradient, key, tau), "pruned gradient")
+def _threshold(case: Case, gradient: Tensor) -> Tensor:
+    abs_sum = gradient.abs().sum(dtype=torch.float64)
+    return reference.threshold(abs_sum, gradient.numel(), case.percentile, SIGMA_ESTIMATOR, gradient.dtype)[1]
+
+
+def _check_pruned(case: Case, gradient: Tensor, pruned: Tensor, tau: Tensor, expected: Tensor) -> None:
+    """Raise AssertionError unless tau is that of the reference up to the order of its sum, and the pruned gradient is
+    `expected` to the bit: that of the reference at tau."""
+    exact = _threshold(case, gradient).item()
+    if abs(tau.item() - exact) > torch.finfo(gradient.dtype).eps * exact:
+        raise AssertionError(f"tau: {tau.item()!r} instead of {exact!r}")
+    assert_bit_equal(pruned, expected, "pruned gradient")

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsebwd
 from sparsebwd import backends, ops
@@ -239,6 +240,31 @@ def test_autocast_casts_as_the_convolution_of_torch_does(amp_dtype):
     assert input.grad.dtype == weight.grad.dtype == torch.float32
 
 
+def test_modes_see_the_operators():
+    """Autograd goes on to an implementation at once only where the dispatcher would."""
+    seen = []
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    _, input, weight, _, geometry = _operands(PROBLEMS[0], torch.float32, torch.contiguous_format, True)
+    config = (torch.tensor([1, 2]), 90.0, "output", "corrected", "auto", 0)
+    with Spy():
+        torch.ops.sparsebwd.conv2d(input, weight, None, *geometry, *config).sum().backward()
+    ours = [function for function in seen if function.namespace == "sparsebwd"]
+    assert ours == [torch.ops.sparsebwd.conv2d.default, torch.ops.sparsebwd.conv2d_backward.default]
+
+
+def test_views_that_negate():
+    """Their numbers in memory have the other sign; the dispatcher has to make them real first."""
+    grad, key = torch.randn(2, 6, 3, 5), torch.tensor([1, 2])
+    actual = torch.ops.sparsebwd.prune(torch._neg_view(grad), key, 90.0, "corrected", "auto")
+    for one, two in zip(actual, torch.ops.sparsebwd.prune(-grad, key, 90.0, "corrected", "auto")):
+        assert_bit_equal(one, two)
+
+
 def test_shapes_that_do_not_fit():
     problem, input, weight, grad_output, geometry = _operands(PROBLEMS[0], torch.float32, torch.contiguous_format)
     wrong = grad_output[:, :, 1:]
@@ -323,6 +349,68 @@ def test_log_level_of_the_environment(level):
     else:
         assert process.returncode == 0, process.stderr
         assert ("backend 'dense' refuses" in process.stderr) == (level == "debug")
+
+
+def test_dense_convolutions_compute_in_the_layout_of_their_operands(memory_format):
+    """Else PyTorch converts an operand, which can take longer than the convolution."""
+    problem, input, weight, grad_output, _ = _operands("n2c6h7w8k4r3s3p1", torch.float32, memory_format)
+    dense = backends.get_backend("dense")
+    for result in (
+        dense.conv2d_input(problem, weight, grad_output),
+        dense.conv2d_weight(problem, input, grad_output),
+    ):
+        assert result.is_contiguous(memory_format=memory_format)
+
+
+needs_cpu_kernels = pytest.mark.skipif("cpu" not in backends.available_backends(), reason="no CPU kernels")
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize(
+    "limits, expected", [((1, 1), "cpu"), ((1, 0.3), "cpu+dense"), ((0.3, 1), "cpu+dense"), ((0.3, 0.3), "dense")]
+)
+@pytest.mark.parametrize("percentile, placement", [(90.0, "output"), (90.0, "input"), (None, "output")])
+def test_auto_takes_either_for_either_gradient(
+    limits, expected, percentile, placement, memory_format, monkeypatch, stats
+):
+    monkeypatch.setattr(backends.cpu, "_break_even", lambda problem, dtype: limits)
+    _, input, weight, grad_output, geometry = _operands("n2c16h12w12k16r3s3p1", torch.float32, memory_format)
+    results = []
+    for backend in ("auto", "cpu"):
+        config = (torch.tensor([1, 2]), percentile, placement, "corrected", backend, 0)
+        results.append(
+            torch.ops.sparsebwd.conv2d_backward(grad_output, input, weight, *geometry, *config, (True, True, False))
+        )
+    assert [record.implementation for record in stats] == [expected, "cpu"]
+    assert stats[0].density == stats[1].density and stats[0].sigma == stats[1].sigma
+    for actual, wanted in zip(*results):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-3)
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("text", ["n1c16h4w4k16r3s3p1", "n2c64h16w16k64r3s3p1g64"])
+def test_auto_leaves_to_pytorch_where_sparse_never_pays(text, stats):
+    _, input, weight, grad_output, geometry = _operands(text, torch.float32, torch.channels_last)
+    config = (torch.tensor([1, 2]), 99.0, "output", "corrected", "auto", 0)
+    torch.ops.sparsebwd.conv2d_backward(grad_output, input, weight, *geometry, *config, (True, True, True))
+    assert [record.implementation for record in stats] == ["dense"]
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("shape", [(16, 32, 24, 24), (2, 3, 5, 7), (1, 1, 1, 1)])
+def test_expected_density(shape, memory_format, dtype, generator):
+    """Of a gradient whose images differ, within five standard deviations of a sample of 61 x 256."""
+    key = torch.tensor([1, 2])
+    grad = (
+        random_tensor(shape, generator=generator, dtype=dtype) * torch.linspace(0.1, 2, shape[0])[:, None, None, None]
+    )
+    grad = grad.to(dtype).contiguous(memory_format=memory_format)
+    before = grad.clone()
+    values, tau, _, density = torch.ops.sparsebwd.prune(grad, key, 90.0, "corrected", "cpu")
+    bound = 5 * 0.5 / min(grad.numel(), 61 * 256) ** 0.5
+    assert backends.cpu._expected_density(grad, key, tau.item()) == pytest.approx(density.item(), abs=bound)
+    assert backends.cpu._expected_density(values, None, 0.0) == pytest.approx(density.item(), abs=bound)
+    assert_bit_equal(grad, before)
 
 
 # ---- observers

@@ -122,3 +122,16 @@ def test_quantiles():
     table = {85: 1.0364, 90: 1.2816, 95: 1.6449, 99.5: 2.5758, 50: 0.0}
     for percentile, z in table.items():
         assert reference.quantile(percentile) == pytest.approx(z, abs=5e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_thresholds_of_floats_are_those_of_tensors(dtype, generator):
+    exponents = torch.empty(200, dtype=torch.float64).uniform_(-60, 60, generator=generator)
+    special = torch.tensor([0.0, math.inf, math.nan, 1e300, 1e-320, 3.4e38], dtype=torch.float64)
+    for abs_sum in torch.cat([special, 10.0**exponents]):
+        for percentile in (50.0, 90.0, 99.5):
+            tensors = reference.threshold(abs_sum, 7, percentile, "corrected", dtype)
+            floats = reference.threshold(abs_sum.item(), 7, percentile, "corrected", dtype)
+            for tensor, number in zip(tensors, floats):
+                assert isinstance(number, float)
+                assert_bit_equal(torch.tensor(number, dtype=torch.float64), tensor.double())

@@ -242,7 +242,7 @@ def _expected_density(grad: Tensor, key: Tensor | None, tau: float) -> float:
 
 
 # Multiply-adds below which the fixed costs of the sparse kernels outweigh what they save.
-_FEWEST_MACS = 2**22
+_FEWEST_MACS = 2**20
 
 
 @lru_cache(maxsize=4096)

@@ -22,6 +22,10 @@ from .results import COPY, Row, break_even
 _PANEL = ("op", "suite", "pattern", "dtype", "layout", "backend", "threads")
 """Rows that agree in these are in one panel."""
 
+# Of the numbers on the axes: as few as tell enough.
+_MANTISSAS = ((1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9))
+_LEAST_TICKS = 6
+
 _STYLES = ("-", "--", ":")
 _PANEL_WIDTH, _PANEL_HEIGHT, _LEGEND_WIDTH, _COLUMNS = 5.0, 4.0, 2.6, 2
 
@@ -123,17 +127,18 @@ def _draw(axis: Axes, rows: Sequence[Row], styles: Mapping[str, Mapping[str, Any
 def _limit(axis: Axes, rows: Sequence[Row]) -> None:
     """Show all rows, and speed-up 1, on axes that all panels share."""
     densities, speedups = [row.density for row in rows], [1.0, *(row.speedup for row in rows)]
-    axis.set_xticks(_ticks(1, 2, 5))
-    axis.set_yticks(_ticks(1, 1.5, 2, 3, 5, 7))
-    axis.set_xlim(min(densities) / 1.2, max(densities) * 1.2)
-    axis.set_ylim(min(speedups) / 1.2, max(speedups) * 1.2)
-    for direction in (axis.xaxis, axis.yaxis):
+    for direction, values in ((axis.xaxis, densities), (axis.yaxis, speedups)):
+        low, high = min(values) / 1.2, max(values) * 1.2
+        ticks = (_ticks(*mantissas) for mantissas in _MANTISSAS)
+        shown = [[tick for tick in some if low <= tick <= high] for some in ticks]
+        direction.set_ticks(next((some for some in shown if len(some) >= _LEAST_TICKS), shown[-1]))
         direction.set_minor_locator(NullLocator())
         direction.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        (axis.set_xlim if direction is axis.xaxis else axis.set_ylim)(low, high)
 
 
 def _ticks(*mantissas: float) -> list[float]:
-    return [mantissa * 10.0**exponent for exponent in range(-4, 4) for mantissa in mantissas]
+    return [mantissa * 10.0**exponent for exponent in range(-5, 5) for mantissa in mantissas]
 
 
 def _value(name: str, key: tuple) -> str:

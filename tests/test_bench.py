@@ -9,6 +9,7 @@ import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from sparsebwd.bench.inputs import KEY, SIGMA_ESTIMATOR, Gradient, Inputs, Rotat
 from sparsebwd.bench.timing import Call, interleave
 from sparsebwd.problem import ConvProblem
 
+ROOT = Path(__file__).resolve().parent.parent
 PROBLEM = "n2c4h6w5k8r3s3u1p1d1g1"
 KERNELS = "cpu" in available_backends()
 CONTRACT = {
@@ -538,6 +540,25 @@ def test_backend_that_cannot_run(monkeypatch):
     result = CliRunner().invoke(cli.app, ["--problem", PROBLEM, "--backend", "dense"])
     choose_backend.cache_clear()
     assert result.exit_code == 2 and "it is switched off" in result.output
+
+
+@pytest.mark.skipif(not KERNELS, reason="the sparse kernels do not run here")
+def test_commands_of_the_documentation_are_understood(tmp_path, monkeypatch, captured_file):
+    """Nothing is measured: rows are asked for, and there are none."""
+    monkeypatch.setattr(cli, "peaks", lambda plan: {"peak_gflops": {}})
+    monkeypatch.setattr(cli, "run", lambda *_: iter(()))
+    monkeypatch.chdir(tmp_path)
+    captured_file().rename("gradients.pt")
+    commands = [
+        line.partition(" -m sparsebwd.bench ")[2]
+        for line in (ROOT / "docs" / "performance.md").read_text("utf-8").splitlines()
+        if line.startswith("python -m sparsebwd.bench -")
+    ]
+    assert len(commands) > 5
+    for arguments in commands:
+        (tmp_path / "densities.json").write_text('{"environment": {}, "rows": []}')
+        result = CliRunner().invoke(cli.app, shlex.split(arguments))
+        assert result.exit_code != 2 and " rows, " in result.output, f"{arguments}: {result.output}"
 
 
 def test_module_runs(tmp_path):

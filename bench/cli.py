@@ -269,6 +269,7 @@ def _plan(
         threads=_parse("threads", threads or [str(torch.get_num_threads())], _threads),
         repeats=repeats,
         seed=seed,
+        memory=memory,
         rotation=Rotation(rotated),
     )
     try:

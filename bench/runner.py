@@ -27,6 +27,7 @@ class Plan:
     """Everything that is to be measured: all combinations, each operation with densities or with percentiles.
 
     file: of captured gradients, None where all are random.
+    memory: MiB that the copies of the tensors may take, from which `rotation` follows.
     """
 
     layers: Sequence[Layer]
@@ -41,6 +42,7 @@ class Plan:
     threads: Sequence[int]
     repeats: int
     seed: int
+    memory: int
     rotation: Rotation
 
     def __len__(self) -> int:
@@ -192,6 +194,7 @@ def _command(plan: Plan, operation: Operation, dtype: str, case: Case, threads: 
         "threads": threads,
         "repeats": plan.repeats,
         "seed": plan.seed,
+        "memory": plan.memory,
     }
     variables = [f"{name}={os.environ[name]}" for name in CODE_PATH_VARIABLES if name in os.environ]
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]

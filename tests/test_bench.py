@@ -37,7 +37,7 @@ CONTRACT = {
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     """Little memory, malloc as it is, and no long look at what the machine can do."""
-    monkeypatch.setattr(cli, "last_level_cache", lambda: 2**14)
+    monkeypatch.setattr(cli, "last_level_cache", lambda: 2**18)
     monkeypatch.setattr(terminal, "keep_freed_memory", lambda: "as is")
     monkeypatch.setattr(environment, "last_level_cache", lambda: 2**14)
     monkeypatch.setattr(environment, "PRODUCT", 64)

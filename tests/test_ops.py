@@ -201,6 +201,20 @@ def test_only_the_gradients_asked_for_are_computed(output_mask, register):
         assert torch.equal(grads[2], grad_output.sum((0, 2, 3)))
 
 
+def test_default_device_does_not_matter(backend, memory_format, stats):
+    _, input, weight, grad_output, geometry = _operands("n2c16h8w8k16r3s3p1", torch.float32, memory_format)
+    key = torch.tensor([1, 2])
+    config = (key, 90.0, "output", "corrected", backend, 0, (True, True, True))
+    expected = torch.ops.sparsebwd.conv2d_backward(grad_output, input, weight, *geometry, *config)
+    pruned = torch.ops.sparsebwd.prune(grad_output, key, 90.0, "corrected", backend)
+    with torch.device("meta"):
+        actual = torch.ops.sparsebwd.conv2d_backward(grad_output, input, weight, *geometry, *config)
+        again = torch.ops.sparsebwd.prune(grad_output, key, 90.0, "corrected", backend)
+    for one, two in zip((*actual, *again), (*expected, *pruned)):
+        assert_bit_equal(one, two)
+    assert stats[1].sigma.device == stats[1].density.device == torch.device("cpu")
+
+
 def test_not_differentiable():
     problem, input, weight, grad_output, geometry = _operands(PROBLEMS[0], torch.float32, torch.contiguous_format, True)
     results = [

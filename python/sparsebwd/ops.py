@@ -82,17 +82,18 @@ def _cast(arg: object, device_type: str, dtype: torch.dtype) -> object:
     return arg
 
 
-# After autograd, the dispatcher goes on to the implementation for tensors with these keys, and to no mode and no fake.
+# If one of these keys comes first after autograd, the dispatcher goes on to the implementation, not to a mode or a fake.
 _ORDINARY = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 
 
 def _register_autograd(
     name: str, implementation: Callable, backward: Callable, setup_context: Callable | None = None
 ) -> None:
-    """Like :func:`torch.library.register_autograd`, at a third of the cost, which is longer than a small convolution.
+    """:func:`torch.library.register_autograd` for our operators; that for any operator takes longer than a small
+    convolution.
 
-    Tensors that may need a gradient are among the first three arguments. ``backward(ctx, *grads)`` returns their
-    gradients and a None; ``setup_context(ctx, *args)``.
+    Tensors that may need a gradient are among the first three arguments. ``backward(ctx, *grads)`` returns the
+    gradients of these three, and None for the others together. ``setup_context(ctx, *args)`` is called before forward.
     """
     operator = getattr(torch.ops.sparsebwd, name).default
 
@@ -289,6 +290,7 @@ def _conv2d_backward(
         if output_mask[1]:
             grad_weight = result.grad_weight.contiguous(memory_format=memory_format(weight))
         if observers:
+            device = grad_output.device
             stats = LayerStats(
                 layer_id=layer_id,
                 backend=chosen.name,
@@ -296,9 +298,9 @@ def _conv2d_backward(
                 problem=problem,
                 percentile=percentile,
                 placement=placement,
-                density=density(grad_output) if result.density is None else _float32(result.density),
-                sigma=_float32(result.sigma),
-                tau=_float32(result.tau),
+                density=density(grad_output) if result.density is None else _float32(result.density, device),
+                sigma=_float32(result.sigma, device),
+                tau=_float32(result.tau, device),
                 numel=grad_output.numel(),
                 seconds=seconds,
             )
@@ -307,8 +309,8 @@ def _conv2d_backward(
     return grad_input, grad_weight, grad_bias
 
 
-def _float32(scalar: Tensor | float | None) -> Tensor | None:
-    return None if scalar is None else torch.as_tensor(scalar, dtype=torch.float32)
+def _float32(scalar: Tensor | float | None, device: torch.device) -> Tensor | None:
+    return None if scalar is None else torch.as_tensor(scalar, dtype=torch.float32, device=device)
 
 
 def _bias_gradient(grad_output: Tensor) -> Tensor:

@@ -125,6 +125,11 @@ class Backend(ABC):
         return BackwardResult(grad_input, grad_weight, tau, sigma, density, self.name)
 
 
+def empty(size: Sequence[int], like: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """An uninitialised tensor of the dtype and on the device of ``like``."""
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=memory_format)
+
+
 _backends: dict[str, Backend] = {}
 
 PLANNED = {

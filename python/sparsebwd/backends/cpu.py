@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import reference
 from ..problem import ConvProblem
 from ..reference import PrunedGradient
-from .base import Backend, BackwardResult, logger
+from .base import Backend, BackwardResult, empty, logger
 from .dense import DenseBackend, convolution_backward
 
 try:
@@ -71,9 +71,9 @@ def _convolve(
     pruned = torch.empty_like(grad_output) if keep_pruned else None
     grad_input = grad_weight = None
     if weight is not None:
-        grad_input = torch.empty(problem.input_size, dtype=grad_output.dtype, memory_format=torch.channels_last)
+        grad_input = empty(problem.input_size, grad_output, torch.channels_last)
     if input is not None:
-        grad_weight = torch.empty(problem.weight_size, dtype=input.dtype, memory_format=weight_format)
+        grad_weight = empty(problem.weight_size, input, weight_format)
         input = _channels_last(input)
     nonzeros = _raw.conv2d_backward(
         grad_output,
@@ -121,7 +121,8 @@ class CpuBackend(Backend):
         sigma, tau = _threshold(grad, percentile, sigma_estimator)
         values = torch.empty_like(grad)
         density = _prune_at(grad, key, tau, values)
-        return PrunedGradient(values, *(torch.tensor(scalar, dtype=torch.float32) for scalar in (tau, sigma, density)))
+        scalars = (torch.scalar_tensor(x, dtype=torch.float32, device="cpu") for x in (tau, sigma, density))
+        return PrunedGradient(values, *scalars)
 
     def conv2d_input(self, problem: ConvProblem, weight: Tensor, grad_output: Tensor) -> Tensor:
         return _convolve(problem, grad_output, weight=weight).grad_input
@@ -241,7 +242,7 @@ def _expected_density(grad: Tensor, key: Tensor | None, tau: float) -> float:
     return _prune_at(sample, key, tau, sample)
 
 
-# Multiply-adds below which the fixed costs of the sparse kernels outweigh what they save.
+# Multiply-adds below which estimating the density takes longer than the sparse kernels could save.
 _FEWEST_MACS = 2**20
 
 
@@ -252,8 +253,8 @@ def _break_even(problem: ConvProblem, dtype: torch.dtype) -> tuple[float, float]
     Read off ``python -m sparsebwd.bench``, on the cautious side; docs/performance.md has the
     measurements.
     """
+    # Few channels a group leave the kernels' vectors mostly empty.
     if problem.groups > 1 or problem.k < 16 or problem.macs < _FEWEST_MACS:
-        # Few channels a group leave the kernels' vectors mostly empty.
         return 0.0, 0.0
     if problem.c < 16:
         return 0.0, 0.25 if dtype == torch.float32 else 0.0

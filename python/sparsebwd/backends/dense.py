@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..problem import ConvProblem
 from ..reference import PrunedGradient
-from .base import Backend
+from .base import Backend, empty
 
 
 class DenseBackend(Backend):
@@ -25,20 +23,16 @@ class DenseBackend(Backend):
     def prune(self, grad: Tensor, key: Tensor, percentile: float, sigma_estimator: str) -> PrunedGradient:
         return reference.prune(grad, key, percentile, sigma_estimator)
 
+    # PyTorch reads only the shape and the strides of the operand whose gradient it computes. The strides help to choose
+    # the layout that it computes in: with those of an expanded tensor it converts the other operands.
+
     def conv2d_input(self, problem: ConvProblem, weight: Tensor, grad_output: Tensor) -> Tensor:
-        input = _unread(problem.input_size, grad_output)
+        input = empty(problem.input_size, grad_output, reference.memory_format(grad_output))
         return convolution_backward(problem, grad_output, input, weight, (True, False))[0]
 
     def conv2d_weight(self, problem: ConvProblem, input: Tensor, grad_output: Tensor) -> Tensor:
-        weight = _unread(problem.weight_size, input)
+        weight = empty(problem.weight_size, input, reference.memory_format(input))
         return convolution_backward(problem, grad_output, input, weight, (False, True))[1]
-
-
-def _unread(size: Sequence[int], like: Tensor) -> Tensor:
-    """A tensor of which PyTorch reads only shape and strides. These choose the layout that it computes in: were they
-    those of neither, it would convert the other operands."""
-    memory_format = reference.memory_format(like)
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 
 def convolution_backward(

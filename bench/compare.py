@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -74,6 +75,8 @@ def load(path: Path) -> dict[str, Any]:
             for name in ("density", "percentile", "speedup", "spread"):
                 if row[name] is not None and not (isinstance(row[name], int | float) and row[name] >= 0):
                     raise TypeError(f"{name} is {row[name]!r}")
+            if row["speedup"] == 0:
+                raise TypeError("speedup is 0")
         if not isinstance(record["environment"], dict):
             raise TypeError("environment is not an object")
     except (AttributeError, KeyError, TypeError) as error:
@@ -89,8 +92,8 @@ def compare(
     """Match rows of the two measurements and compare their speed-ups, which carry over between machines; times do not.
 
     A row is a regression if its speed-up is lower by more than the spread of both measurements together and by more
-    than `tolerance`, a fraction. A summary, the geometric mean over the rows that both have, is one if it is lower by
-    more than `tolerance`: chance cancels in it.
+    than `tolerance`, a fraction. So is a summary, the geometric mean over the rows that both have; its spread is that of
+    the mean of independent rows.
     """
     before = {_key(row): row for row in old["rows"]}
     now = {_key(row): row for row in map(asdict, rows)}
@@ -99,7 +102,7 @@ def compare(
         only_new=[_words(key) for key in now if key not in before],
         environment=_differences(old["environment"], environment),
     )
-    groups: dict[tuple, list[tuple[float, float]]] = {}
+    groups: dict[tuple, list[tuple[float, float, float]]] = {}
     for key, row in now.items():
         if key not in before:
             continue
@@ -108,12 +111,13 @@ def compare(
         if then is not None and speedup is not None:
             spread = (before[key]["spread"] or 0) + (row["spread"] or 0)
             regression = speedup < then * (1 - max(spread, tolerance))
-            groups.setdefault((key[0], *key[3:]), []).append((then, speedup))
+            groups.setdefault((key[0], *key[3:]), []).append((then, speedup, spread))
         found.rows.append(Change((row["layer"], *_setting(key[3:])), then, speedup, regression))
-    for key, pairs in groups.items():
-        then, speedup = (geometric_mean(side) for side in zip(*pairs))
-        what = (f"geometric mean of {len(pairs)}" + (f", {key[0]}" if key[0] else ""), *_setting(key[1:]))
-        found.summaries.append(Change(what, then, speedup, speedup < then * (1 - tolerance)))
+    for key, group in groups.items():
+        olds, news, spreads = zip(*group)
+        then, speedup, spread = geometric_mean(olds), geometric_mean(news), math.hypot(*spreads) / len(group)
+        what = (f"geometric mean of {len(group)}" + (f", {key[0]}" if key[0] else ""), *_setting(key[1:]))
+        found.summaries.append(Change(what, then, speedup, speedup < then * (1 - max(spread, tolerance))))
     return found
 
 

@@ -101,8 +101,9 @@ class Backward {
       for (int64_t i = 0; i < workers; ++i) lists[i]->channel.reserve(plan_, images, parts);
     }
     if (call_.grad_weight) {
-      workspace_.wgc.start(plan_, groups);
-      floats = std::max(floats, Wgc::scratch_floats());
+      const bool at_once = groups == 1 && plan_.problem.n <= most;
+      workspace_.wgc.start(plan_, groups, at_once);
+      floats = std::max(floats, workspace_.wgc.scratch_floats());
     }
     // Kernels may load, not store, a little past the end; and workers share no cache line.
     scratch_stride_ = round_up(floats, 16) + 1024;

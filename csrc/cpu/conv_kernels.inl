@@ -20,59 +20,82 @@ constexpr int64_t kPrefetchPixels = 16;
 
 // ---- lists
 
-int64_t list_by_pixel(const float* g, int64_t pixel_stride, int64_t pixels, int64_t channels,
-                   uint32_t step, List list, uint16_t* counts) {
+// Whether so many of the vectors of a list's source are more than half full that asking each costs
+// more than it saves, see append_nonzero().
+inline bool mostly_full(int64_t found, int64_t of) { return found * 5 > of * 2; }
+
+template <bool Full>
+inline __attribute__((always_inline)) int64_t list_pixel(const float* g, int64_t ahead,
+                                                         int64_t channels, uint32_t step,
+                                                         float* values, uint16_t* offsets) {
   const Offsets lane_steps = Offsets::multiples(step);
-  float* values = list.values;
-  uint16_t* offsets = list.offsets;
-  for (int64_t q = 0; q < pixels; ++q, g += pixel_stride) {
-    const float* start = values;
-    for (int64_t k = 0; k < channels; k += kLanes) {
-      __builtin_prefetch(g + k + kPrefetchPixels * pixel_stride);
-      const Vec v = k + kLanes <= channels ? Vec::load(g + k) : Vec::load_first(g + k, channels - k);
-      const int n = append_nonzero(v, lane_steps + static_cast<uint32_t>(k) * step, values, offsets);
-      values += n;
-      offsets += n;
-    }
-    counts[q] = static_cast<uint16_t>(values - start);
+  int64_t found = 0;
+  for (int64_t k = 0; k < channels; k += kLanes) {
+    __builtin_prefetch(g + k + ahead);
+    const Vec v = k + kLanes <= channels ? Vec::load(g + k) : Vec::load_first(g + k, channels - k);
+    found += append_nonzero<Full>(v, lane_steps + static_cast<uint32_t>(k) * step, values + found,
+                                  offsets + found);
   }
-  return values - list.values;
+  return found;
 }
 
-int64_t list_by_channel(const float* g, int64_t pixel_stride, int64_t pixels, int64_t channels,
-                     const uint16_t* operand_offsets, List lists, int64_t capacity,
-                     uint16_t* counts) {
+int64_t list_by_pixel(const float* g, int64_t pixel_stride, int64_t pixels, int64_t channels,
+                      uint32_t step, List list, uint16_t* counts) {
+  int64_t total = 0, found = 0;
+  for (int64_t q = 0; q < pixels; ++q, g += pixel_stride, total += found) {
+    // Neighbours are alike.
+    const auto list_one = mostly_full(found, channels) ? list_pixel<true> : list_pixel<false>;
+    found = list_one(g, kPrefetchPixels * pixel_stride, channels, step, list.values + total,
+                     list.offsets + total);
+    counts[q] = static_cast<uint16_t>(found);
+  }
+  return total;
+}
+
+template <bool Full>
+inline __attribute__((always_inline)) int64_t list_tile(const float* row, int64_t pixel_stride,
+                                                        int64_t height, int64_t channels,
+                                                        Offsets offsets, List lists,
+                                                        int64_t capacity, uint16_t* counts) {
   int64_t found = 0;
-  for (int64_t i = 0; i < pixels; i += kLanes) {
-    const Offsets offsets = Offsets::load(operand_offsets + i);
-    const float* row = g + i * pixel_stride;
-    const int64_t height = pixels - i < kLanes ? pixels - i : kLanes;
-    float* values = lists.values;
-    uint16_t* list_offsets = lists.offsets;
-    for (int64_t k = 0; k < channels; k += kLanes) {
-      const int64_t width = channels - k < kLanes ? channels - k : kLanes;
-      Vec tile[kLanes];
-      if (height == kLanes && width == kLanes) {
-        for (int j = 0; j < kLanes; ++j) {
-          __builtin_prefetch(row + k + (kPrefetchPixels + j) * pixel_stride);
-          tile[j] = Vec::load(row + k + j * pixel_stride);
-        }
-      } else {
-        for (int j = 0; j < kLanes; ++j)
-          tile[j] = j < height ? Vec::load_first(row + k + j * pixel_stride, width) : Vec::zero();
+  float* values = lists.values;
+  uint16_t* list_offsets = lists.offsets;
+  for (int64_t k = 0; k < channels; k += kLanes) {
+    const int64_t width = channels - k < kLanes ? channels - k : kLanes;
+    Vec tile[kLanes];
+    if (height == kLanes && width == kLanes) {
+      for (int j = 0; j < kLanes; ++j) {
+        __builtin_prefetch(row + k + (kPrefetchPixels + j) * pixel_stride);
+        tile[j] = Vec::load(row + k + j * pixel_stride);
       }
-      transpose(tile);
-      for (int64_t j = 0; j < width; ++j) {
-        const int64_t end = counts[k + j];
-        const int n = append_nonzero(tile[j], offsets, values + end, list_offsets + end);
-        counts[k + j] = static_cast<uint16_t>(end + n);
-        found += n;
-        values += capacity;
-        list_offsets += capacity;
-      }
+    } else {
+      for (int j = 0; j < kLanes; ++j)
+        tile[j] = j < height ? Vec::load_first(row + k + j * pixel_stride, width) : Vec::zero();
+    }
+    transpose(tile);
+    for (int64_t j = 0; j < width; ++j) {
+      const int64_t end = counts[k + j];
+      const int n = append_nonzero<Full>(tile[j], offsets, values + end, list_offsets + end);
+      counts[k + j] = static_cast<uint16_t>(end + n);
+      found += n;
+      values += capacity;
+      list_offsets += capacity;
     }
   }
   return found;
+}
+
+int64_t list_by_channel(const float* g, int64_t pixel_stride, int64_t pixels, int64_t channels,
+                        const uint16_t* operand_offsets, List lists, int64_t capacity,
+                        uint16_t* counts) {
+  int64_t total = 0, found = 0;
+  for (int64_t i = 0; i < pixels; i += kLanes, total += found) {
+    const auto list_some = mostly_full(found, channels * kLanes) ? list_tile<true> : list_tile<false>;
+    found = list_some(g + i * pixel_stride, pixel_stride,
+                      pixels - i < kLanes ? pixels - i : kLanes, channels,
+                      Offsets::load(operand_offsets + i), lists, capacity, counts);
+  }
+  return total;
 }
 
 // ---- the inner loop of both convolutions
@@ -138,6 +161,18 @@ void agb_run(List list, const Visit* visits, int64_t count, const float* panel, 
 
 // ---- WGC
 
+// Lists are visited by length, an order that hardware cannot foresee.
+inline __attribute__((always_inline)) void prefetch_list(List lists, int64_t start, int64_t count) {
+  const char* values = reinterpret_cast<const char*>(lists.values + start);
+  const char* offsets = reinterpret_cast<const char*>(lists.offsets + start);
+  const int64_t bytes = count * static_cast<int64_t>(sizeof(uint16_t));
+  for (int64_t byte = 0; byte < bytes; byte += 64) {
+    __builtin_prefetch(offsets + byte);
+    __builtin_prefetch(values + 2 * byte);
+    __builtin_prefetch(values + 2 * byte + 64);
+  }
+}
+
 // All operands of an entry are at fixed distances: Rows rows of a window, RowSums vectors in each. So
 // the sums of an output channel stay in registers while its list streams by. With few sums, entries
 // take turns with two or more sets of them.
@@ -154,6 +189,7 @@ void wgc_run(List lists, int64_t capacity, const uint16_t* counts, const uint16_
     float* sums = dw + k * dw_stride;
     const float* values = lists.values + k * capacity;
     const uint16_t* offsets = lists.offsets + k * capacity;
+    if (i + 1 < last) prefetch_list(lists, order[i + 1] * capacity, counts[order[i + 1]]);
     Vec total[kSums];
     for (int t = 0; t < kSums; ++t) total[t] = Vec::zero();
     for (int64_t left = counts[k]; left > 0; left -= kLongestChain) {
@@ -233,7 +269,7 @@ constexpr AgbKernel kAgbKernels[] = {
 
 constexpr WgcKernel kWgcKernels[] = {
     {3, 1, kLanes, true, wgc_run<3, 1, 4>},      {3, 3, kLanes, false, wgc_run<3, 3, 1>},
-    {1, 1, 4 * kLanes, false, wgc_run<1, 4, 2>}, {1, 1, 2 * kLanes, false, wgc_run<1, 2, 2>},
+    {1, 1, 8 * kLanes, false, wgc_run<1, 8, 1>}, {1, 1, 4 * kLanes, false, wgc_run<1, 4, 2>}, {1, 1, 2 * kLanes, false, wgc_run<1, 2, 2>},
     {1, 1, kLanes, false, wgc_run<1, 1, 4>},
 };
 

@@ -36,15 +36,23 @@ void PixelLists::sort(int64_t group_index, int64_t p) {
   for (int64_t block = 0; block < plan_->k_blocks(); ++block) sort(group_index, p, block);
 }
 
+// Entries a pixel, on average, from which on the lists are left in their order: reading them one
+// after the other is then worth more than predicting where they end.
+constexpr int64_t kSortedBelow = 12;
+
 // Counting sort.
 void PixelLists::sort(int64_t group_index, int64_t p, int64_t k_block) {
   const Images images = group(group_index);
   const int64_t index = tile_index(group_index, p, k_block);
   Visit* const visits = visits_.data() + index * plan_->agb.images * plan_->q;
   uint32_t position[kMaxKBlock + 1] = {};
+  int64_t entries = 0;
   for (int64_t n = images.begin; n < images.end; ++n) {
     const uint16_t* here = counts(n * plan_->p + p, k_block);
-    for (int64_t q = 0; q < plan_->q; ++q) ++position[here[q]];
+    for (int64_t q = 0; q < plan_->q; ++q) {
+      ++position[here[q]];
+      entries += here[q];
+    }
   }
   // Longest first; pixels without entries last, and left out.
   uint32_t sum = 0;
@@ -54,6 +62,8 @@ void PixelLists::sort(int64_t group_index, int64_t p, int64_t k_block) {
     sum += here;
   }
   visit_counts_.data()[index] = position[0];
+  const bool sorted = entries < kSortedBelow * images.count() * plan_->q;
+  uint32_t next = 0;
   const AgbPlan& agb = plan_->agb;
   const uint32_t pixel_bytes =
       static_cast<uint32_t>(plan_->problem.stride_w * agb.kernel->group * 4);
@@ -62,7 +72,7 @@ void PixelLists::sort(int64_t group_index, int64_t p, int64_t k_block) {
     uint32_t start = static_cast<uint32_t>((n - images.begin) * plan_->p * agb.capacity);
     uint32_t dst = static_cast<uint32_t>((n - images.begin) * agb.image_floats() * 4);
     for (int64_t q = 0; q < plan_->q; ++q, dst += pixel_bytes) {
-      if (here[q]) visits[position[here[q]]++] = {start, here[q], dst};
+      if (here[q]) visits[sorted ? position[here[q]]++ : next++] = {start, here[q], dst};
       start += here[q];
     }
   }
@@ -152,7 +162,8 @@ int64_t stage(const ConvPlan& plan, const char* source, char* out, Rows rows, fl
 
 constexpr int64_t kPrefetchBytes = 16 * 1024;
 
-// The lists are so many streams of stores that the hardware loses sight of the gradient's.
+// The next tile, while the lists are written: they are so many streams that the hardware loses sight
+// of the gradient's.
 void prefetch(const char* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
 }
@@ -198,9 +209,6 @@ int64_t list_unit(const ConvPlan& plan, Rows unit, int64_t unit_index, PixelList
     const Rows rows = {unit.first + i, std::min(plan.tile_rows(), unit.count - i)};
     const int64_t at = rows.first * plan.q * plan.problem.k * dtype_size(call.dtype);
     const char* source = static_cast<const char*>(call.grad_output) + at;
-    const int64_t bytes = rows.count * plan.q * plan.problem.k * dtype_size(call.dtype);
-    // Of the next tile.
-    const int64_t ahead = i + rows.count < unit.count ? std::min(bytes, kPrefetchBytes) : 0;
     const float* g = reinterpret_cast<const float*>(source);
     if (plan.staged()) {
       char* out = call.pruned ? static_cast<char*>(call.pruned) + at : nullptr;
@@ -208,9 +216,11 @@ int64_t list_unit(const ConvPlan& plan, Rows unit, int64_t unit_index, PixelList
       const bool keeps = out && call.dtype == DType::kFloat32;
       staged += stage(plan, source, out, rows, keeps ? nullptr : scratch);
       g = keeps ? reinterpret_cast<const float*>(out) : scratch;
+      const int64_t bytes = rows.count * plan.q * plan.problem.k * dtype_size(call.dtype);
+      const int64_t ahead = i + rows.count < unit.count ? std::min(bytes, kPrefetchBytes) : 0;
+      prefetch(source + bytes, ahead);
       if (out) prefetch(out + bytes, ahead);
     }
-    prefetch(source + bytes, ahead);
     if (pixel_lists) by_pixel += list_by_pixel(plan, g, rows, *pixel_lists);
     if (channel_lists)
       by_channel += list_by_channel(plan, g, unit_index, {i, rows.count}, *channel_lists);

@@ -61,12 +61,21 @@ struct Offsets {
 
 // Appends the non-zero lanes of `v` and the offsets of those lanes to a list; returns their
 // number. Both arrays must have room for kLanes more entries.
+template <bool Full>
 inline int append_nonzero(Vec v, Offsets o, float* values, uint16_t* offsets) {
   const __mmask16 keep = _mm512_cmp_ps_mask(v.v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-  _mm512_storeu_ps(values, _mm512_maskz_compress_ps(keep, v.v));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(offsets),
-                      _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(keep, o.v)));
-  return __builtin_popcount(keep);
+  const int count = __builtin_popcount(keep);
+  const __m512 kept = _mm512_maskz_compress_ps(keep, v.v);
+  const __m256i kept_offsets = _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(keep, o.v));
+  // Stores that straddle cache lines are what takes the time: short ones do so less often.
+  if (Full || count > 8) {
+    _mm512_storeu_ps(values, kept);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(offsets), kept_offsets);
+  } else {
+    _mm256_storeu_ps(values, _mm512_castps512_ps256(kept));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(offsets), _mm256_castsi256_si128(kept_offsets));
+  }
+  return count;
 }
 
 // Transposes a kLanes x kLanes tile in place.

@@ -60,6 +60,7 @@ struct Offsets {
 
 // Appends the non-zero lanes of `v` and the offsets of those lanes to a list; returns their
 // number. Both arrays must have room for kLanes more entries.
+template <bool Full>
 inline int append_nonzero(Vec v, Offsets o, float* values, uint16_t* offsets) {
   int n = 0;
   for (int i = 0; i < Vec::kLanes; ++i) {

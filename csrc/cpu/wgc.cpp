@@ -9,7 +9,7 @@ namespace sparsebwd {
 namespace {
 
 // Output channels between two portions of prefetching.
-constexpr int64_t kPortion = 4;
+constexpr int64_t kPortion = 16;
 
 }  // namespace
 
@@ -17,11 +17,17 @@ int64_t Wgc::sum_floats(const ConvPlan& plan) {
   return plan.wgc.channel_blocks * plan.problem.k * plan.wgc.filter_floats;
 }
 
-void Wgc::start(const ConvPlan& plan, int64_t groups) {
+void Wgc::start(const ConvPlan& plan, int64_t groups, bool at_once) {
   plan_ = &plan;
   groups_ = groups;
+  at_once_ = at_once;
+  if (at_once) return;
   sums_.reserve(groups * sum_floats(plan));
   memset(sums_.data(), 0, groups * sum_floats(plan) * sizeof(float));
+}
+
+int64_t Wgc::scratch_floats() const {
+  return kMaxPanelBytes / 4 + (at_once_ ? plan_->k_group * plan_->wgc.filter_floats : 0);
 }
 
 int64_t Wgc::tasks(const ChannelLists& lists) const {
@@ -39,10 +45,12 @@ void Wgc::run(const ChannelLists& lists, int64_t group, int64_t task, float* scr
                        std::min<int64_t>(kernel.group, wgc.channels - c)};
   const int64_t k = conv_group * plan_->k_group;
   const int64_t filter = wgc.filter_floats;
-  float* const sums =
-      sums_.data() + group * sum_floats(*plan_) + channel_task * plan_->k_group * filter;
   const int64_t units = plan_->units(lists.images());
   const int64_t begin = lists.part_begin(part), end = lists.part_begin(part + 1);
+  float* const sums = at_once_ ? scratch + kMaxPanelBytes / 4
+                               : sums_.data() + group * sum_floats(*plan_) +
+                                     channel_task * plan_->k_group * filter;
+  if (at_once_) memset(sums + begin * filter, 0, (end - begin) * filter * sizeof(float));
   for (int64_t index = 0; index < units; ++index) {
     const Rows rows = plan_->unit(lists.images(), index);
     Pixels next = {0, 0};
@@ -72,6 +80,8 @@ void Wgc::run(const ChannelLists& lists, int64_t group, int64_t task, float* scr
         }
     }
   }
+  if (at_once_)
+    for (int64_t i = begin; i < end; ++i) write(channel_task, i, sums + i * filter);
 }
 
 // The rows of input under rows of the gradient; of several images, whole ones.
@@ -147,44 +157,49 @@ void Wgc::gather_tap(Rows rows, int64_t segment, int64_t r, int64_t s, Block blo
 }
 
 void Wgc::finish(const TaskPool& pool) const {
-  parallel_tasks(pool, plan_->problem.k, [&](int64_t k, int) {
-    const ConvBackward& call = plan_->call;
-    if (call.grad_weight_dtype == DType::kFloat32)
-      write_filter(static_cast<float*>(call.grad_weight), k, [](float sum) { return sum; });
-    else
-      write_filter(static_cast<uint16_t*>(call.grad_weight), k, bfloat16_of_float);
+  if (at_once_) return;
+  const WgcPlan& wgc = plan_->wgc;
+  const int64_t filters = plan_->problem.k * wgc.channel_blocks;
+  parallel_tasks(pool, filters, [&](int64_t index, int) {
+    float* sums = sums_.data() + index * wgc.filter_floats;
+    for (int64_t group = 1; group < groups_; ++group) {
+      const float* more = sums + group * sum_floats(*plan_);
+      for (int64_t i = 0; i < wgc.filter_floats; ++i) sums[i] += more[i];
+    }
+    write(index / plan_->k_group, index % plan_->k_group, sums);
   });
 }
 
+void Wgc::write(int64_t channel_task, int64_t k, const float* sums) const {
+  const ConvBackward& call = plan_->call;
+  if (call.grad_weight_dtype == DType::kFloat32)
+    write(static_cast<float*>(call.grad_weight), channel_task, k, sums, [](float sum) { return sum; });
+  else
+    write(static_cast<uint16_t*>(call.grad_weight), channel_task, k, sums, bfloat16_of_float);
+}
+
 template <class Storage, class Convert>
-void Wgc::write_filter(Storage* grad_weight, int64_t k, Convert convert) const {
+void Wgc::write(Storage* grad_weight, int64_t channel_task, int64_t k, const float* sums,
+                Convert convert) const {
   const ConvProblem& problem = plan_->problem;
   const WgcPlan& wgc = plan_->wgc;
   const WeightStrides& strides = plan_->call.grad_weight_strides;
-  const int64_t group = wgc.kernel->group;
-  const int64_t filter = wgc.filter_floats;
-  for (int64_t block = 0; block < wgc.channel_blocks; ++block) {
-    const int64_t channel_task = k / plan_->k_group * wgc.channel_blocks + block;
-    float* sums = sums_.data() + (channel_task * plan_->k_group + k % plan_->k_group) * filter;
-    for (int64_t image_group = 1; image_group < groups_; ++image_group) {
-      const float* more = sums + image_group * sum_floats(*plan_);
-      for (int64_t i = 0; i < filter; ++i) sums[i] += more[i];
-    }
-    const int64_t channels = std::min(group, wgc.channels - block * group);
-    // Sums are in the order [r][s][channel], with nothing between the columns if they are packed.
-    const int64_t column = wgc.kernel->packed ? channels : group;
-    const int64_t row = filter / problem.r;
-    for (int64_t tap = 0; tap < problem.r * problem.s; ++tap) {
-      const int64_t r = tap / problem.s, s = tap % problem.s;
+  const int64_t c = channel_task % wgc.channel_blocks * wgc.kernel->group;
+  const int64_t channels = std::min<int64_t>(wgc.kernel->group, wgc.channels - c);
+  k += channel_task / wgc.channel_blocks * plan_->k_group;
+  // Sums are in the order [r][s][channel], with nothing between the columns if they are packed.
+  const int64_t column = wgc.kernel->packed ? channels : wgc.kernel->group;
+  const int64_t row = wgc.filter_floats / problem.r;
+  for (int64_t r = 0; r < problem.r; ++r)
+    for (int64_t s = 0; s < problem.s; ++s) {
       const float* from = sums + r * row + s * column;
-      Storage* to = grad_weight + k * strides.k + block * group * strides.c + r * strides.r +
-                    s * strides.s;
+      Storage* to =
+          grad_weight + k * strides.k + c * strides.c + r * strides.r + s * strides.s;
       if (strides.c == 1)
-        for (int64_t c = 0; c < channels; ++c) to[c] = convert(from[c]);
+        for (int64_t i = 0; i < channels; ++i) to[i] = convert(from[i]);
       else
-        for (int64_t c = 0; c < channels; ++c) to[c * strides.c] = convert(from[c]);
+        for (int64_t i = 0; i < channels; ++i) to[i * strides.c] = convert(from[i]);
     }
-  }
 }
 
 }  // namespace sparsebwd

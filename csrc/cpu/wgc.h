@@ -11,15 +11,16 @@ namespace sparsebwd {
 
 class Wgc {
  public:
-  // Groups of images have sums of their own, which finish() adds in order.
-  void start(const ConvPlan& plan, int64_t groups);
+  // Groups of images have sums of their own, which finish() adds in order. If the lists hold all
+  // images `at_once`, each task has sums in its scratch, which it writes to grad_weight itself.
+  void start(const ConvPlan& plan, int64_t groups, bool at_once);
   static int64_t sum_floats(const ConvPlan& plan);  // of one group of images
 
   // Adds what the images of the lists contribute to a group's sums. A task: one block of input
   // channels and one part of the output channels.
   int64_t tasks(const ChannelLists& lists) const;
   void run(const ChannelLists& lists, int64_t group, int64_t task, float* scratch) const;
-  static int64_t scratch_floats() { return kMaxPanelBytes / 4; }
+  int64_t scratch_floats() const;
 
   void finish(const TaskPool& pool) const;
 
@@ -40,11 +41,15 @@ class Wgc {
   Pixels input_pixels(Rows rows) const;
   void prefetch(Pixels pixels, Block block) const;
 
+  // Sums of one block of input channels to output channel k of its convolution group.
+  void write(int64_t channel_task, int64_t k, const float* sums) const;
   template <class Storage, class Convert>
-  void write_filter(Storage* grad_weight, int64_t k, Convert convert) const;
+  void write(Storage* grad_weight, int64_t channel_task, int64_t k, const float* sums,
+             Convert convert) const;
 
   const ConvPlan* plan_ = nullptr;
   int64_t groups_ = 0;
+  bool at_once_ = false;
   // [group][block of input channels][output channel of its group][row, column][channel]
   Buffer<float> sums_;
 };

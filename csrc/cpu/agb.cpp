@@ -7,76 +7,101 @@
 
 namespace sparsebwd {
 
-// Panels of [k][column][channel], zero behind the last channel of a group.
-void Agb::start(const ConvPlan& plan, const TaskPool& pool) {
+// Images and bands of rows that use a panel one after the other, up to which each packs it anew: it
+// then stays in L1, and large weights are not written and read again.
+constexpr int64_t kMostRepacked = 2;
+
+// Pieces of so many filters are fetched ahead: they are too far apart for the hardware to do it.
+constexpr int64_t kPrefetchedFilters = 8;
+
+void Agb::start(const ConvPlan& plan, const TaskPool& pool, bool at_once) {
   plan_ = &plan;
-  const ConvProblem& problem = plan.problem;
   const AgbPlan& agb = plan.agb;
-  const AgbKernel& kernel = *agb.kernel;
-  panels_.reserve(plan.k_blocks() * agb.channel_blocks * problem.r * agb.column_steps *
-                  agb.panel_floats);
+  const int64_t uses = ceil_div(plan.problem.n, agb.images) * plan.bands();
+  packed_ = !at_once || uses > kMostRepacked;
+  if (!packed_) return;
+  const int64_t column_steps = plan.problem.r * agb.column_steps;
+  panels_.reserve(plan.k_blocks() * agb.channel_blocks * column_steps * agb.panel_floats);
   parallel_tasks(pool, plan.k_blocks() * agb.channel_blocks, [&](int64_t task, int) {
-    const WeightStrides& strides = plan.call.weight_strides;
-    const int64_t block = task / agb.channel_blocks, channel_block = task % agb.channel_blocks;
-    const int64_t c_begin = channel_block * kernel.group;
-    const int64_t channels = std::min<int64_t>(kernel.group, agb.channels - c_begin);
-    for (int64_t k = 0; k < plan.k_size(block); ++k)
-      for (int64_t r = 0; r < problem.r; ++r)
-        for (int64_t s = 0; s < problem.s; ++s) {
-          float* to = panels_.data() + panel(block, channel_block, r, s / kernel.columns) +
-                      (k * kernel.columns + s % kernel.columns) * kernel.group;
-          load_weights((plan.k_begin(block) + k) * strides.k + c_begin * strides.c + r * strides.r +
-                           s * strides.s,
-                       channels, to);
-          memset(to + channels, 0, (kernel.group - channels) * sizeof(float));
-        }
+    for (int64_t i = 0; i < column_steps; ++i) {
+      const Panel panel = {task / agb.channel_blocks, task % agb.channel_blocks,
+                           i / agb.column_steps, i % agb.column_steps};
+      pack(panel, panels_.data() + index(panel) * agb.panel_floats);
+    }
   });
 }
 
-int64_t Agb::panel(int64_t k_block, int64_t channel_block, int64_t r, int64_t column_step) const {
+// Consecutive for a task.
+int64_t Agb::index(Panel panel) const {
   const AgbPlan& agb = plan_->agb;
-  const int64_t group = k_block / agb.k_blocks;
-  const int64_t row = (group * agb.channel_blocks + channel_block) * plan_->problem.r + r;
-  return ((row * agb.column_steps + column_step) * agb.k_blocks + k_block % agb.k_blocks) *
-         agb.panel_floats;
+  const int64_t group = panel.k_block / agb.k_blocks;
+  const int64_t row = (group * agb.channel_blocks + panel.channel_block) * plan_->problem.r + panel.r;
+  return (row * agb.column_steps + panel.column_step) * agb.k_blocks + panel.k_block % agb.k_blocks;
 }
 
-void Agb::load_weights(int64_t from, int64_t channels, float* to) const {
+// [k][column][channel], zero behind the last channel of a convolution group.
+void Agb::pack(Panel panel, float* to) const {
   const ConvBackward& call = plan_->call;
-  const int64_t stride = call.weight_strides.c;
-  if (call.weight_dtype == DType::kFloat32) {
-    const float* w = static_cast<const float*>(call.weight) + from;
-    if (stride == 1)
-      memcpy(to, w, channels * sizeof(float));
-    else
-      for (int64_t c = 0; c < channels; ++c) to[c] = w[c * stride];
-  } else {
-    const uint16_t* w = static_cast<const uint16_t*>(call.weight) + from;
-    for (int64_t c = 0; c < channels; ++c) to[c] = float_of_bfloat16(w[c * stride]);
+  const AgbPlan& agb = plan_->agb;
+  const int64_t group = agb.kernel->group, columns = agb.kernel->columns;
+  const int64_t c = panel.channel_block * group;
+  const int64_t channels = std::min(group, agb.channels - c);
+  const WeightStrides& strides = call.weight_strides;
+  const int64_t from = plan_->k_begin(panel.k_block) * strides.k + c * strides.c +
+                       panel.r * strides.r + panel.column_step * columns * strides.s;
+  const int64_t size = dtype_size(call.weight_dtype);
+  for (int64_t k = 0; k < plan_->k_size(panel.k_block); ++k, to += columns * group) {
+    const char* w = static_cast<const char*>(call.weight) + (from + k * strides.k) * size;
+    if (strides.c == 1) {
+      for (int64_t s = 0; s < columns; ++s)
+        for (int64_t byte = 0; byte < channels * size; byte += 64)
+          __builtin_prefetch(w + (kPrefetchedFilters * strides.k + s * strides.s) * size + byte);
+      plan_->kernels.gather_pixels(w, call.weight_dtype, strides.s, columns, channels, to, group);
+      continue;
+    }
+    for (int64_t s = 0; s < columns; ++s) {
+      float* column = to + s * group;
+      if (call.weight_dtype == DType::kFloat32)
+        for (int64_t i = 0; i < channels; ++i)
+          column[i] = reinterpret_cast<const float*>(w)[i * strides.c + s * strides.s];
+      else
+        for (int64_t i = 0; i < channels; ++i)
+          column[i] = float_of_bfloat16(
+              reinterpret_cast<const uint16_t*>(w)[i * strides.c + s * strides.s]);
+      memset(column + channels, 0, (group - channels) * sizeof(float));
+    }
   }
 }
 
+int64_t Agb::scratch_floats() const {
+  const AgbPlan& agb = plan_->agb;
+  return agb.panel_floats + agb.images * agb.image_floats();
+}
+
 int64_t Agb::tasks(const PixelLists& lists) const {
-  const int64_t bands = ceil_div(plan_->problem.h, plan_->agb.band_rows);
-  return lists.groups() * bands * plan_->problem.groups * plan_->agb.channel_blocks;
+  return lists.groups() * plan_->bands() * plan_->problem.groups * plan_->agb.channel_blocks;
 }
 
 void Agb::run(const PixelLists& lists, int64_t task, float* scratch) const {
   const ConvProblem& problem = plan_->problem;
   const AgbPlan& agb = plan_->agb;
-  const int64_t channel_tasks = problem.groups * agb.channel_blocks;
-  const int64_t channel_task = task % channel_tasks, band = task / channel_tasks;
-  const int64_t bands = ceil_div(problem.h, agb.band_rows);
-  const int64_t group_index = band / bands;
-  const int64_t first = band % bands * agb.band_rows;
+  // One after the other they use the same weights.
+  const int64_t bands = lists.groups() * plan_->bands();
+  const int64_t channel_task = task / bands, band = task % bands;
+  const int64_t group_index = band / plan_->bands();
+  const int64_t first = band % plan_->bands() * agb.band_rows;
   const int64_t last = std::min(first + agb.band_rows, problem.h);
   const int64_t first_block = channel_task / agb.channel_blocks * agb.k_blocks;
-  memset(scratch, 0, scratch_floats() * sizeof(float));
+  float* const own_panel = scratch;
+  scratch += agb.panel_floats;
+  memset(scratch, 0, agb.images * agb.image_floats() * sizeof(float));
   for (int64_t r = 0; r < problem.r; ++r)
     for (int64_t column_step = 0; column_step < agb.column_steps; ++column_step)
       for (int64_t block = first_block; block < first_block + agb.k_blocks; ++block) {
+        const Panel panel = {block, channel_task % agb.channel_blocks, r, column_step};
+        if (!packed_) pack(panel, own_panel);
         const float* weights =
-            panels_.data() + panel(block, channel_task % agb.channel_blocks, r, column_step);
+            packed_ ? panels_.data() + index(panel) * agb.panel_floats : own_panel;
         float* sums = scratch + column_step * problem.dil_w * agb.kernel->group;
         for (int64_t h = first; h < last; ++h, sums += agb.row_floats()) {
           const int64_t offset = h + problem.pad_h - r * problem.dil_h;

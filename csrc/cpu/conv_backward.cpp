@@ -85,13 +85,14 @@ class Backward {
     const int64_t workers = independent ? pool_.threads : 1;
     const int64_t most = independent ? chunk_ : chunk_ * pool_.threads;
     const int64_t images = std::min(most, round_up(plan_.problem.n, plan_.wgc.images));
+    const bool at_once = groups == 1 && plan_.problem.n <= most;
     auto& lists = workspace_.lists;
     while (static_cast<int64_t>(lists.size()) < workers) lists.push_back(std::make_unique<Lists>());
     int64_t floats = plan_.staged() ? plan_.tile_floats() : 0;
     if (listing_pixels())
       for (int64_t i = 0; i < workers; ++i) lists[i]->pixel.reserve(plan_, images);
     if (call_.grad_input) {
-      workspace_.agb.start(plan_, pool_);
+      workspace_.agb.start(plan_, pool_, at_once);
       floats = std::max(floats, workspace_.agb.scratch_floats());
     }
     if (listing_channels()) {
@@ -101,7 +102,6 @@ class Backward {
       for (int64_t i = 0; i < workers; ++i) lists[i]->channel.reserve(plan_, images, parts);
     }
     if (call_.grad_weight) {
-      const bool at_once = groups == 1 && plan_.problem.n <= most;
       workspace_.wgc.start(plan_, groups, at_once);
       floats = std::max(floats, workspace_.wgc.scratch_floats());
     }

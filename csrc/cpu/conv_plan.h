@@ -78,6 +78,9 @@ struct ConvPlan {
   int64_t tile_rows() const;  // rows that are staged and listed at a time
   int64_t tile_floats() const { return tile_rows() * q * problem.k; }
 
+  // Of rows of grad_input, see AgbPlan::band_rows.
+  int64_t bands() const { return ceil_div(problem.h, agb.band_rows); }
+
   int64_t k_blocks() const { return problem.groups * agb.k_blocks; }
   int64_t k_begin(int64_t block) const {
     return block / agb.k_blocks * k_group + block % agb.k_blocks * agb.k_block;

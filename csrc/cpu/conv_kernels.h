@@ -36,12 +36,19 @@ struct AgbKernel {
   AgbRun run;
 };
 
+// Memory that is needed next: `bytes` bytes at each of `count` places, `stride` bytes apart. Kernels
+// fetch a little of it with every list, as a burst of prefetches would stall them.
+struct Upcoming {
+  const char* from;
+  int64_t stride, count, bytes;
+};
+
 // For every k in order[begin .. end): dw[k * dw_stride + ...] += sum over the list of k of value *
 // operands at the entry's offset in the panel. List k starts at lists + k * capacity. `order` is
 // sorted by count, for the same reason.
 using WgcRun = void (*)(List lists, int64_t capacity, const uint16_t* counts,
                         const uint16_t* order, int64_t begin, int64_t end, const float* panel,
-                        int64_t row_bytes, float* dw, int64_t dw_stride);
+                        int64_t row_bytes, float* dw, int64_t dw_stride, Upcoming upcoming);
 
 struct WgcKernel {
   // Rows and columns of the filter that an entry contributes to, with sums of `group` floats for

@@ -179,12 +179,17 @@ inline __attribute__((always_inline)) void prefetch_list(List lists, int64_t sta
 template <int Rows, int RowSums, int Sets>
 void wgc_run(List lists, int64_t capacity, const uint16_t* counts, const uint16_t* order,
              int64_t begin, int64_t last, const float* panel, int64_t row_bytes, float* dw,
-             int64_t dw_stride) {
+             int64_t dw_stride, Upcoming upcoming) {
   constexpr int kSums = Rows * RowSums;
   const char* rows[Rows];
   for (int row = 0; row < Rows; ++row)
     rows[row] = reinterpret_cast<const char*>(panel) + row * row_bytes;
+  int64_t fetched = 0;
   for (int64_t i = begin; i < last; ++i) {
+    const int64_t places = upcoming.count * (i + 1 - begin) / (last - begin);
+    for (; fetched < places; ++fetched, upcoming.from += upcoming.stride)
+      for (int64_t byte = 0; byte < upcoming.bytes; byte += 64)
+        __builtin_prefetch(upcoming.from + byte);
     const int64_t k = order[i];
     float* sums = dw + k * dw_stride;
     const float* values = lists.values + k * capacity;
@@ -218,17 +223,30 @@ void wgc_run(List lists, int64_t capacity, const uint16_t* counts, const uint16_
 
 // ---- panels
 
+template <int Vectors>
+void copy_pixels(const float* src, int64_t src_stride, int64_t pixels, float* dst) {
+  for (int64_t i = 0; i < pixels; ++i, src += src_stride, dst += Vectors * kLanes)
+    for (int j = 0; j < Vectors; ++j) {
+
+      Vec::load(src + j * kLanes).store(dst + j * kLanes);
+    }
+}
+
 void gather_pixels(const void* src, DType dtype, int64_t src_stride, int64_t pixels,
                    int64_t channels, float* dst, int64_t group) {
+  if (dtype == DType::kFloat32 && channels == group) {
+    const float* p = static_cast<const float*>(src);
+    if (group == kLanes) return copy_pixels<1>(p, src_stride, pixels, dst);
+    if (group == 2 * kLanes) return copy_pixels<2>(p, src_stride, pixels, dst);
+    if (group == 4 * kLanes) return copy_pixels<4>(p, src_stride, pixels, dst);
+    if (group == 8 * kLanes) return copy_pixels<8>(p, src_stride, pixels, dst);
+  }
   const int64_t whole = channels / kLanes * kLanes;
   for (int64_t i = 0; i < pixels; ++i, dst += group) {
     int64_t c = 0;
     if (dtype == DType::kFloat32) {
       const float* p = static_cast<const float*>(src) + i * src_stride;
-      for (; c < whole; c += kLanes) {
-        __builtin_prefetch(p + c + kPrefetchPixels * src_stride);
-        Vec::load(p + c).store(dst + c);
-      }
+      for (; c < whole; c += kLanes) Vec::load(p + c).store(dst + c);
       if (c < channels) Vec::load_first(p + c, channels - c).store(dst + c);
       if (c < channels) c += kLanes;
     } else {

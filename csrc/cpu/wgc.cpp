@@ -6,13 +6,6 @@
 #include <algorithm>
 
 namespace sparsebwd {
-namespace {
-
-// Output channels between two portions of prefetching.
-constexpr int64_t kPortion = 16;
-
-}  // namespace
-
 int64_t Wgc::sum_floats(const ConvPlan& plan) {
   return plan.wgc.channel_blocks * plan.problem.k * plan.wgc.filter_floats;
 }
@@ -53,20 +46,20 @@ void Wgc::run(const ChannelLists& lists, int64_t group, int64_t task, float* scr
   if (at_once_) memset(sums + begin * filter, 0, (end - begin) * filter * sizeof(float));
   for (int64_t index = 0; index < units; ++index) {
     const Rows rows = plan_->unit(lists.images(), index);
-    Pixels next = {0, 0};
-    if (index + 1 < units) next = input_pixels(plan_->unit(lists.images(), index + 1));
-    const int64_t portion = ceil_div(next.count * kPortion, end - begin);
+    Upcoming next = {};
+    if (index + 1 < units)
+      next = input_pixels(plan_->unit(lists.images(), index + 1), block.c, block.channels);
+    else if (c + kernel.group < wgc.channels)
+      next = input_pixels(plan_->unit(lists.images(), 0), block.c + kernel.group,
+                          std::min<int64_t>(kernel.group, wgc.channels - c - kernel.group));
     for (int64_t segment = 0; segment < wgc.segments; ++segment) {
       const int64_t panel = index * wgc.segments + segment;
       const List all = lists.list(panel);
       const auto add = [&](int64_t row_bytes, float* to) {
-        for (int64_t i = begin; i < end; i += kPortion) {
-          prefetch({next.first, std::min(portion, next.count)}, block);
-          next = {next.first + portion, std::max<int64_t>(0, next.count - portion)};
-          kernel.run({all.values + k * wgc.capacity, all.offsets + k * wgc.capacity}, wgc.capacity,
-                     lists.counts(panel) + k, lists.order(panel) + k, i,
-                     std::min(i + kPortion, end), scratch, row_bytes, to, filter);
-        }
+        kernel.run({all.values + k * wgc.capacity, all.offsets + k * wgc.capacity}, wgc.capacity,
+                   lists.counts(panel) + k, lists.order(panel) + k, begin, end, scratch, row_bytes,
+                   to, filter, next);
+        next.count = 0;
       };
       if (wgc.window()) {
         gather_window(rows, block, scratch);
@@ -85,7 +78,7 @@ void Wgc::run(const ChannelLists& lists, int64_t group, int64_t task, float* scr
 }
 
 // The rows of input under rows of the gradient; of several images, whole ones.
-Wgc::Pixels Wgc::input_pixels(Rows rows) const {
+Upcoming Wgc::input_pixels(Rows rows, int64_t c, int64_t channels) const {
   const ConvProblem& problem = plan_->problem;
   const auto input_row = [&](int64_t row, int64_t offset) {
     const int64_t h = row % plan_->p * problem.stride_h - problem.pad_h + offset;
@@ -93,16 +86,10 @@ Wgc::Pixels Wgc::input_pixels(Rows rows) const {
   };
   const int64_t first = input_row(rows.first, 0);
   const int64_t last = input_row(rows.first + rows.count - 1, (problem.r - 1) * problem.dil_h);
-  return {first * problem.w, (last + 1 - first) * problem.w};
-}
-
-void Wgc::prefetch(Pixels pixels, Block block) const {
   const int64_t size = dtype_size(plan_->call.dtype);
-  const char* from = static_cast<const char*>(plan_->call.input) +
-                     (pixels.first * plan_->problem.c + block.c) * size;
-  for (int64_t i = 0; i < pixels.count; ++i, from += plan_->problem.c * size)
-    for (int64_t byte = 0; byte < block.channels * size; byte += 64)
-      __builtin_prefetch(from + byte, 0, 2);
+  const char* from = static_cast<const char*>(plan_->call.input);
+  return {from + (first * problem.w * problem.c + c) * size, problem.c * size,
+          (last + 1 - first) * problem.w, channels * size};
 }
 
 // Copies columns first + i * step, i < count, of row h of an image; zeros outside the image.

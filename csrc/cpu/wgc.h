@@ -34,12 +34,7 @@ class Wgc {
   void gather_window(Rows rows, Block block, float* panel) const;
   void gather_tap(Rows rows, int64_t segment, int64_t r, int64_t s, Block block, float* panel) const;
 
-  // The next panel's input is fetched while this one is used, a few pixels for every few channels.
-  struct Pixels {
-    int64_t first, count;  // numbered (n * H + h) * W + w
-  };
-  Pixels input_pixels(Rows rows) const;
-  void prefetch(Pixels pixels, Block block) const;
+  Upcoming input_pixels(Rows rows, int64_t c, int64_t channels) const;
 
   // Sums of one block of input channels to output channel k of its convolution group.
   void write(int64_t channel_task, int64_t k, const float* sums) const;

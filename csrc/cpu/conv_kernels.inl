@@ -161,6 +161,22 @@ void agb_run(List list, const Visit* visits, int64_t count, const float* panel, 
 
 // ---- WGC
 
+// Fetches `upcoming` in `steps` equal portions, one with every call.
+class Fetcher {
+ public:
+  Fetcher(Upcoming upcoming, int64_t steps) : upcoming_(upcoming), steps_(steps) {}
+
+  inline __attribute__((always_inline)) void step() {
+    for (due_ += upcoming_.count; due_ >= steps_; due_ -= steps_, upcoming_.from += upcoming_.stride)
+      for (int64_t byte = 0; byte < upcoming_.bytes; byte += 64)
+        __builtin_prefetch(upcoming_.from + byte);
+  }
+
+ private:
+  Upcoming upcoming_;
+  int64_t steps_, due_ = 0;  // places are due when `count` has been added `steps` times for each
+};
+
 // Lists are visited by length, an order that hardware cannot foresee.
 inline __attribute__((always_inline)) void prefetch_list(List lists, int64_t start, int64_t count) {
   const char* values = reinterpret_cast<const char*>(lists.values + start);
@@ -184,12 +200,9 @@ void wgc_run(List lists, int64_t capacity, const uint16_t* counts, const uint16_
   const char* rows[Rows];
   for (int row = 0; row < Rows; ++row)
     rows[row] = reinterpret_cast<const char*>(panel) + row * row_bytes;
-  int64_t fetched = 0;
+  Fetcher fetcher(upcoming, last - begin);
   for (int64_t i = begin; i < last; ++i) {
-    const int64_t places = upcoming.count * (i + 1 - begin) / (last - begin);
-    for (; fetched < places; ++fetched, upcoming.from += upcoming.stride)
-      for (int64_t byte = 0; byte < upcoming.bytes; byte += 64)
-        __builtin_prefetch(upcoming.from + byte);
+    fetcher.step();
     const int64_t k = order[i];
     float* sums = dw + k * dw_stride;
     const float* values = lists.values + k * capacity;

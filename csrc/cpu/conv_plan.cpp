@@ -2,23 +2,22 @@
 #include "conv_plan.h"
 
 #include <algorithm>
-#include <stdlib.h>
 
 namespace sparsebwd {
 namespace {
 
 // Panels of operands that the inner loops read at random: they should stay in L1, of which recent
 // cores have 48 KB.
-const int64_t kPanelBytes = getenv("PB")?atoi(getenv("PB"))*1024:40 * 1024;
+constexpr int64_t kPanelBytes = 40 * 1024;
 // Panels of weights share L1 with the partial sums.
-const int64_t kWeightPanelBytes = (getenv("WB")?atoi(getenv("WB")):37) * 1024;
+constexpr int64_t kWeightPanelBytes = 37 * 1024;
 // Partial sums of AGB for a band of rows: L2.
-const int64_t kBandBytes = (getenv("BB")?atoi(getenv("BB")):320) * 1024;
+constexpr int64_t kBandBytes = 320 * 1024;
 // Pixels whose lists are sorted by length together.
-const int64_t kSortedPixels = (getenv("SP")?atoi(getenv("SP")):64);
+constexpr int64_t kSortedPixels = 64;
 // Elements of the gradient whose lists stay in L2 until they are consumed; but enough pixels to
 // make a panel of weights worth its fetching.
-const int64_t kChunkElements = (getenv("CE")?atoi(getenv("CE")):128) * 1024;
+constexpr int64_t kChunkElements = 128 * 1024;
 constexpr int64_t kChunkPixels = 512;
 // Pixels whose pruned values are staged between pruning and listing.
 constexpr int64_t kTilePixels = 32;
@@ -81,7 +80,6 @@ WgcPlan plan_wgc(const ConvKernels& kernels, const ConvProblem& problem) {
     rows_fit = std::max<int64_t>(1, pixels / q);
     images_fit = pixels / (p * q);
     plan.kernel = &kernel;
-    if(getenv("WG")&&kernel.group>atoi(getenv("WG")))continue;
     if (kernel.group <= plan.channels) break;
   }
   const WgcKernel& kernel = *plan.kernel;

@@ -60,7 +60,7 @@ struct Offsets {
 };
 
 // Appends the non-zero lanes of `v` and the offsets of those lanes to a list; returns their
-// number. Both arrays must have room for kLanes more entries.
+// number. Both arrays must have room for kLanes more entries. Full: expect most to be non-zero.
 template <bool Full>
 inline int append_nonzero(Vec v, Offsets o, float* values, uint16_t* offsets) {
   const __mmask16 keep = _mm512_cmp_ps_mask(v.v, _mm512_setzero_ps(), _CMP_NEQ_UQ);

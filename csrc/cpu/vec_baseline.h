@@ -59,7 +59,7 @@ struct Offsets {
 };
 
 // Appends the non-zero lanes of `v` and the offsets of those lanes to a list; returns their
-// number. Both arrays must have room for kLanes more entries.
+// number. Both arrays must have room for kLanes more entries. Full: expect most to be non-zero.
 template <bool Full>
 inline int append_nonzero(Vec v, Offsets o, float* values, uint16_t* offsets) {
   int n = 0;

@@ -85,7 +85,8 @@ class Backward {
     const int64_t workers = independent ? pool_.threads : 1;
     const int64_t most = independent ? chunk_ : chunk_ * pool_.threads;
     const int64_t images = std::min(most, round_up(plan_.problem.n, plan_.wgc.images));
-    const bool at_once = groups == 1 && plan_.problem.n <= most;
+    // Without images no task would write the zeros of grad_weight.
+    const bool at_once = groups == 1 && plan_.problem.n > 0 && plan_.problem.n <= most;
     auto& lists = workspace_.lists;
     while (static_cast<int64_t>(lists.size()) < workers) lists.push_back(std::make_unique<Lists>());
     int64_t floats = plan_.staged() ? plan_.tile_floats() : 0;

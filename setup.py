@@ -35,7 +35,7 @@ CSRC = Path(__file__).resolve().parent / "csrc"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # Compiled once: the choice of kernels, and drivers that hand tasks to the thread pool.
-PLAIN_SOURCES = ["isa", "prune", "conv_backward", "conv_plan", "lists", "agb", "wgc"]
+PLAIN_SOURCES = ["isa", "prune", "conv_backward", "conv_plan", "layout", "lists", "agb", "wgc"]
 # Compiled for each instruction set, from csrc/cpu/<kernel>_<instruction set>.cpp.
 KERNELS = ["prune", "conv"]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mpopcnt"]

@@ -189,6 +189,21 @@ def test_abs_sum_shows_what_is_not_finite(value, dtype):
         assert nonzeros == 70
 
 
+# ---- copy_layout
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("to", [torch.channels_last, torch.contiguous_format], ids=["nchw to nhwc", "nhwc to nchw"])
+def test_copy_layout(shape, to):
+    other = torch.contiguous_format if to is torch.channels_last else torch.channels_last
+    source = random_tensor(shape).contiguous(memory_format=other)
+    out = fenced(torch.full(shape, float("nan")).contiguous(memory_format=to))
+    RAW.copy_layout(fenced(source), out)
+    assert_bit_equal(out, source)
+    _assert_surroundings_kept(out)
+
+
 # ---- bad input
 
 GOOD_KEY = torch.tensor([1, 2])
@@ -201,6 +216,10 @@ GOOD = torch.ones(2, 4, 3, 5)
         (lambda: RAW.abs_sum(GOOD.double()), "g: got a tensor of dtype Double, accepted"),
         (lambda: RAW.abs_sum(GOOD[..., ::2]), "g: got strides .* accepted are contiguous"),
         (lambda: RAW.abs_sum(GOOD.to("meta")), "g: got a tensor on another device"),
+        (lambda: RAW.copy_layout(GOOD.double(), GOOD), "src: got Double .* accepted is Float"),
+        (lambda: RAW.copy_layout(GOOD, GOOD[0]), "out: got Float of shape .* of 4 dimensions"),
+        (lambda: RAW.copy_layout(GOOD, GOOD[:1]), r"out: got shape \[1, 4, 3, 5\], accepted is that of src"),
+        (lambda: RAW.copy_layout(GOOD, GOOD.clone()), "src, out: got strides .* one contiguous and one channels_last"),
         (lambda: RAW.prune(GOOD.half(), GOOD_KEY, 1.0, GOOD.half()), "g: got a tensor of dtype Half"),
         (lambda: RAW.prune(GOOD[0], GOOD_KEY, 1.0, GOOD[0]), "g: got 3 dimensions, accepted are 4"),
         (lambda: RAW.prune(GOOD[:, ::2], GOOD_KEY, 1.0, GOOD[:, ::2]), "g: got strides"),

@@ -234,6 +234,35 @@ void wgc_run(List lists, int64_t capacity, const uint16_t* counts, const uint16_
   }
 }
 
+// ---- layouts
+
+void transpose(const float* src, int64_t src_stride, int64_t rows, int64_t columns, float* dst,
+               int64_t dst_stride) {
+  for (int64_t j = 0; j < columns; j += kLanes) {
+    const int64_t width = columns - j < kLanes ? columns - j : kLanes;
+    for (int64_t i = 0; i < rows; i += kLanes) {
+      const int64_t height = rows - i < kLanes ? rows - i : kLanes;
+      const float* from = src + i * src_stride + j;
+      float* to = dst + j * dst_stride + i;
+      Vec tile[kLanes];
+      if (width == kLanes && height == kLanes) {
+        for (int64_t t = 0; t < kLanes; ++t) {
+          // Of the tile after the next: rows are too many streams for the hardware.
+          __builtin_prefetch(from + t * src_stride + 2 * kLanes);
+          tile[t] = Vec::load(from + t * src_stride);
+        }
+        transpose(tile);
+        for (int64_t t = 0; t < kLanes; ++t) tile[t].store(to + t * dst_stride);
+      } else {
+        for (int64_t t = 0; t < kLanes; ++t)
+          tile[t] = t < height ? Vec::load_first(from + t * src_stride, width) : Vec::zero();
+        transpose(tile);
+        for (int64_t t = 0; t < width; ++t) tile[t].store_first(to + t * dst_stride, height);
+      }
+    }
+  }
+}
+
 // ---- panels
 
 template <int Vectors>
@@ -312,6 +341,7 @@ constexpr ConvKernels kConvKernels = {
     sizeof(kAgbKernels) / sizeof(kAgbKernels[0]),
     kWgcKernels,
     sizeof(kWgcKernels) / sizeof(kWgcKernels[0]),
+    transpose,
     gather_pixels,
     scatter_pixels,
     Vec::finish_stores,

@@ -15,10 +15,12 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "conv_backward.h"
 #include "isa.h"
+#include "layout.h"
 #include "parallel.h"
 #include "prune.h"
 
@@ -164,6 +166,28 @@ int64_t prune(const Tensor& g, const Tensor& key, double tau, Tensor out) {
                           shape, spec, out.mutable_data_ptr());
 }
 
+void copy_layout(const Tensor& src, Tensor out) {
+  check_on_cpu(src, "src");
+  check_on_cpu(out, "out");
+  const std::pair<const Tensor*, const char*> both[] = {{&src, "src"}, {&out, "out"}};
+  for (const auto& [tensor, name] : both)
+    check(tensor->scalar_type() == ScalarType::Float && tensor->dim() == 4, name, ": got ",
+          torch::headeronly::toString(tensor->scalar_type()), " of shape ", text(tensor->sizes()),
+          ", accepted is Float (float32) of 4 dimensions");
+  check(std::equal(src.sizes().begin(), src.sizes().end(), out.sizes().begin()), "out: got shape ",
+        text(out.sizes()), ", accepted is that of src, ", text(src.sizes()));
+  const bool from_contiguous = is_dense(src, kContiguous) && is_dense(out, kChannelsLast);
+  check(from_contiguous || (is_dense(src, kChannelsLast) && is_dense(out, kContiguous)),
+        "src, out: got strides ", text(src.strides()), " and ", text(out.strides()),
+        ", accepted are one contiguous and one channels_last tensor");
+  const int64_t channels = src.size(1), pixels = src.size(2) * src.size(3);
+  sparsebwd::transpose_images(sparsebwd::active_kernels().conv, task_pool(),
+                              static_cast<const float*>(src.const_data_ptr()), src.size(0),
+                              from_contiguous ? channels : pixels,
+                              from_contiguous ? pixels : channels,
+                              static_cast<float*>(out.mutable_data_ptr()));
+}
+
 void check_activation(const Tensor& tensor, const char* name, const Tensor& grad_output,
                       const std::vector<int64_t>& size) {
   check_on_cpu(tensor, name);
@@ -260,6 +284,7 @@ STABLE_TORCH_LIBRARY(sparsebwd_cpu, m) {
   m.def("supported_isas() -> str[]");
   m.def("abs_sum(Tensor g) -> (float, int)");
   m.def("prune(Tensor g, Tensor key, float tau, Tensor(a!) out) -> int");
+  m.def("copy_layout(Tensor src, Tensor(a!) out) -> ()");
   m.def(
       "conv2d_backward(Tensor grad_output, Tensor? input, Tensor? weight, int[] input_size, "
       "int[] weight_size, int[] stride, int[] padding, int[] dilation, int groups, Tensor? key, "
@@ -273,6 +298,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparsebwd_cpu, CompositeExplicitAutograd, m) {
   m.impl("supported_isas", TORCH_BOX(&supported_isas));
   m.impl("abs_sum", TORCH_BOX(&abs_sum));
   m.impl("prune", TORCH_BOX(&prune));
+  m.impl("copy_layout", TORCH_BOX(&copy_layout));
   m.impl("conv2d_backward", TORCH_BOX(&conv2d_backward));
 }
 

@@ -38,8 +38,17 @@ class _Convolved(NamedTuple):
     grad_weight: Tensor | None
 
 
-def _channels_last(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last)
+def _in_format(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """The tensor in this memory format, itself if it is."""
+    if tensor.is_contiguous(memory_format=memory_format):
+        return tensor
+    if tensor.dtype != torch.float32 or not (
+        tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return tensor.contiguous(memory_format=memory_format)
+    result = empty(tensor.shape, tensor, memory_format)
+    _raw.copy_layout(tensor, result)
+    return result
 
 
 def _threshold(grad: Tensor, percentile: float, sigma_estimator: str) -> tuple[float, float]:
@@ -61,20 +70,22 @@ def _convolve(
     key: Tensor | None = None,
     tau: float = 0.0,
     keep_pruned: bool = False,
+    input_format: torch.memory_format = torch.contiguous_format,
     weight_format: torch.memory_format = torch.contiguous_format,
 ) -> _Convolved:
     """Prune if there is a key, AGB if there is a weight, WGC if there is an input; in one call.
 
-    weight_format: that of the gradient of the weight.
+    input_format, weight_format: those of the gradients of the input and of the weight.
     """
-    grad_output = _channels_last(grad_output)
+    grad_output = _in_format(grad_output, torch.channels_last)
     pruned = torch.empty_like(grad_output) if keep_pruned else None
     grad_input = grad_weight = None
     if weight is not None:
         grad_input = empty(problem.input_size, grad_output, torch.channels_last)
+        weight = _in_format(weight, torch.channels_last)
     if input is not None:
         grad_weight = empty(problem.weight_size, input, weight_format)
-        input = _channels_last(input)
+        input = _in_format(input, torch.channels_last)
     nonzeros = _raw.conv2d_backward(
         grad_output,
         input,
@@ -91,6 +102,8 @@ def _convolve(
         grad_input,
         grad_weight,
     )
+    if grad_input is not None:
+        grad_input = _in_format(grad_input, input_format)
     return _Convolved(nonzeros / max(grad_output.numel(), 1), pruned, grad_input, grad_weight)
 
 
@@ -125,7 +138,8 @@ class CpuBackend(Backend):
         return PrunedGradient(values, *scalars)
 
     def conv2d_input(self, problem: ConvProblem, weight: Tensor, grad_output: Tensor) -> Tensor:
-        return _convolve(problem, grad_output, weight=weight).grad_input
+        input_format = reference.memory_format(grad_output)
+        return _convolve(problem, grad_output, weight=weight, input_format=input_format).grad_input
 
     def conv2d_weight(self, problem: ConvProblem, input: Tensor, grad_output: Tensor) -> Tensor:
         weight_format = reference.memory_format(input)
@@ -167,6 +181,7 @@ class CpuBackend(Backend):
                 weight if sparse[0] else None,
                 *pruning,
                 keep_pruned=prune_output and any(dense),
+                input_format=reference.memory_format(input),
                 weight_format=reference.memory_format(weight),
             )
         elif prune_output:

@@ -87,9 +87,11 @@ Upcoming Wgc::input_pixels(Rows rows, int64_t c, int64_t channels) const {
   const int64_t first = input_row(rows.first, 0);
   const int64_t last = input_row(rows.first + rows.count - 1, (problem.r - 1) * problem.dil_h);
   const int64_t size = dtype_size(plan_->call.dtype);
-  const char* from = static_cast<const char*>(plan_->call.input);
-  return {from + (first * problem.w * problem.c + c) * size, problem.c * size,
-          (last + 1 - first) * problem.w, channels * size};
+  const int64_t pixels = (last + 1 - first) * problem.w;
+  const char* from = static_cast<const char*>(plan_->call.input) +
+                     (first * problem.w * problem.c + c) * size;
+  if (channels == problem.c) return {from, 64, ceil_div(pixels * channels * size, 64), 64};
+  return {from, problem.c * size, pixels, channels * size};
 }
 
 // Copies columns first + i * step, i < count, of row h of an image; zeros outside the image.

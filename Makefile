@@ -10,10 +10,13 @@ INSTALLED := $(VENV)/.installed
 BUILT     := $(VENV)/.built
 LINTER    := $(VENV)/.linter
 USABLE    := $(BIN)/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+# For `make ceilings` only: the package itself chooses at run time.
+VECTOR_FLAGS = $(shell grep -qw avx2 /proc/cpuinfo && echo -mavx2 -mfma -mbmi -mbmi2 -mpopcnt) \
+               $(shell grep -qw avx512vl /proc/cpuinfo && echo -mavx512f -mavx512bw -mavx512dq -mavx512vl)
 SOURCES   := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test build bench lint clean
+.PHONY: help demo test build bench ceilings lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -28,6 +31,11 @@ build: $(BUILT)  ## set up .venv, build and install the package
 
 bench: $(BUILT)  ## time the sparse kernels against dense PyTorch
 	@$(BIN)/python -m sparsebwd.bench
+
+ceilings:  ## measure how fast the inner loops of the CPU kernels could be at best
+	@mkdir -p build
+	@$(CXX) -std=c++17 -O3 -ffp-contract=off $(VECTOR_FLAGS) -Icsrc/include -Icsrc/cpu tools/ceilings.cpp -o build/ceilings
+	@build/ceilings
 
 lint: $(LINTER)  ## check the Python sources with ruff
 	@$(BIN)/ruff check python bench tests setup.py

@@ -98,9 +98,9 @@ class OtherProcesses:
             user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
         except (OSError, ValueError):
             return None
-        own = os.times()
+        own = os.times()[:4]  # in user and system mode, of this process and of children that have ended
         busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-        return time.perf_counter(), busy - own.user - own.system
+        return time.perf_counter(), busy - sum(own)
 
 
 def last_level_cache() -> int | None:

@@ -79,7 +79,7 @@ def test_training_commands_of_the_documentation_are_understood():
 def test_sources_name_their_licence(source):
     first, _, rest = source.read_text("utf-8").partition("\n")
     line = rest.partition("\n")[0] if first.startswith("#!") else first
-    comment = "//" if "csrc" in source.parts and source.suffix != ".py" else "#"
+    comment = "//" if source.suffix in (".cpp", ".h", ".inl") else "#"
     assert line == f"{comment} SPDX-License-Identifier: Apache-2.0"
 
 

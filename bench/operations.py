@@ -170,13 +170,13 @@ class PruneAndList(Pruning):
     description = "as prune, and the lists of non-zeros that AGB and WGC read, in one pass (backend cpu only)"
     backend = "cpu"
 
-    def candidate(self, case: Case, operands: Operands) -> tuple[Tensor, Tensor, int]:
+    def candidate(self, case: Case, operands: Operands) -> tuple[Tensor, float, int]:
         """The pruned gradient, tau and the number of non-zeros. The lists stay inside."""
         problem = case.layer.problem
         gradient = operands.grad_output.contiguous(memory_format=torch.channels_last)
         abs_sum, _ = torch.ops.sparsebwd_cpu.abs_sum(gradient)
         _, tau = reference.threshold(
-            torch.tensor(abs_sum, dtype=torch.float64),
+            abs_sum,
             gradient.numel(),
             case.percentile,
             SIGMA_ESTIMATOR,
@@ -191,7 +191,7 @@ class PruneAndList(Pruning):
             problem.weight_size,
             *_geometry(problem),
             KEY,
-            tau.item(),
+            tau,
             pruned,
             None,
             None,
@@ -203,6 +203,7 @@ class PruneAndList(Pruning):
         """The lists themselves are checked where AGB and WGC are."""
         operands = inputs.first(case.layout)
         pruned, tau, nonzeros = self.candidate(case, operands)
+        tau = torch.tensor(tau)
         _check_pruned(case, operands.grad_output, pruned, tau, inputs.pruned(case.layout, tau))
         if nonzeros != torch.count_nonzero(pruned).item():
             raise AssertionError(f"lists: {nonzeros} non-zeros instead of {torch.count_nonzero(pruned).item()}")

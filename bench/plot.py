@@ -77,7 +77,9 @@ def write(path: Path, environment: Mapping[str, Any], rows: Sequence[Row]) -> No
     with atomic_write(path) as temporary:
         # Text in SVG stays text, which can be searched and read aloud.
         with matplotlib.rc_context({"svg.fonttype": "none"}):
-            figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150)
+            # No date and no creator: the same rows make the same file.
+            metadata = {"Creator": None, "Date": None} if path.suffix.lower() == ".svg" else None
+            figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150, metadata=metadata)
 
 
 _MEAN = {"color": "black", "linewidth": 3.0}

@@ -215,7 +215,7 @@ def break_even_table(rows: Iterable[Row]) -> Table | None:
     varying = [name for name in names if name == "op" or len({entry[name] for entry in found}) > 1]
     cells: dict[str, dict[str, str]] = {}
     for entry in found:
-        heading = " ".join(str(entry[name]) + (" threads" if name == "threads" else "") for name in varying)
+        heading = " ".join(str(entry[name] or "-") + (" threads" if name == "threads" else "") for name in varying)
         relation = "" if entry["relation"] == "=" else f"{entry['relation']} "
         cells.setdefault(entry["layer"], {})[heading] = f"{relation}{entry['break_even']:.2g}"
     headings = sorted({heading for line in cells.values() for heading in line})

@@ -23,6 +23,7 @@ import torch
 
 from sparsebwd import reference
 from sparsebwd.backends import available_backends
+from sparsebwd.problem import ConvProblem
 from sparsebwd.testing import assert_bit_equal, fenced, random_tensor
 
 if "cpu" not in available_backends():
@@ -202,6 +203,75 @@ def test_copy_layout(shape, to):
     RAW.copy_layout(fenced(source), out)
     assert_bit_equal(out, source)
     _assert_surroundings_kept(out)
+
+
+# ---- conv2d_backward
+
+
+def _conv2d_backward(problem, grad_output, input=None, weight=None):
+    """(grad_input if there is a weight, grad_weight if there is an input) by the raw operator."""
+    grad_input = grad_weight = None
+    if weight is not None:
+        grad_input = torch.empty(problem.input_size, memory_format=torch.channels_last).to(grad_output.dtype)
+    if input is not None:
+        grad_weight = torch.empty(problem.weight_size, dtype=input.dtype)
+    geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
+    RAW.conv2d_backward(
+        grad_output, input, weight, problem.input_size, problem.weight_size, *geometry,
+        None, 0.0, None, grad_input, grad_weight,
+    )  # fmt: skip
+    return grad_input, grad_weight
+
+
+def _channels_last(size, seed, dtype=torch.float32, density=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return random_tensor(
+        size, generator=generator, dtype=dtype, density=density, integer=True, memory_format=torch.channels_last
+    )
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("text", ["n2c35h5w6k20r3s3p1", "n2c70h4w4k33r1s1", "n2c12h5w5k10r3s2g2"])
+def test_weights_of_any_strides(text, dtype):
+    problem = ConvProblem.parse(text)
+    grad_output = _channels_last(problem.output_size, 0, dtype, density=0.5)
+    weight = _channels_last(problem.weight_size, 1, dtype)
+    expected = reference.conv2d_input(problem, weight, grad_output).to(dtype)
+    for same in (weight, weight.contiguous(), weight.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)):
+        assert_bit_equal(_conv2d_backward(problem, grad_output, weight=same)[0], expected)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("c, w", [(1, 5459), (3, 1818), (2, 2728)])
+def test_packed_panel_that_fills_all_its_bytes(c, w):
+    """What gathering the last pixel stores behind the panel is not part of the sums."""
+    problem = ConvProblem.parse(f"n1c{c}h6w{w}k4r3s3p1")
+    grad_output = _channels_last(problem.output_size, 0, density=0.5)
+    input = _channels_last(problem.input_size, 1)
+    expected = reference.conv2d_weight(problem, input, grad_output).float()
+    assert_bit_equal(_conv2d_backward(problem, grad_output, input=input)[1], expected)
+
+
+def test_groups_of_images_that_depend_on_threads_do_not_change_results():
+    """Lists are about as long here as where their order changes, and chunks are no multiple of tiles."""
+    problem = ConvProblem.parse("n24c256h8w8k256r3s3p1")
+    generator = torch.Generator().manual_seed(0)
+    grad_output, input, weight = (
+        random_tensor(size, generator=generator, density=density, memory_format=torch.channels_last)
+        for size, density in ((problem.output_size, 0.1875), (problem.input_size, 1.0), (problem.weight_size, 1.0))
+    )
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(_conv2d_backward(problem, grad_output, input, weight))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for one, two in zip(results[0], other):
+            assert_bit_equal(one, two)
 
 
 # ---- bad input

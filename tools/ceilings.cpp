@@ -78,11 +78,12 @@ struct Lists {
 // `length` entries each, or as many on average if `random`.
 Lists make_lists(double length, bool random, int64_t step, int64_t dst_bytes) {
   std::mt19937 generator(1);
+  std::uniform_real_distribution<double> uniform(0, kOperands);
   Lists lists;
   for (int64_t i = 0; i < kLists; ++i) {
     const uint32_t start = static_cast<uint32_t>(lists.values.size());
     for (int64_t k = 0; k < (random ? kOperands : static_cast<int64_t>(length)); ++k) {
-      if (random && generator() % kOperands >= length) continue;
+      if (random && uniform(generator) >= length) continue;
       lists.values.push_back(1.0f);
       lists.offsets.push_back(static_cast<uint16_t>((random ? k : generator() % kOperands) * step));
     }

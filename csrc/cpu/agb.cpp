@@ -7,7 +7,7 @@
 
 namespace sparsebwd {
 
-// Images and bands of rows that use a panel one after the other, up to which each packs it anew: it
+// Groups of images and bands of rows that use a panel one after the other, up to which each packs it anew: it
 // then stays in L1, and large weights are not written and read again.
 constexpr int64_t kMostRepacked = 2;
 

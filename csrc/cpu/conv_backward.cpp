@@ -106,7 +106,7 @@ class Backward {
       workspace_.wgc.start(plan_, groups, at_once);
       floats = std::max(floats, workspace_.wgc.scratch_floats());
     }
-    // Kernels may load, not store, a little past the end; and workers share no cache line.
+    // Kernels may load a little past the end; and workers share no cache line.
     scratch_stride_ = round_up(floats, 16) + 1024;
     workspace_.scratch.reserve(scratch_stride_ * pool_.threads);
   }

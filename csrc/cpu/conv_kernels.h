@@ -25,8 +25,8 @@ struct Visit {
 };
 
 // For every visit, every entry of it, column j < columns and channel c < group:
-// dst[visit.dst / 4 + j * group + c] += value * panel[offset / 4 + j * group + c]. Visits are sorted
-// by count, so that the inner loop's exit is predictable; the places of two of them may overlap.
+// dst[visit.dst / 4 + j * group + c] += value * panel[offset / 4 + j * group + c]. Visits
+// are in an order that makes the inner loop fast (PixelLists); the places of two of them may overlap.
 using AgbRun = void (*)(List list, const Visit* visits, int64_t count, const float* panel,
                         float* dst);
 
@@ -45,7 +45,7 @@ struct Upcoming {
 
 // For every k in order[begin .. end): dw[k * dw_stride + ...] += sum over the list of k of value *
 // operands at the entry's offset in the panel. List k starts at lists + k * capacity. `order` is
-// sorted by count, for the same reason.
+// sorted by count, so that the inner loop's exit is predictable.
 using WgcRun = void (*)(List lists, int64_t capacity, const uint16_t* counts,
                         const uint16_t* order, int64_t begin, int64_t end, const float* panel,
                         int64_t row_bytes, float* dw, int64_t dw_stride, Upcoming upcoming);
@@ -68,15 +68,15 @@ struct ConvKernels {
   // operand of channel k is k * step bytes into the panel. Needs room for `lanes` entries more.
   // Returns the number of entries.
   int64_t (*list_by_pixel)(const float* g, int64_t pixel_stride, int64_t pixels, int64_t channels,
-                        uint32_t step, List list, uint16_t* counts);
+                           uint32_t step, List list, uint16_t* counts);
 
   // Lists in the order of WGC: appends pixels to the lists of all channels. List k starts at
   // lists + k * capacity, counts[k] is its length. operand_offsets[i] is the offset of pixel i's
   // operand, readable for `lanes` more. Lists need room for `lanes` entries more. Returns
   // the number of entries appended.
   int64_t (*list_by_channel)(const float* g, int64_t pixel_stride, int64_t pixels, int64_t channels,
-                          const uint16_t* operand_offsets, List lists, int64_t capacity,
-                          uint16_t* counts);
+                             const uint16_t* operand_offsets, List lists, int64_t capacity,
+                             uint16_t* counts);
 
   // Alternatives, best first; the last of each fits every problem.
   const AgbKernel* agb;

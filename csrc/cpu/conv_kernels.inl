@@ -268,10 +268,7 @@ void transpose(const float* src, int64_t src_stride, int64_t rows, int64_t colum
 template <int Vectors>
 void copy_pixels(const float* src, int64_t src_stride, int64_t pixels, float* dst) {
   for (int64_t i = 0; i < pixels; ++i, src += src_stride, dst += Vectors * kLanes)
-    for (int j = 0; j < Vectors; ++j) {
-
-      Vec::load(src + j * kLanes).store(dst + j * kLanes);
-    }
+    for (int j = 0; j < Vectors; ++j) Vec::load(src + j * kLanes).store(dst + j * kLanes);
 }
 
 void gather_pixels(const void* src, DType dtype, int64_t src_stride, int64_t pixels,
@@ -329,7 +326,8 @@ constexpr AgbKernel kAgbKernels[] = {
 
 constexpr WgcKernel kWgcKernels[] = {
     {3, 1, kLanes, true, wgc_run<3, 1, 4>},      {3, 3, kLanes, false, wgc_run<3, 3, 1>},
-    {1, 1, 8 * kLanes, false, wgc_run<1, 8, 1>}, {1, 1, 4 * kLanes, false, wgc_run<1, 4, 2>}, {1, 1, 2 * kLanes, false, wgc_run<1, 2, 2>},
+    {1, 1, 8 * kLanes, false, wgc_run<1, 8, 1>}, {1, 1, 4 * kLanes, false, wgc_run<1, 4, 2>},
+    {1, 1, 2 * kLanes, false, wgc_run<1, 2, 2>},
     {1, 1, kLanes, false, wgc_run<1, 1, 4>},
 };
 

@@ -75,6 +75,10 @@ WgcPlan plan_wgc(const ConvKernels& kernels, const ConvProblem& problem) {
       plan.kernel = &kernel;
       break;
     }
+    // The widest kernel, unless a narrower one leaves less of its vectors empty.
+    if (kernel.group > 4 * kernels.lanes &&
+        round_up(plan.channels, kernel.group) > round_up(plan.channels, 4 * kernels.lanes))
+      continue;
     const int64_t pixels = kPanelBytes / (plan.pitch * 4);
     columns_fit = std::min(q, pixels);
     rows_fit = std::max<int64_t>(1, pixels / q);

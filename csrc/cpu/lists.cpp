@@ -36,46 +36,54 @@ void PixelLists::sort(int64_t group_index, int64_t p) {
   for (int64_t block = 0; block < plan_->k_blocks(); ++block) sort(group_index, p, block);
 }
 
-// Entries a pixel, on average, from which on the lists are left in their order: reading them one
-// after the other is then worth more than predicting where they end.
+// Entries a pixel of an image, on average, from which on its lists are left in their order: reading
+// them one after the other is then worth more than predicting where they end. Decided for each image,
+// as the pixels of one image add to the same sums: the order in which they do must not depend on
+// which images are listed together.
 constexpr int64_t kSortedBelow = 12;
 
-// Counting sort.
+// Counting sort of the images with short lists, behind those with long ones.
 void PixelLists::sort(int64_t group_index, int64_t p, int64_t k_block) {
   const Images images = group(group_index);
   const int64_t index = tile_index(group_index, p, k_block);
   Visit* const visits = visits_.data() + index * plan_->agb.images * plan_->q;
-  uint32_t position[kMaxKBlock + 1] = {};
-  int64_t entries = 0;
-  for (int64_t n = images.begin; n < images.end; ++n) {
-    const uint16_t* here = counts(n * plan_->p + p, k_block);
-    for (int64_t q = 0; q < plan_->q; ++q) {
-      ++position[here[q]];
-      entries += here[q];
-    }
-  }
-  // Longest first; pixels without entries last, and left out.
-  uint32_t sum = 0;
-  for (int64_t n = plan_->agb.k_block; n >= 0; --n) {
-    const uint32_t here = position[n];
-    position[n] = sum;
-    sum += here;
-  }
-  visit_counts_.data()[index] = position[0];
-  const bool sorted = entries < kSortedBelow * images.count() * plan_->q;
-  uint32_t next = 0;
+  const auto counts_of = [&](int64_t n) { return counts(n * plan_->p + p, k_block); };
+  const auto is_long = [&](int64_t n) {
+    int64_t entries = 0;
+    for (int64_t q = 0; q < plan_->q; ++q) entries += counts_of(n)[q];
+    return entries >= kSortedBelow * plan_->q;
+  };
   const AgbPlan& agb = plan_->agb;
   const uint32_t pixel_bytes =
       static_cast<uint32_t>(plan_->problem.stride_w * agb.kernel->group * 4);
-  for (int64_t n = images.begin; n < images.end; ++n) {
-    const uint16_t* here = counts(n * plan_->p + p, k_block);
+  // Calls place(visit) for the pixels with entries.
+  const auto for_each_pixel = [&](int64_t n, auto place) {
+    const uint16_t* here = counts_of(n);
     uint32_t start = static_cast<uint32_t>((n - images.begin) * plan_->p * agb.capacity);
     uint32_t dst = static_cast<uint32_t>((n - images.begin) * agb.image_floats() * 4);
     for (int64_t q = 0; q < plan_->q; ++q, dst += pixel_bytes) {
-      if (here[q]) visits[sorted ? position[here[q]]++ : next++] = {start, here[q], dst};
+      if (here[q]) place(Visit{start, here[q], dst});
       start += here[q];
     }
+  };
+  uint32_t next = 0;
+  uint32_t position[kMaxKBlock + 1] = {};
+  for (int64_t n = images.begin; n < images.end; ++n) {
+    if (is_long(n))
+      for_each_pixel(n, [&](Visit visit) { visits[next++] = visit; });
+    else
+      for (int64_t q = 0; q < plan_->q; ++q) ++position[counts_of(n)[q]];
   }
+  // Longest first; pixels without entries last, and left out.
+  for (int64_t count = agb.k_block; count >= 0; --count) {
+    const uint32_t here = position[count];
+    position[count] = next;
+    next += here;
+  }
+  visit_counts_.data()[index] = position[0];
+  for (int64_t n = images.begin; n < images.end; ++n)
+    if (!is_long(n))
+      for_each_pixel(n, [&](Visit visit) { visits[position[visit.count]++] = visit; });
 }
 
 // ---- for WGC

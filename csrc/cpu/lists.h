@@ -11,7 +11,7 @@
 namespace sparsebwd {
 
 // For AGB: a list for every row of the gradient and k-block, pixel after pixel; and for every tile
-// (the same row of a group of images) its pixels sorted by the number of their entries.
+// (the same row of a group of images) its pixels in the order of their visits: see sort().
 class PixelLists {
  public:
   void reserve(const ConvPlan& plan, int64_t images);
@@ -37,6 +37,8 @@ class PixelLists {
     int64_t count;
   };
   Tile tile(int64_t group_index, int64_t p, int64_t k_block) const;
+  // Short lists by the number of their entries, so that where they end is predictable; long ones as
+  // they lie in memory.
   void sort(int64_t group_index, int64_t p);
 
  private:

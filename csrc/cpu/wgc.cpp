@@ -6,6 +6,13 @@
 #include <algorithm>
 
 namespace sparsebwd {
+namespace {
+
+// A packed panel is filled by whole vectors, the last of which may end behind it.
+constexpr int64_t kPanelFloats = kMaxPanelBytes / 4 + 16;
+
+}  // namespace
+
 int64_t Wgc::sum_floats(const ConvPlan& plan) {
   return plan.wgc.channel_blocks * plan.problem.k * plan.wgc.filter_floats;
 }
@@ -20,7 +27,7 @@ void Wgc::start(const ConvPlan& plan, int64_t groups, bool at_once) {
 }
 
 int64_t Wgc::scratch_floats() const {
-  return kMaxPanelBytes / 4 + (at_once_ ? plan_->k_group * plan_->wgc.filter_floats : 0);
+  return kPanelFloats + (at_once_ ? plan_->k_group * plan_->wgc.filter_floats : 0);
 }
 
 int64_t Wgc::tasks(const ChannelLists& lists) const {
@@ -40,7 +47,7 @@ void Wgc::run(const ChannelLists& lists, int64_t group, int64_t task, float* scr
   const int64_t filter = wgc.filter_floats;
   const int64_t units = plan_->units(lists.images());
   const int64_t begin = lists.part_begin(part), end = lists.part_begin(part + 1);
-  float* const sums = at_once_ ? scratch + kMaxPanelBytes / 4
+  float* const sums = at_once_ ? scratch + kPanelFloats
                                : sums_.data() + group * sum_floats(*plan_) +
                                      channel_task * plan_->k_group * filter;
   if (at_once_) memset(sums + begin * filter, 0, (end - begin) * filter * sizeof(float));

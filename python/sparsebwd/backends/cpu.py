@@ -274,7 +274,8 @@ def _break_even(problem: ConvProblem, dtype: torch.dtype) -> tuple[float, float]
         return 0.0, 0.0
     if problem.c < 16:
         # The one kernel for few input channels takes a whole row of a 3x3 filter as one vector.
-        return 0.0, 0.20 if float32 and problem.r == 3 and problem.s * problem.c <= 16 else 0.0
+        fits = problem.r == problem.s == 3 and problem.c <= 5 and problem.dilation == (1, 1)
+        return 0.0, 0.20 if float32 and fits else 0.0
     if problem.r * problem.s > 1:
         return (0.53, 0.70) if float32 else (0.25, 0.35)
     # So little is computed with each element here that finding the zeros takes longer.

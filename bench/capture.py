@@ -16,9 +16,9 @@ from sparsebwd.train import Trainer
 from sparsebwd.train.config import DTYPES
 
 from . import gradients, training
+from .convolutions import Convolution, watching
 from .gradients import Captured, GradientFile
 from .terminal import FILE, check_writable, fail
-from .training import Convolution
 
 _MB = 10**6
 
@@ -90,7 +90,7 @@ def capture(trainer: Trainer, steps: Sequence[int], layers: Sequence[str]) -> Gr
                 copy = gradient.detach().clone()
                 arrived[found.name] = Captured(found.name, found.problem, step, found.needs_grad_input, copy)
 
-        with training.watching(model, keep):
+        with watching(model, keep):
             training.train_to(trainer, step + 1)
         taken.extend(arrived[name] for name in layers)
         trainer.reporter.say(f"step {step}: gradients of {len(arrived)} layers")

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,19 @@ def environment() -> dict[str, Any]:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_PREFIXES)},
     }
+
+
+def command_line(options: Mapping[str, object], *command: str) -> str:
+    """The command of this benchmark with these options, by the names of their parameters; those that are None are left
+    out. It has the variables that change which code runs."""
+    variables = [f"{name}={os.environ[name]}" for name in CODE_PATH_VARIABLES if name in os.environ]
+    arguments = [
+        part
+        for name, value in options.items()
+        if value is not None
+        for part in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    return shlex.join([*variables, "python", "-m", "sparsebwd.bench", *command, *arguments])
 
 
 def load() -> float | None:

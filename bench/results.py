@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from sparsebwd.data.files import atomic_write
+from sparsebwd.data.files import atomic_write, write_text
 
 from .terminal import Table, machine
 
@@ -292,7 +292,7 @@ def write_json(path: Path, environment: dict[str, Any], rows: Sequence[Row]) -> 
         "summary": summarize(rows),
         "break_even": break_even(rows),
     }
-    _write(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
@@ -316,16 +316,11 @@ def write_markdown(path: Path, environment: dict[str, Any], rows: Sequence[Row])
     table = break_even_table(rows)
     if table is not None:
         lines += ["", table.markdown().rstrip()]
-    _write(path, "\n".join(lines) + "\n")
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def _markdown_line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import os
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +12,7 @@ import torch
 
 from sparsebwd.backends import choose_backend
 
-from .environment import CODE_PATH_VARIABLES, copy_gbs, peak_gflops
+from .environment import command_line, copy_gbs, peak_gflops
 from .inputs import DTYPES, Inputs, Rotation
 from .operations import TORCH, Case, Operation
 from .results import Row
@@ -182,12 +180,12 @@ def _command(plan: Plan, operation: Operation, dtype: str, case: Case, threads: 
         source = {"suite": layer.suite, "batch": layer.problem.n, "layer": layer.name}
     else:
         source = {"problem": layer.problem}
-    random = {"pattern": case.pattern, "density": case.density} if case.density is not None else {}
     options = {
         **source,
         "op": operation.name,
-        **random,
-        **({} if case.percentile is None else {"percentile": case.percentile}),
+        "pattern": case.pattern if case.density is not None else None,
+        "density": case.density,
+        "percentile": case.percentile,
         "dtype": dtype,
         "layout": case.layout,
         "backend": case.backend if operation.backend is None else plan.backends[0],
@@ -196,6 +194,4 @@ def _command(plan: Plan, operation: Operation, dtype: str, case: Case, threads: 
         "seed": plan.seed,
         "memory": plan.memory,
     }
-    variables = [f"{name}={os.environ[name]}" for name in CODE_PATH_VARIABLES if name in os.environ]
-    arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    return shlex.join([*variables, "python", "-m", "sparsebwd.bench", *arguments])
+    return command_line(options)

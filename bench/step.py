@@ -10,8 +10,6 @@ import copy
 import itertools
 import json as json_format
 import math
-import os
-import shlex
 import statistics
 import time
 from collections import Counter
@@ -27,17 +25,17 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from sparsebwd import DensityMonitor, revert
-from sparsebwd.data.files import atomic_write
+from sparsebwd.data.files import write_text
 from sparsebwd.train import Trainer
 from sparsebwd.train.config import DTYPES
 from sparsebwd.train.measure import KINDS, BackwardTimer
 
 from . import training
-from .environment import CODE_PATH_VARIABLES
+from .convolutions import Convolution, watching
+from .environment import command_line
 from .memory import backward_peaks
 from .terminal import FILE, Table, check_writable, fail, machine, measuring
 from .timing import Call, interleave
-from .training import Convolution
 
 SIDES = ("dense", "sparse")
 PHASES = ("total", "forward", "backward", "optimizer")
@@ -89,7 +87,8 @@ def command(
         "placement": training.placement_of(training.model_of(trainer)),
         "learning_rate": trainer.config.learning_rate_at(0, 1),
         "threads": torch.get_num_threads(),
-        "command": _command(given),
+        # On this number of threads.
+        "command": command_line(given | {"threads": torch.get_num_threads(), "json": None, "markdown": None}, "step"),
     }
     points: list[dict[str, Any]] = []
     try:
@@ -109,30 +108,12 @@ def command(
     record = {"environment": environment, "setting": setting, "points": points}
     try:
         if json:
-            _write(json, json_format.dumps(record, indent=1, allow_nan=False) + "\n")
+            write_text(json, json_format.dumps(record, indent=1, allow_nan=False) + "\n")
         if markdown:
             text = f"{machine(environment)}\n\n`{setting['command']}`\n\n"
-            _write(markdown, text + "\n".join(table.markdown() for table in tables))
+            write_text(markdown, text + "\n".join(table.markdown() for table in tables))
     except OSError as error:
         fail(f"error: {error.filename}: {error.strerror}")
-
-
-def _command(given: Mapping[str, Any]) -> str:
-    """Repeats the measurement, on this number of threads."""
-    given = given | {"threads": torch.get_num_threads(), "json": None, "markdown": None}
-    variables = [f"{name}={os.environ[name]}" for name in CODE_PATH_VARIABLES if name in os.environ]
-    arguments = [
-        part
-        for name, value in given.items()
-        if value is not None
-        for part in (f"--{name.replace('_', '-')}", str(value))
-    ]
-    return shlex.join([*variables, "python", "-m", "sparsebwd.bench", "step", *arguments])
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 # ---- measuring
@@ -197,7 +178,7 @@ class Side:
             self.convolutions[convolution.name] = convolution
             timer.layer = convolution.name
 
-        with training.watching(self.model, arrived):
+        with watching(self.model, arrived):
             loss = self._loss(batch)
             with timer:
                 loss.backward()

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsebwd import models
 from sparsebwd.problem import ConvProblem
 
 from . import gradients
+from .convolutions import Convolution, following
 
 _NAME = re.compile(rf"(?P<model>\w+)-(?P<form>{'|'.join(models.IMAGE_SIZE)})(?:-(?P<r>\d+)x(?P<s>\d+))?")
 
@@ -110,19 +111,11 @@ def _convolutions(model_name: str, form: str, batch: int) -> list[Layer]:
     """Every convolution of the network, in the order of the forward pass. Nothing is computed: tensors are meta."""
     found: list[Layer] = []
 
-    def hook(name: str):
-        def record(module: nn.Conv2d, args: tuple, output: torch.Tensor) -> None:
-            problem = ConvProblem.from_sizes(
-                args[0].shape, module.weight.shape, module.stride, module.padding, module.dilation, module.groups
-            )
-            found.append(Layer("", name, problem, needs_grad_input=args[0].requires_grad))
-
-        return record
+    def ran(convolution: Convolution, output: Tensor) -> None:
+        found.append(Layer("", convolution.name, convolution.problem, needs_grad_input=convolution.needs_grad_input))
 
     with torch.device("meta"), torch.enable_grad():
         model = models.create(model_name, num_classes=10, form=form)
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Conv2d):
-                module.register_forward_hook(hook(name))
-        model(torch.empty(batch, 3, models.IMAGE_SIZE[form], models.IMAGE_SIZE[form]))
+        with following(model, ran):
+            model(torch.empty(batch, 3, models.IMAGE_SIZE[form], models.IMAGE_SIZE[form]))
     return found

@@ -3,25 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from sparsebwd import data, models
 from sparsebwd.backends import registered_backends
 from sparsebwd.nn import SparseConv2d
-from sparsebwd.problem import ConvProblem
 from sparsebwd.train import TrainConfig, Trainer
 from sparsebwd.train.report import Reporter
 from sparsebwd.train.world import World
 
+from .convolutions import Convolution, following
 from .inputs import DTYPES, LAYOUTS
 
 _NEVER = 2**62
@@ -109,52 +108,6 @@ def model_of(trainer: Trainer) -> nn.Module:
 def placement_of(model: nn.Module) -> str:
     """Which gradients its convolutions prune: "output", "input", or "input+output" where they differ."""
     return "+".join(sorted({module.placement for module in model.modules() if isinstance(module, SparseConv2d)}))
-
-
-@dataclass(frozen=True)
-class Convolution:
-    """A convolution in one forward pass. needs_grad_input: whether the backward pass computes AGB."""
-
-    name: str
-    problem: ConvProblem
-    needs_grad_input: bool
-
-
-@contextmanager
-def following(model: nn.Module, ran: Callable[[Convolution, Tensor], None]) -> Iterator[None]:
-    """Call `ran` with each convolution and its output, in the order of the forward pass."""
-
-    def hook(name: str) -> Callable:
-        def follow(module: nn.Conv2d, args: tuple, output: Tensor) -> None:
-            problem = ConvProblem.from_sizes(
-                args[0].shape, module.weight.shape, module.stride, module.padding, module.dilation, module.groups
-            )
-            ran(Convolution(name, problem, args[0].requires_grad), output)
-
-        return follow
-
-    handles = [
-        module.register_forward_hook(hook(name))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def watching(model: nn.Module, arrived: Callable[[Convolution, Tensor], None]) -> Iterator[None]:
-    """Call `arrived` with each convolution and the gradient of its output, as it arrives there and before it is pruned,
-    just before the convolution's backward pass. The forward pass has to be within, too."""
-
-    def watch(convolution: Convolution, output: Tensor) -> None:
-        output.register_hook(lambda gradient: arrived(convolution, gradient))
-
-    with following(model, watch):
-        yield
 
 
 def convolutions(trainer: Trainer) -> list[Convolution]:

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from sparsebwd import models, reference
 from sparsebwd.backends import DenseBackend, available_backends, choose_backend
-from sparsebwd.bench import cli, environment, gradients, operations, suites, terminal
+from sparsebwd.bench import cli, gradients, operations, suites
 from sparsebwd.bench.gradients import Captured, GradientFile
 from sparsebwd.bench.inputs import KEY, SIGMA_ESTIMATOR, Gradient, Inputs, Rotation, skewed_densities
 from sparsebwd.bench.timing import Call, interleave
@@ -34,14 +34,7 @@ CONTRACT = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _small(monkeypatch):
-    """Little memory, malloc as it is, and no long look at what the machine can do."""
-    monkeypatch.setattr(cli, "last_level_cache", lambda: 2**18)
-    monkeypatch.setattr(terminal, "keep_freed_memory", lambda: "as is")
-    monkeypatch.setattr(environment, "last_level_cache", lambda: 2**14)
-    monkeypatch.setattr(environment, "PRODUCT", 64)
-    monkeypatch.setattr(environment, "COPIED", 2**14)
+pytestmark = pytest.mark.usefixtures("small_bench")
 
 
 def bench(*arguments: object):

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from sparsebwd.bench import cli, compare, environment, plot, results, terminal
+from sparsebwd.bench import cli, compare, plot, results
 from sparsebwd.bench.results import Row
 
 PROBLEM = "n2c4h6w5k8r3s3u1p1d1g1"
@@ -210,13 +210,7 @@ def test_other_files_are_refused(tmp_path, text, words):
 
 
 @pytest.fixture
-def run(monkeypatch):
-    monkeypatch.setattr(cli, "last_level_cache", lambda: 2**14)
-    monkeypatch.setattr(terminal, "keep_freed_memory", lambda: "as is")
-    monkeypatch.setattr(environment, "last_level_cache", lambda: 2**14)
-    monkeypatch.setattr(environment, "PRODUCT", 64)
-    monkeypatch.setattr(environment, "COPIED", 2**14)
-
+def run(small_bench):
     def call(*arguments):
         fixed = ["--problem", PROBLEM, "--op", "wgc", "--backend", "dense", "--threads", "1", "--repeats", "3"]
         return CliRunner().invoke(cli.app, [*fixed, *map(str, arguments)], env={"COLUMNS": "400"})

@@ -13,8 +13,6 @@ constexpr int64_t kPanelBytes = 40 * 1024;
 constexpr int64_t kWeightPanelBytes = 37 * 1024;
 // Partial sums of AGB for a band of rows: L2.
 constexpr int64_t kBandBytes = 320 * 1024;
-// Pixels whose lists are sorted by length together.
-constexpr int64_t kSortedPixels = 64;
 // Elements of the gradient whose lists stay in L2 until they are consumed; but enough pixels to
 // make a panel of weights worth its fetching.
 constexpr int64_t kChunkElements = 128 * 1024;

@@ -14,6 +14,9 @@ namespace sparsebwd {
 // Most output channels of a panel of weights.
 constexpr int64_t kMaxKBlock = 128;
 
+// Pixels whose lists are sorted by length together; also the most images of a tile.
+constexpr int64_t kSortedPixels = 64;
+
 // Images [begin, end).
 struct Images {
   int64_t begin, end;

@@ -68,8 +68,9 @@ void PixelLists::sort(int64_t group_index, int64_t p, int64_t k_block) {
   };
   uint32_t next = 0;
   uint32_t position[kMaxKBlock + 1] = {};
+  bool placed[kSortedPixels] = {};
   for (int64_t n = images.begin; n < images.end; ++n) {
-    if (is_long(n))
+    if ((placed[n - images.begin] = is_long(n)))
       for_each_pixel(n, [&](Visit visit) { visits[next++] = visit; });
     else
       for (int64_t q = 0; q < plan_->q; ++q) ++position[counts_of(n)[q]];
@@ -82,7 +83,7 @@ void PixelLists::sort(int64_t group_index, int64_t p, int64_t k_block) {
   }
   visit_counts_.data()[index] = position[0];
   for (int64_t n = images.begin; n < images.end; ++n)
-    if (!is_long(n))
+    if (!placed[n - images.begin])
       for_each_pixel(n, [&](Visit visit) { visits[position[visit.count]++] = visit; });
 }
 

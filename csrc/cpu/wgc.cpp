@@ -41,8 +41,10 @@ void Wgc::run(const ChannelLists& lists, int64_t group, int64_t task, float* scr
   const int64_t part = task % lists.parts(), channel_task = task / lists.parts();
   const int64_t conv_group = channel_task / wgc.channel_blocks;
   const int64_t c = channel_task % wgc.channel_blocks * kernel.group;
-  const Block block = {conv_group * wgc.channels + c,
-                       std::min<int64_t>(kernel.group, wgc.channels - c)};
+  const auto block_at = [&](int64_t c) {
+    return Block{conv_group * wgc.channels + c, std::min<int64_t>(kernel.group, wgc.channels - c)};
+  };
+  const Block block = block_at(c);
   const int64_t k = conv_group * plan_->k_group;
   const int64_t filter = wgc.filter_floats;
   const int64_t units = plan_->units(lists.images());
@@ -55,10 +57,9 @@ void Wgc::run(const ChannelLists& lists, int64_t group, int64_t task, float* scr
     const Rows rows = plan_->unit(lists.images(), index);
     Upcoming next = {};
     if (index + 1 < units)
-      next = input_pixels(plan_->unit(lists.images(), index + 1), block.c, block.channels);
+      next = input_pixels(plan_->unit(lists.images(), index + 1), block);
     else if (c + kernel.group < wgc.channels)
-      next = input_pixels(plan_->unit(lists.images(), 0), block.c + kernel.group,
-                          std::min<int64_t>(kernel.group, wgc.channels - c - kernel.group));
+      next = input_pixels(plan_->unit(lists.images(), 0), block_at(c + kernel.group));
     for (int64_t segment = 0; segment < wgc.segments; ++segment) {
       const int64_t panel = index * wgc.segments + segment;
       const List all = lists.list(panel);
@@ -85,7 +86,7 @@ void Wgc::run(const ChannelLists& lists, int64_t group, int64_t task, float* scr
 }
 
 // The rows of input under rows of the gradient; of several images, whole ones.
-Upcoming Wgc::input_pixels(Rows rows, int64_t c, int64_t channels) const {
+Upcoming Wgc::input_pixels(Rows rows, Block block) const {
   const ConvProblem& problem = plan_->problem;
   const auto input_row = [&](int64_t row, int64_t offset) {
     const int64_t h = row % plan_->p * problem.stride_h - problem.pad_h + offset;
@@ -96,9 +97,11 @@ Upcoming Wgc::input_pixels(Rows rows, int64_t c, int64_t channels) const {
   const int64_t size = dtype_size(plan_->call.dtype);
   const int64_t pixels = (last + 1 - first) * problem.w;
   const char* from = static_cast<const char*>(plan_->call.input) +
-                     (first * problem.w * problem.c + c) * size;
-  if (channels == problem.c) return {from, 64, ceil_div(pixels * channels * size, 64), 64};
-  return {from, problem.c * size, pixels, channels * size};
+                     (first * problem.w * problem.c + block.c) * size;
+  const int64_t bytes = block.channels * size;
+  // All channels: consecutive lines.
+  if (block.channels == problem.c) return {from, 64, ceil_div(pixels * bytes, 64), 64};
+  return {from, problem.c * size, pixels, bytes};
 }
 
 // Copies columns first + i * step, i < count, of row h of an image; zeros outside the image.

@@ -34,7 +34,7 @@ class Wgc {
   void gather_window(Rows rows, Block block, float* panel) const;
   void gather_tap(Rows rows, int64_t segment, int64_t r, int64_t s, Block block, float* panel) const;
 
-  Upcoming input_pixels(Rows rows, int64_t c, int64_t channels) const;
+  Upcoming input_pixels(Rows rows, Block block) const;
 
   // Sums of one block of input channels to output channel k of its convolution group.
   void write(int64_t channel_task, int64_t k, const float* sums) const;

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .batches import Batches, Normalize, ordered_batches
 from .dataset import DataError, ImageData
-from .files import atomic_write, remove_leftovers
+from .files import atomic_write, remove_leftovers, write_text
 
 __all__ = [
     "Batches",
@@ -19,6 +19,7 @@ __all__ = [
     "names",
     "ordered_batches",
     "remove_leftovers",
+    "write_text",
 ]
 
 _NAMES = ("digits", "cifar10", "cifar100", "imagefolder")

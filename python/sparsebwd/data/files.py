@@ -34,6 +34,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.close(directory)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write the file by `atomic_write`, in UTF-8."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files of writers that were killed. Nobody else may be writing there."""
     for temporary in folder.glob(".*.tmp"):

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..data import atomic_write, remove_leftovers
+from ..data import atomic_write, remove_leftovers, write_text
 
 CSV_FILE, JSON_FILE = "epochs.csv", "log.json"
 
@@ -55,5 +55,4 @@ class RunLog:
                     complete = int(entry["complete"])
                     writer.writerow({**entry, **row, "variant": variant, "complete": complete})
         record = {"format": 1, **self._header, "epochs": history, "summary": summary}
-        with atomic_write(self.folder / JSON_FILE) as temporary:
-            temporary.write_text(json.dumps(record, indent=1) + "\n")
+        write_text(self.folder / JSON_FILE, json.dumps(record, indent=1) + "\n")

@@ -19,12 +19,6 @@ struct AbsSum {
 AbsSum abs_sum(const PruneKernels& kernels, const TaskPool& pool, const void* g, DType dtype,
                int64_t count);
 
-// A dense 4-D tensor.
-struct PruneShape {
-  int64_t n, c, h, w;
-  bool channels_last;  // memory order n, h, w, c; else n, c, h, w
-};
-
 // Writes the pruned g to out, which has the same layout and may be g itself. Returns the number of
 // non-zeros.
 int64_t prune(const PruneKernels& kernels, const TaskPool& pool, const void* g, DType dtype,

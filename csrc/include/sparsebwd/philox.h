@@ -7,13 +7,7 @@
 
 #include <stdint.h>
 
-#ifndef SPARSEBWD_HOST_DEVICE
-#ifdef __CUDACC__
-#define SPARSEBWD_HOST_DEVICE __host__ __device__
-#else
-#define SPARSEBWD_HOST_DEVICE
-#endif
-#endif
+#include "sparsebwd/host_device.h"
 
 namespace sparsebwd {
 

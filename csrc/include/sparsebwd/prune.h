@@ -9,6 +9,15 @@
 
 namespace sparsebwd {
 
+// A dense 4-D tensor.
+struct PruneShape {
+  int64_t n, c, h, w;
+  bool channels_last;  // memory order n, h, w, c; else n, c, h, w
+};
+
+// How many recent values of sigma the predicted threshold is the mean of.
+constexpr int kSigmaHistory = 4;
+
 // What pruning needs beside the gradient.
 struct PruneSpec {
   float tau;            // threshold, already rounded to the gradient's dtype; 0 prunes nothing

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+// What kernels use of the hardware beyond CUDA C++: every line of PTX, shared memory, and the grid
+// barrier. Kernels include this file and no other CUDA header, so that the emulator
+// (csrc/emulator), which compiles the same kernels for a CPU, has one thing to stand in for.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef SPARSEBWD_EMULATOR
+
+#include "emulator.h"  // the same names, and CUDA's own: threadIdx, __shfl_sync, atomicAdd, ...
+
+#else
+
+#include <cooperative_groups.h>
+#include <cuda_runtime.h>
+
+namespace sparsebwd::cuda {
+
+// The block's dynamic shared memory, the only kind that kernels here use; 16-byte aligned.
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+  extern __shared__ __align__(16) unsigned char shared[];
+  return shared;
+}
+
+// A barrier for all threads of a cooperative launch, that also orders their memory accesses.
+__device__ __forceinline__ void grid_sync() { cooperative_groups::this_grid().sync(); }
+
+// A barrier for `threads` threads of the block, whole warps, that name the same `id` from 1 to 15.
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Copies 16 bytes from global to shared memory, of which the last 16 - `bytes` are zeros. Both
+// addresses are 16-byte aligned. The copy is there after the cp_async_wait of its group and a barrier.
+__device__ __forceinline__ void cp_async16(void* shared, const void* global, int bytes = 16) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most `Groups` of this thread's committed groups are under way.
+template <int Groups>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Groups) : "memory");
+}
+
+// d = a b + d on tensor cores; fragments as in the PTX manual, "mma.m16n8k8" (tf32, the low 13 bits
+// of a and b ignored) and "mma.m16n8k16" (two 16-bit values a register).
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4],
+                                                 const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4],
+                                                  const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4],
+                                                 const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+}  // namespace sparsebwd::cuda
+
+#endif

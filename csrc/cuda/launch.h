@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+// Kernel launches as function calls that check their arguments: plain C++, no <<< >>>.
+#pragma once
+
+#include "device.cuh"
+
+namespace sparsebwd::cuda {
+
+struct LaunchShape {
+  dim3 grid;
+  dim3 block;
+  size_t shared = 0;         // bytes of dynamic shared memory
+  bool cooperative = false;  // all blocks resident at once, as grid_sync() needs
+};
+
+#ifdef SPARSEBWD_EMULATOR
+
+using emulator::launch;
+using emulator::resident_blocks;
+
+#else
+
+template <class... Parameters>
+cudaError_t allow_shared(void (*kernel)(Parameters...), size_t bytes) {
+  if (bytes <= 48 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
+// Starts kernel(arguments...) on the stream. An empty grid starts nothing.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream,
+                   Arguments... arguments) {
+  if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return cudaSuccess;
+  const cudaError_t error = allow_shared(kernel, shape.shared);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.dynamicSmemBytes = shape.shared;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = shape.cooperative ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+// How many blocks of this kernel a multiprocessor holds at once.
+template <class... Parameters>
+cudaError_t resident_blocks(void (*kernel)(Parameters...), int threads, size_t shared, int* blocks) {
+  const cudaError_t error = allow_shared(kernel, shared);
+  if (error != cudaSuccess) return error;
+  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, shared);
+}
+
+#endif
+
+}  // namespace sparsebwd::cuda

@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "sparsebwd/host_device.h"
+
 namespace sparsebwd {
 
 // Tensors are input [n][h][w][c], weight [k][c/groups][r][s], output [n][p][q][k] (logical order
@@ -16,8 +18,12 @@ struct ConvProblem {
   int64_t dil_h, dil_w;
   int64_t groups;
 
-  int64_t p() const { return (h + 2 * pad_h - dil_h * (r - 1) - 1) / stride_h + 1; }
-  int64_t q() const { return (w + 2 * pad_w - dil_w * (s - 1) - 1) / stride_w + 1; }
+  SPARSEBWD_HOST_DEVICE int64_t p() const {
+    return (h + 2 * pad_h - dil_h * (r - 1) - 1) / stride_h + 1;
+  }
+  SPARSEBWD_HOST_DEVICE int64_t q() const {
+    return (w + 2 * pad_w - dil_w * (s - 1) - 1) / stride_w + 1;
+  }
 };
 
 }  // namespace sparsebwd

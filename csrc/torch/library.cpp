@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "checks.h"
 #include "conv_backward.h"
 #include "isa.h"
 #include "layout.h"
@@ -26,27 +27,10 @@
 
 namespace {
 
+using namespace sparsebwd::checks;
 using sparsebwd::DType;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // ---- argument checks
-
-template <class... Parts>
-void check(bool ok, const Parts&... parts) {
-  if (ok) return;
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::invalid_argument(message.str());
-}
-
-template <class Values>
-std::string text(const Values& values) {
-  std::string result = "[";
-  for (size_t i = 0; i < values.size(); ++i)
-    result += (i ? ", " : "") + std::to_string(values[i]);
-  return result + "]";
-}
 
 void check_on_cpu(const Tensor& tensor, const char* name) {
   check(tensor.is_cpu(), name, ": got a tensor on another device, accepted is the CPU");
@@ -55,25 +39,9 @@ void check_on_cpu(const Tensor& tensor, const char* name) {
 DType checked_dtype(const Tensor& tensor, const char* name) {
   const ScalarType type = tensor.scalar_type();
   check(type == ScalarType::Float || type == ScalarType::BFloat16, name, ": got a tensor of dtype ",
-        torch::headeronly::toString(type), ", accepted are Float (float32) and BFloat16");
+        toString(type), ", accepted are Float (float32) and BFloat16");
   return type == ScalarType::Float ? DType::kFloat32 : DType::kBFloat16;
 }
-
-// Whether the tensor is dense with its dimensions in this memory order, outermost first. The
-// stride of a dimension of size 1 does not matter, and no stride of an empty tensor does.
-bool is_dense(const Tensor& tensor, const std::vector<int64_t>& order) {
-  if (tensor.numel() == 0) return true;
-  int64_t expected = 1;
-  for (size_t i = order.size(); i-- > 0;) {
-    const int64_t size = tensor.size(order[i]);
-    if (size != 1 && tensor.stride(order[i]) != expected) return false;
-    expected *= size;
-  }
-  return true;
-}
-
-const std::vector<int64_t> kContiguous = {0, 1, 2, 3};
-const std::vector<int64_t> kChannelsLast = {0, 2, 3, 1};
 
 // ---- PyTorch's thread pool
 
@@ -94,7 +62,7 @@ void run_worker(int64_t begin, int64_t end, void* context) noexcept {
 
 int pool_threads() {
   uint32_t threads = 1;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
+  TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
   return static_cast<int>(threads);
 }
 
@@ -105,12 +73,21 @@ void pool_run(int threads, int64_t tasks, sparsebwd::TaskBody body, void* contex
   if (workers <= 1)
     run_worker(0, workers, &run);
   else
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, workers, 1, run_worker, &run));
+    TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, workers, 1, run_worker, &run));
 }
 
 sparsebwd::TaskPool task_pool() { return {pool_threads(), pool_run}; }
 
 // ---- operators
+
+// Why this build has no sparsebwd._C_cuda, as setup.py says it; empty if it has one.
+std::string why_no_cuda() {
+#ifdef SPARSEBWD_NO_CUDA
+  return SPARSEBWD_NO_CUDA;
+#else
+  return "";
+#endif
+}
 
 std::string isa() { return sparsebwd::active_kernels().name; }
 
@@ -129,10 +106,7 @@ std::tuple<double, int64_t> abs_sum(const Tensor& g) {
 
 sparsebwd::PruneSpec checked_prune_spec(const Tensor& key, double tau, DType dtype) {
   check_on_cpu(key, "key");
-  check(key.scalar_type() == ScalarType::Long && key.dim() == 1 && key.size(0) == 2 &&
-            key.stride(0) == 1,
-        "key: got ", torch::headeronly::toString(key.scalar_type()), " of shape ",
-        text(key.sizes()), ", accepted is Long (int64) of shape [2]");
+  check_key(key);
   const float threshold = static_cast<float>(tau);
   check(std::isfinite(tau) && tau >= 0.0 && threshold == tau &&
             (dtype == DType::kFloat32 ||
@@ -146,22 +120,9 @@ int64_t prune(const Tensor& g, const Tensor& key, double tau, Tensor out) {
   check_on_cpu(g, "g");
   check_on_cpu(out, "out");
   const DType dtype = checked_dtype(g, "g");
-  check(g.dim() == 4, "g: got ", g.dim(), " dimensions, accepted are 4 (n, c, h, w)");
-  const bool channels_last = is_dense(g, kChannelsLast);
-  check(channels_last || is_dense(g, kContiguous), "g: got strides ", text(g.strides()),
-        " for shape ", text(g.sizes()), ", accepted are contiguous and channels_last tensors");
-  for (int64_t dim = 0; dim < 4; ++dim)
-    check(g.size(dim) <= std::numeric_limits<uint32_t>::max(), "g: got shape ", text(g.sizes()),
-          ", accepted are sizes below 2^32");
-  check(out.scalar_type() == g.scalar_type() && out.dim() == 4 &&
-            std::equal(out.sizes().begin(), out.sizes().end(), g.sizes().begin()) &&
-            is_dense(out, channels_last ? kChannelsLast : kContiguous),
-        "out: got ", torch::headeronly::toString(out.scalar_type()), " of shape ",
-        text(out.sizes()), " and strides ", text(out.strides()), ", accepted are those of g: ",
-        torch::headeronly::toString(g.scalar_type()), ", ", text(g.sizes()), " and ",
-        text(g.strides()));
+  const sparsebwd::PruneShape shape = checked_prune_shape(g, "g");
+  check_alike(out, "out", g, "g");
   const sparsebwd::PruneSpec spec = checked_prune_spec(key, tau, dtype);
-  const sparsebwd::PruneShape shape = {g.size(0), g.size(1), g.size(2), g.size(3), channels_last};
   return sparsebwd::prune(sparsebwd::active_kernels().prune, task_pool(), g.const_data_ptr(), dtype,
                           shape, spec, out.mutable_data_ptr());
 }
@@ -172,7 +133,7 @@ void copy_layout(const Tensor& src, Tensor out) {
   const std::pair<const Tensor*, const char*> both[] = {{&src, "src"}, {&out, "out"}};
   for (const auto& [tensor, name] : both)
     check(tensor->scalar_type() == ScalarType::Float && tensor->dim() == 4, name, ": got ",
-          torch::headeronly::toString(tensor->scalar_type()), " of shape ", text(tensor->sizes()),
+          toString(tensor->scalar_type()), " of shape ", text(tensor->sizes()),
           ", accepted is Float (float32) of 4 dimensions");
   check(std::equal(src.sizes().begin(), src.sizes().end(), out.sizes().begin()), "out: got shape ",
         text(out.sizes()), ", accepted is that of src, ", text(src.sizes()));
@@ -192,9 +153,8 @@ void check_activation(const Tensor& tensor, const char* name, const Tensor& grad
                       const std::vector<int64_t>& size) {
   check_on_cpu(tensor, name);
   check(tensor.scalar_type() == grad_output.scalar_type() &&
-            std::equal(tensor.sizes().begin(), tensor.sizes().end(), size.begin(), size.end()) &&
-            is_dense(tensor, kChannelsLast),
-        name, ": got ", torch::headeronly::toString(tensor.scalar_type()), " of shape ",
+            has_sizes(tensor, size) && is_dense(tensor, kChannelsLast),
+        name, ": got ", toString(tensor.scalar_type()), " of shape ",
         text(tensor.sizes()), " and strides ", text(tensor.strides()),
         ", accepted is a channels_last tensor of grad_output's dtype and of shape ", text(size));
 }
@@ -202,8 +162,8 @@ void check_activation(const Tensor& tensor, const char* name, const Tensor& grad
 sparsebwd::WeightStrides checked_weight(const Tensor& tensor, const char* name,
                                         const std::vector<int64_t>& size) {
   check_on_cpu(tensor, name);
-  check(std::equal(tensor.sizes().begin(), tensor.sizes().end(), size.begin(), size.end()), name,
-        ": got shape ", text(tensor.sizes()), ", accepted is ", text(size));
+  check(has_sizes(tensor, size), name, ": got shape ", text(tensor.sizes()), ", accepted is ",
+        text(size));
   return {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
 }
 
@@ -214,33 +174,9 @@ int64_t conv2d_backward(const Tensor& grad_output, std::optional<Tensor> input,
                         int64_t groups, std::optional<Tensor> key, double tau,
                         std::optional<Tensor> pruned, std::optional<Tensor> grad_input,
                         std::optional<Tensor> grad_weight, bool lists_only) {
-  check(input_size.size() == 4, "input_size: got ", text(input_size), ", accepted are 4 sizes");
-  check(weight_size.size() == 4, "weight_size: got ", text(weight_size), ", accepted are 4 sizes");
-  for (const auto* pair : {&stride, &padding, &dilation})
-    check(pair->size() == 2, "stride, padding, dilation: got ", text(*pair),
-          ", accepted are 2 numbers each");
   sparsebwd::ConvBackward call = {};
-  sparsebwd::ConvProblem& problem = call.problem;
-  problem = {input_size[0], input_size[1], input_size[2], input_size[3], weight_size[0],
-             weight_size[2], weight_size[3], stride[0],  stride[1],     padding[0],
-             padding[1],    dilation[0],    dilation[1], groups};
-  check(groups >= 1 && problem.c >= 1 && problem.k >= 1 && problem.c % groups == 0 &&
-            problem.k % groups == 0 && weight_size[1] == problem.c / groups,
-        "groups: got ", groups, " for ", problem.c, " input channels and weight ",
-        text(weight_size), ", accepted is a divisor of both numbers of channels");
-  for (const int64_t size : {problem.h, problem.w, problem.r, problem.s, problem.stride_h,
-                             problem.stride_w, problem.dil_h, problem.dil_w})
-    check(size >= 1, "input_size, weight_size, stride, dilation: got ", text(input_size), ", ",
-          text(weight_size), ", ", text(stride), " and ", text(dilation),
-          ", accepted are numbers above 0");
-  check(problem.n >= 0 && problem.pad_h >= 0 && problem.pad_w >= 0,
-        "input_size and padding: got ", text(input_size), " and ", text(padding),
-        ", accepted are numbers from 0 on");
-  check(problem.h + 2 * problem.pad_h > problem.dil_h * (problem.r - 1) &&
-            problem.w + 2 * problem.pad_w > problem.dil_w * (problem.s - 1),
-        "weight_size: got ", text(weight_size), ", accepted is a kernel not larger than the input ",
-        text(input_size), " with padding ", text(padding));
-
+  const sparsebwd::ConvProblem& problem = call.problem =
+      checked_problem(input_size, weight_size, stride, padding, dilation, groups);
   check(problem.k / groups <= 65535, "weight_size: got ", text(weight_size),
         ", accepted are up to 65535 output channels a group");
   call.lists_only = lists_only;
@@ -280,6 +216,7 @@ int64_t conv2d_backward(const Tensor& grad_output, std::optional<Tensor> input,
 }  // namespace
 
 STABLE_TORCH_LIBRARY(sparsebwd_cpu, m) {
+  m.def("why_no_cuda() -> str");
   m.def("isa() -> str");
   m.def("supported_isas() -> str[]");
   m.def("abs_sum(Tensor g) -> (float, int)");
@@ -294,6 +231,7 @@ STABLE_TORCH_LIBRARY(sparsebwd_cpu, m) {
 
 // No key of a device: the checks above then say in words which devices are accepted.
 STABLE_TORCH_LIBRARY_IMPL(sparsebwd_cpu, CompositeExplicitAutograd, m) {
+  m.impl("why_no_cuda", TORCH_BOX(&why_no_cuda));
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("supported_isas", TORCH_BOX(&supported_isas));
   m.impl("abs_sum", TORCH_BOX(&abs_sum));

@@ -9,6 +9,7 @@ BIN    := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BUILT     := $(VENV)/.built
 LINTER    := $(VENV)/.linter
+CUDA      := $(VENV)/.cuda
 USABLE    := $(BIN)/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 # For `make ceilings` only: the package itself chooses at run time.
 VECTOR_FLAGS = $(shell grep -qw avx2 /proc/cpuinfo && echo -mavx2 -mfma -mbmi -mbmi2 -mpopcnt) \
@@ -16,15 +17,15 @@ VECTOR_FLAGS = $(shell grep -qw avx2 /proc/cpuinfo && echo -mavx2 -mfma -mbmi -m
 SOURCES   := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test build bench ceilings lint clean
+.PHONY: help demo test build bench ceilings sass lint clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
 
 demo: $(BUILT)  ## train a ResNet-18 dense and sparse, and compare time, density and accuracy
 	@$(BIN)/python -m sparsebwd.train --demo
 
-test: $(BUILT)  ## run every test that this machine can run
+test: $(BUILT) $(CUDA)  ## run every test that this machine can run
 	@$(BIN)/python -m pytest -q --durations=10
 
 build: $(BUILT)  ## set up .venv, build and install the package
@@ -37,8 +38,11 @@ ceilings:  ## measure how fast the inner loops of the CPU kernels could be at be
 	@$(CXX) -std=c++17 -O3 -ffp-contract=off $(VECTOR_FLAGS) -Icsrc/include -Icsrc/cpu tools/ceilings.cpp -o build/ceilings
 	@build/ceilings
 
+sass: $(CUDA)  ## compile the CUDA kernels, no GPU needed, and show registers, spills, branches
+	@$(BIN)/python tools/sass.py
+
 lint: $(LINTER)  ## check the Python sources with ruff
-	@$(BIN)/ruff check python bench tests setup.py
+	@$(BIN)/ruff check python bench tests tools setup.py
 
 clean:  ## remove build outputs and caches (not .venv)
 	rm -rf build dist python/*.egg-info .pytest_cache .hypothesis .ruff_cache $(BUILT)
@@ -57,6 +61,12 @@ $(BUILT): $(INSTALLED) setup.py pyproject.toml $(SOURCES)
 	@echo "Building the C++ kernels (a few minutes the first time)"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
+
+# Tests that need the CUDA compiler skip themselves where it cannot be had; a continuous integration must have it.
+$(CUDA): $(INSTALLED) requirements-cuda.txt
+	@echo "Installing the CUDA compiler into $(VENV) (100 MB; no GPU is needed)"
+	@if $(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements-cuda.txt; then touch $@; \
+	else echo "sparsebwd: no CUDA compiler could be installed" >&2; [ -z "$$CI" ]; fi
 
 $(LINTER): $(INSTALLED) requirements-lint.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements-lint.txt

@@ -23,6 +23,7 @@ SOURCES = [
     for path in sorted((ROOT / folder).rglob("*"))
     if path.suffix in (".py", ".sh", ".h", ".hpp", ".c", ".cpp", ".inl", ".cu", ".cuh") or path == ROOT / ".ci" / "run"
 ] + [ROOT / "setup.py"]
+REQUIREMENTS = ["requirements.txt", "requirements-cuda.txt", "requirements-lint.txt"]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -57,9 +58,9 @@ def test_links_between_pages_lead_somewhere(page):
 
 
 def test_make_targets_of_the_documentation_exist():
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
     for page in PAGES:
-        for target in re.findall(r"^make ([a-z]+)|`make ([a-z]+)`", page.read_text("utf-8"), re.MULTILINE):
+        for target in re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)`", page.read_text("utf-8"), re.MULTILINE):
             assert "".join(target) in targets
 
 
@@ -79,7 +80,7 @@ def test_training_commands_of_the_documentation_are_understood():
 def test_sources_name_their_licence(source):
     first, _, rest = source.read_text("utf-8").partition("\n")
     line = rest.partition("\n")[0] if first.startswith("#!") else first
-    comment = "//" if source.suffix in (".cpp", ".h", ".inl") else "#"
+    comment = "#" if source.suffix in (".py", ".sh", "") else "//"
     assert line == f"{comment} SPDX-License-Identifier: Apache-2.0"
 
 
@@ -90,12 +91,36 @@ def test_builds_are_portable_and_keep_ieee_arithmetic():
             assert not unwanted.search(path.read_text("utf-8")), relative(path)
 
 
+def sources_of(*folders: str) -> list[Path]:
+    found = [path for folder in folders for path in sorted((ROOT / "csrc" / folder).rglob("*")) if path.is_file()]
+    assert found
+    return found
+
+
 def test_kernels_are_free_of_torch():
     includes = re.compile(r"^\s*#\s*include\s*[<\"](torch|ATen|c10|Python\.h|pybind11)", re.MULTILINE)
-    kernels = [p for folder in ("include", "cpu") for p in (ROOT / "csrc" / folder).rglob("*") if p.is_file()]
-    assert kernels
-    for path in kernels:
-        assert not includes.search(path.read_text("utf-8")), relative(path)
+    for path in sources_of("include", "cpu", "cuda", "emulator"):
+        found = set(includes.findall(path.read_text("utf-8")))
+        allowed = {"pybind11"} if path.stem == "bindings" and path.parent.name == "emulator" else set()
+        assert found <= allowed, relative(path)
+
+
+# What the emulator cannot stand in for has one place each.
+CUDA_ONLY = {
+    "shared variables": (r"\b__shared__\b", {"device.cuh"}),
+    "launches": (r"<<<", set()),
+    "PTX": (r"\b(asm|__asm__)\b", {"device.cuh", "element.cuh"}),
+    "cooperative groups": (r"\bcooperative_groups\b", {"device.cuh"}),
+    "CUDA's headers": (r"#\s*include\s*[<\"]cu(da|rand|blas)", {"device.cuh", "device.cpp", "kernels.h"}),
+}
+
+
+@pytest.mark.parametrize("what", CUDA_ONLY)
+def test_what_only_cuda_has_is_in_one_place(what):
+    pattern, places = CUDA_ONLY[what]
+    for path in sources_of("cuda"):
+        code = re.sub(r"//.*", "", path.read_text("utf-8"))
+        assert path.name in places or not re.search(pattern, code), f"{relative(path)} has {what}"
 
 
 def test_one_version():
@@ -115,7 +140,7 @@ def test_every_package_is_listed():
 
 
 def test_pinned_requirements_cover_what_the_package_declares():
-    lines = (ROOT / "requirements.txt").read_text("utf-8").splitlines()
+    lines = [line for name in REQUIREMENTS for line in (ROOT / name).read_text("utf-8").splitlines()]
     pins = dict(line.lower().split("==") for line in lines if line and not line.startswith("#"))
     project = PYPROJECT["project"]
     declared = [
@@ -126,6 +151,7 @@ def test_pinned_requirements_cover_what_the_package_declares():
     for requirement in declared:
         assert re.match(r"[\w-]+", requirement)[0].lower() in pins, requirement
     assert pins["torch"] == "2.13.0"
+    assert len(pins) == len([line for line in lines if "==" in line]), "a package is pinned twice"
     assert all(re.fullmatch(r"[\d.]+", version) for version in pins.values())
 
 

@@ -1,0 +1,337 @@
+// SPDX-License-Identifier: Apache-2.0
+// K1: sigma, threshold and stochastic pruning of a gradient in one cooperative launch.
+//
+// Idea. The exact threshold needs sum |g| before the first element can be pruned. So the launch has
+// two passes with a grid barrier between them: the first reads g, adds magnitudes, and parks what
+// it read in shared memory as far as that goes; the second prunes, going backwards through what
+// each thread read: what was not parked comes first, the last read of it first, since that may
+// still be in the L2 cache. A predicted threshold needs no first pass: the second adds magnitudes
+// as it prunes.
+//
+// Work. Four neighbouring channels share the random words of one Philox counter. A `pack` is what a
+// thread handles at once: one or more such quads that vector loads can fetch, see ChannelsLast and
+// Contiguous below. 32 neighbouring packs are a row, for a warp. Each block has a contiguous share of
+// the rows, and its warps take turns. All that a thread reads, parks and writes is its own, so that
+// only sums cross threads, in an order that depends on the launch shape only.
+//
+// Positions. A pack's place (n, h, w, c) is the index of its first quad in mixed radix, found once
+// for each thread by division; from row to row a constant is added to it, digit by digit.
+#include "prune.cuh"
+
+#include <algorithm>
+
+#include "element.cuh"
+#include "kernels.h"
+#include "launch.h"
+
+namespace sparsebwd::cuda {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr int kWarps = 32;  // of a block; one warp adds up what all of them have
+constexpr int kThreads = kWarps * kWarp;
+static_assert(kWarps == kWarp);
+constexpr int kBytesInFlight = 64;  // that a thread loads before it waits; when it also stores, half of it
+
+// ---- sums over threads, in a fixed order
+
+struct Partial {
+  double sum;        // of |g| of a block's share
+  int64_t nonzeros;  // in its share, after pruning
+};
+
+// The sum over the block, in all its threads. Anything that threads had written to global or shared
+// memory before is visible to the block after it.
+template <class Value>
+__device__ Value block_sum(Value value) {
+  auto* of_warp = reinterpret_cast<Value*>(dynamic_shared());
+  for (int distance = kWarp / 2; distance > 0; distance /= 2)
+    value += __shfl_xor_sync(~0u, value, distance);
+  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  value = of_warp[threadIdx.x % kWarp];
+  for (int distance = kWarp / 2; distance > 0; distance /= 2)
+    value += __shfl_xor_sync(~0u, value, distance);
+  __syncthreads();  // the place can be used again
+  return value;
+}
+constexpr size_t kSumBytes = kWarps * sizeof(double);
+
+// The sum of a member of all blocks' partials, in all threads.
+template <class Value>
+__device__ Value grid_sum(const Partial* partials, Value Partial::*member) {
+  Value value = 0;
+  for (unsigned block = threadIdx.x; block < gridDim.x; block += kThreads) value += partials[block].*member;
+  return block_sum(value);
+}
+
+// ---- threshold
+
+// Rounded to the element type; 0 if it is not finite.
+template <class T>
+__device__ float threshold(float sigma, double quantile) {
+  const auto exact = static_cast<float>(static_cast<double>(sigma) * quantile);
+  const float tau = to_float(from_float<T>(exact));
+  return is_finite(tau) ? tau : 0.0f;
+}
+
+// The mean of the recorded values of sigma, 0 if there is none.
+__device__ float mean_of_history(const int32_t* history) {
+  const int recorded = history[0] < kSigmaHistory ? history[0] : kSigmaHistory;
+  double sum = 0.0;
+  for (int i = 0; i < recorded; ++i) sum += static_cast<double>(float_of_bits(static_cast<uint32_t>(history[1 + i])));
+  return recorded > 0 ? static_cast<float>(sum / recorded) : 0.0f;
+}
+
+__device__ void record(int32_t* history, float sigma) {
+  if (!(sigma > 0.0f && is_finite(sigma))) return;
+  const int32_t recorded = history[0];
+  history[1 + recorded % kSigmaHistory] = static_cast<int32_t>(float_bits(sigma));
+  history[0] = recorded + 1;
+}
+
+// ---- the kernel
+
+struct Arguments {
+  const void* g;
+  void* out;
+  uint32_t* nonzeros;
+  float* stats;
+  Partial* partials;
+  bool prunes;
+  Pruning pruning;
+  double count;     // of elements, at least 1
+  int64_t rows;
+  uint32_t parked;  // the first so many rows of a warp are parked
+  Geometry geometry;
+};
+
+__device__ float sigma_of(double sum, const Arguments& a) {
+  return static_cast<float>(a.pruning.sigma_coefficient * (sum / a.count));
+}
+
+// The rows of a warp: `first`, first + kWarps, ...
+struct Rows {
+  int64_t first;
+  uint32_t count;
+};
+
+__device__ Rows rows_of_warp(int64_t rows) {
+  const int64_t first = rows * blockIdx.x / gridDim.x + threadIdx.x / kWarp;
+  const int64_t end = rows * (blockIdx.x + 1) / gridDim.x;
+  return {first, first < end ? static_cast<uint32_t>((end - first + kWarps - 1) / kWarps) : 0u};
+}
+
+// Adds up magnitudes and parks packs, front to back. `position` moves from the first row to behind
+// the last one.
+template <class View>
+__device__ __forceinline__ double sum_pass(const Arguments& a, uint32_t rows, Position& position,
+                                           Parking<typename View::Pack, kThreads> parking) {
+  using Pack = typename View::Pack;
+  constexpr int kBatch = kBytesInFlight / static_cast<int>(sizeof(Pack));
+  const auto* g = static_cast<const typename View::Storage*>(a.g);
+  double sum = 0.0;
+  for (uint32_t row = 0; row < rows; row += kBatch) {
+    Pack packs[kBatch] = {};
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (row + i >= rows) continue;
+      packs[i] = View::load(g, position, a.geometry);
+      move(position, a.geometry.forward, a.geometry);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (row + i < rows && row + i < a.parked) parking.put(row + i, packs[i]);
+      add_magnitudes<typename View::Element>(sum, packs[i]);
+    }
+  }
+  return sum;
+}
+
+struct Pruned {
+  double sum;         // of magnitudes before pruning, if wanted
+  uint32_t nonzeros;  // after
+};
+
+// Prunes and writes, back to front. `position` moves from behind the last row to the first one; the
+// first `parked` rows are not read from g.
+template <class View>
+__device__ __forceinline__ Pruned prune_pass(const Arguments& a, Rows rows, Position position,
+                                             Parking<typename View::Pack, kThreads> parking, uint32_t parked,
+                                             const PruneSpec& spec, bool wants_sum) {
+  using Pack = typename View::Pack;
+  const auto* g = static_cast<const typename View::Storage*>(a.g);
+  auto* out = static_cast<typename View::Storage*>(a.out);
+  const Pruner<typename View::Element> pruner(spec.tau);
+  Pruned result = {};
+  int64_t number = (rows.first + static_cast<int64_t>(rows.count) * kWarps) * kWarp + threadIdx.x % kWarp;
+  for (uint32_t left = rows.count; left > 0;) {
+    --left;
+    number -= kThreads;
+    move(position, a.geometry.backward, a.geometry);
+    Pack pack = left < parked ? parking.get(left) : View::load(g, position, a.geometry);
+    if (wants_sum) add_magnitudes<typename View::Element>(result.sum, pack);
+    typename View::Random random;
+    View::draw(spec, position, a.geometry, random);
+    const uint32_t bits = pruner(pack, random);
+    result.nonzeros += __popc(bits);
+    if (out) View::store(out, position, pack, a.geometry);
+    if constexpr (View::kHasBits)
+      if (a.nonzeros) View::store_bits(a.nonzeros, number, position, bits, a.geometry);
+  }
+  return result;
+}
+
+template <class View>
+__global__ void __launch_bounds__(kThreads) prune_kernel(const Arguments a) {
+  using Element = typename View::Element;
+  const Rows rows = rows_of_warp(a.rows);
+  const Parking<typename View::Pack, kThreads> parking(dynamic_shared() + kSumBytes);
+  Partial& partial = a.partials[blockIdx.x];
+  int32_t* history = a.prunes ? a.pruning.sigma_history : nullptr;
+  const float predicted = history ? mean_of_history(history) : 0.0f;
+  const bool exact = a.prunes && !(predicted > 0.0f);
+  const bool adds_later = a.prunes && !exact;
+
+  const int64_t start = rows.first + (exact ? 0 : static_cast<int64_t>(rows.count) * kWarps);
+  Position position =
+      position_of((start * kWarp + threadIdx.x % kWarp) * View::kStep, a.geometry);
+  float sigma = predicted;
+  if (exact) {
+    const double sum = block_sum(sum_pass<View>(a, rows.count, position, parking));
+    if (threadIdx.x == 0) partial.sum = sum;
+    grid_sync();
+    sigma = sigma_of(grid_sum(a.partials, &Partial::sum), a);
+  }
+  PruneSpec spec = {};
+  if (a.prunes) {
+    const float tau = threshold<Element>(sigma, a.pruning.quantile);
+    spec = make_prune_spec(tau, a.pruning.key[0], a.pruning.key[1]);
+  }
+  const Pruned pruned = prune_pass<View>(a, rows, position, parking, exact ? a.parked : 0, spec, adds_later);
+
+  const int64_t nonzeros = block_sum(static_cast<int64_t>(pruned.nonzeros));
+  if (threadIdx.x == 0) partial.nonzeros = nonzeros;
+  if (adds_later) {
+    const double sum = block_sum(pruned.sum);
+    if (threadIdx.x == 0) partial.sum = sum;
+  }
+  grid_sync();
+  if (blockIdx.x > 0) return;
+  if (adds_later) sigma = sigma_of(grid_sum(a.partials, &Partial::sum), a);
+  const int64_t all = grid_sum(a.partials, &Partial::nonzeros);
+  if (threadIdx.x > 0) return;
+  a.stats[0] = spec.tau;
+  a.stats[1] = sigma;
+  a.stats[2] = static_cast<float>(static_cast<double>(all) / a.count);
+  if (history) record(history, sigma);
+}
+
+// ---- launch
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Digits of the index `step`, and of what comes back from there.
+void set_step(Geometry& geometry, int64_t step) {
+  uint32_t borrow = 0;
+  for (int i = 0; i < 3; ++i) {
+    const uint32_t radix = geometry.radix[i];
+    geometry.forward[i] = static_cast<uint32_t>(step % radix);
+    geometry.backward[i] = (2 * radix - geometry.forward[i] - borrow) % radix;
+    borrow = geometry.forward[i] + borrow > 0;
+    step /= radix;
+  }
+  geometry.forward[3] = static_cast<uint32_t>(step);
+  geometry.backward[3] = 0u - geometry.forward[3] - borrow;
+}
+
+// `elements`: of a pack, channels-last. `nonzeros`: whether packs are to be grouped by word.
+Geometry geometry_of(const PruneShape& shape, int elements, bool nonzeros) {
+  const int64_t c = shape.c, plane = shape.h * shape.w;
+  int64_t radix[3] = {shape.w, shape.h, ceil_div(c, 4)};
+  int64_t packs = 0, packs_of_word = 1;
+  Geometry geometry = {};
+  if (shape.channels_last) {
+    packs = ceil_div(c, elements);
+    if (nonzeros)
+      while (packs_of_word < std::min<int64_t>(packs, 32 / elements)) packs_of_word *= 2;
+    const int64_t strides[] = {elements, c, shape.w * c, plane * c};
+    std::copy_n(strides, 4, geometry.stride);
+    radix[0] = ceil_div(packs, packs_of_word) * packs_of_word;
+    radix[1] = shape.w;
+    radix[2] = shape.h;
+  } else {
+    const int64_t strides[] = {1, shape.w, 4 * plane, c * plane};
+    std::copy_n(strides, 4, geometry.stride);
+  }
+  // Of an empty tensor no loop has an iteration; divisions by radices are done all the same.
+  for (int i = 0; i < 3; ++i) geometry.radix[i] = static_cast<uint32_t>(std::max<int64_t>(radix[i], 1));
+  geometry.outer = c > 0 && plane > 0 ? static_cast<uint32_t>(shape.n) : 0;
+  geometry.plane = plane;
+  geometry.channels = static_cast<uint32_t>(c);
+  geometry.width = static_cast<uint32_t>(shape.w);
+  geometry.packs = static_cast<uint32_t>(packs);
+  geometry.packs_of_word = static_cast<uint32_t>(packs_of_word);
+  return geometry;
+}
+
+template <class View>
+cudaError_t launch_view(const PruneCall& call, const Device& device, cudaStream_t stream) {
+  const PruneShape& shape = call.shape;
+  Arguments a = {};
+  a.g = call.g;
+  a.out = call.out;
+  a.nonzeros = call.nonzeros;
+  a.stats = call.stats;
+  a.partials = static_cast<Partial*>(call.workspace);
+  a.prunes = call.pruning != nullptr;
+  if (a.prunes) a.pruning = *call.pruning;
+  a.count = static_cast<double>(std::max<int64_t>(shape.n * shape.c * shape.h * shape.w, 1));
+  a.geometry = geometry_of(shape, 4 * View::kQuads, call.nonzeros != nullptr);
+  set_step(a.geometry, kThreads * View::kStep);
+  int64_t quads = a.geometry.outer;
+  for (const uint32_t radix : a.geometry.radix) quads *= radix;
+  a.rows = ceil_div(quads / View::kStep, kWarp);
+
+  const int64_t blocks = std::clamp<int64_t>(ceil_div(a.rows, kWarps), 1, device.multiprocessors);
+  constexpr int64_t kRowBytes = kThreads * sizeof(typename View::Pack);  // of all warps
+  const int64_t room = std::max<int64_t>(device.shared_per_block - static_cast<int64_t>(kSumBytes), 0) / kRowBytes;
+  // A block has at most one row more than others, so a warp has at most that many.
+  a.parked = static_cast<uint32_t>(std::min(room, a.prunes ? ceil_div(ceil_div(a.rows, blocks), kWarps) : 0));
+  LaunchShape launch_shape;
+  launch_shape.grid = dim3(static_cast<unsigned>(blocks));
+  launch_shape.block = dim3(kThreads);
+  launch_shape.shared = kSumBytes + static_cast<size_t>(a.parked * kRowBytes);
+  launch_shape.cooperative = true;
+  return launch(prune_kernel<View>, launch_shape, stream, a);
+}
+
+bool aligned(const void* pointer, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+}  // namespace
+
+size_t prune_workspace(const PruneCall&, const Device& device) {
+  return static_cast<size_t>(device.multiprocessors) * sizeof(Partial);
+}
+
+cudaError_t prune(const PruneCall& call, const Device& device, cudaStream_t stream) {
+  const PruneShape& shape = call.shape;
+  for (const int64_t size : {shape.n, shape.c, shape.h, shape.w})
+    if (size > INT32_MAX) return cudaErrorInvalidValue;
+  if (call.nonzeros && !shape.channels_last) return cudaErrorInvalidValue;
+  return with_element(call.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    // What vector loads fetch along the innermost dimension.
+    const uintptr_t bytes = shape.channels_last ? 16 : 2 * sizeof(T);
+    const int64_t inner = shape.channels_last ? shape.c : shape.h * shape.w;
+    const bool vectors = inner * static_cast<int64_t>(sizeof(T)) % static_cast<int64_t>(bytes) == 0 &&
+                         aligned(call.g, bytes) && aligned(call.out, bytes);
+    if (shape.channels_last)
+      return vectors ? launch_view<ChannelsLast<T, true>>(call, device, stream)
+                     : launch_view<ChannelsLast<T, false>>(call, device, stream);
+    return vectors ? launch_view<Contiguous<T, true>>(call, device, stream)
+                   : launch_view<Contiguous<T, false>>(call, device, stream);
+  });
+}
+
+}  // namespace sparsebwd::cuda

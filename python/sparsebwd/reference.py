@@ -119,10 +119,11 @@ def philox4x32(
     return c0, c1, c2, c3
 
 
-def uniform(shape: tuple[int, int, int, int], key: Tensor) -> Tensor:
+def uniform(shape: tuple[int, int, int, int], key: Tensor, first: int = 0) -> Tensor:
     """Random numbers in [0, 1) of a gradient of shape (N, C, H, W): float32, multiples of 2^-24.
 
     key: int64[2]. The number at (n, c, h, w) depends on the key and on that position only.
+    first: the image of the batch that these begin with.
     """
     n, c, h, w = shape
     device = key.device
@@ -134,7 +135,7 @@ def uniform(shape: tuple[int, int, int, int], key: Tensor) -> Tensor:
         (
             axis(w, 3) ^ (key[1] & _MASK32),
             axis(h, 2) ^ ((key[1] >> 32) & _MASK32),
-            axis(n, 0),
+            first + axis(n, 0),
             axis((c + 3) // 4, 1),
         ),
         (key[0] & _MASK32, (key[0] >> 32) & _MASK32),
@@ -145,10 +146,11 @@ def uniform(shape: tuple[int, int, int, int], key: Tensor) -> Tensor:
     return (channels >> 8).float() * 2.0**-24
 
 
-def prune_at(grad: Tensor, key: Tensor, tau: Tensor) -> Tensor:
+def prune_at(grad: Tensor, key: Tensor, tau: Tensor, first: int = 0) -> Tensor:
     """Stochastic pruning (Ye et al. 2019, Algorithm 1) at the threshold ``tau``.
 
     grad: (N, C, H, W); key: int64[2]; tau: 0-dim float32, representable in the dtype of grad.
+    first: the image of the batch that ``grad`` begins with, where it is a part of one.
     |g| < tau becomes copysign(tau, g) if |g| > tau * r with r uniform in [0, 1), else +0;
     everything else keeps its bits. Returns a new tensor in the memory format of ``grad``.
     """
@@ -156,7 +158,7 @@ def prune_at(grad: Tensor, key: Tensor, tau: Tensor) -> Tensor:
     if grad.dtype != torch.float64:
         magnitude = magnitude.float()
     kept = torch.where(
-        magnitude > tau * uniform(tuple(grad.shape), key),
+        magnitude > tau * uniform(tuple(grad.shape), key, first),
         torch.copysign(tau.to(grad.dtype), grad),
         torch.zeros_like(grad),
     )

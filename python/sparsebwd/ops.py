@@ -22,6 +22,9 @@ from .reference import density, memory_format
 _GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
 _PRUNING = "Tensor key, float? percentile, str placement, str sigma_estimator, str backend, int layer_id"
 
+# Read and written when a gradient is pruned, so the forward operator has it without the "!".
+_HISTORY = "Tensor(a!)? sigma_history=None"
+
 _library = torch.library.Library("sparsebwd", "DEF")
 
 problem_of = lru_cache(maxsize=4096)(ConvProblem.from_sizes)
@@ -154,22 +157,32 @@ _define(
 
 
 def _prune(
-    grad: Tensor, key: Tensor, percentile: float, sigma_estimator: str, backend: str
+    grad: Tensor,
+    key: Tensor,
+    percentile: float,
+    sigma_estimator: str,
+    backend: str,
+    sigma_history: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     chosen = choose_backend(backend, None, grad.device.type, grad.dtype)
-    values, tau, sigma, density = chosen.prune(_dense(grad), key, percentile, sigma_estimator)
+    values, tau, sigma, density = chosen.prune(_dense(grad), key, percentile, sigma_estimator, sigma_history)
     return values.contiguous(memory_format=memory_format(grad)), tau, sigma, density
 
 
 def _prune_fake(
-    grad: Tensor, key: Tensor, percentile: float, sigma_estimator: str, backend: str
+    grad: Tensor,
+    key: Tensor,
+    percentile: float,
+    sigma_estimator: str,
+    backend: str,
+    sigma_history: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tau, sigma, density = (grad.new_empty((), dtype=torch.float32) for _ in range(3))
     return torch.empty_like(grad, memory_format=memory_format(grad)), tau, sigma, density
 
 
 _define(
-    "prune(Tensor grad, Tensor key, float percentile, str sigma_estimator, str backend)"
+    f"prune(Tensor grad, Tensor key, float percentile, str sigma_estimator, str backend, {_HISTORY})"
     " -> (Tensor values, Tensor tau, Tensor sigma, Tensor density)",
     _prune,
     _prune_fake,
@@ -263,6 +276,7 @@ def _conv2d_backward(
     backend: str,
     layer_id: int,
     output_mask: Sequence[bool],
+    sigma_history: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_output = _dense(grad_output)
     # As an operator's outputs must not share memory, there is one for each gradient that is not asked for.
@@ -283,6 +297,8 @@ def _conv2d_backward(
             sigma_estimator,
             placement,
             output_mask[:2],
+            sigma_history=sigma_history,
+            layer_id=layer_id,
         )
         seconds = time.perf_counter() - start
         if output_mask[0]:
@@ -321,8 +337,23 @@ def _bias_gradient(grad_output: Tensor) -> Tensor:
     return grad_output.expand(-1, 2, -1, -1).sum((0, 2, 3))[:1].clone()
 
 
-def _conv2d_backward_fake(grad_output, input, weight, *config) -> tuple[Tensor, Tensor, Tensor]:
-    output_mask = config[-1]
+def _conv2d_backward_fake(
+    grad_output,
+    input,
+    weight,
+    stride,
+    padding,
+    dilation,
+    groups,
+    key,
+    percentile,
+    placement,
+    sigma_estimator,
+    backend,
+    layer_id,
+    output_mask,
+    sigma_history=None,
+) -> tuple[Tensor, Tensor, Tensor]:
     grad_input, grad_weight, grad_bias = (grad_output.new_empty(0) for _ in range(3))
     if output_mask[0]:
         grad_input = torch.empty_like(input, memory_format=memory_format(input))
@@ -335,7 +366,7 @@ def _conv2d_backward_fake(grad_output, input, weight, *config) -> tuple[Tensor, 
 
 _define(
     "conv2d_backward(Tensor grad_output, Tensor input, Tensor weight,"
-    f" {_GEOMETRY}, {_PRUNING}, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+    f" {_GEOMETRY}, {_PRUNING}, bool[3] output_mask, {_HISTORY}) -> (Tensor, Tensor, Tensor)",
     _conv2d_backward,
     _conv2d_backward_fake,
 )
@@ -357,6 +388,7 @@ def _conv2d(
     sigma_estimator: str,
     backend: str,
     layer_id: int,
+    sigma_history: Tensor | None = None,
 ) -> Tensor:
     if backend != "auto":
         # Refuse now rather than in the backward pass.
@@ -373,24 +405,43 @@ def _convolution(input, weight, bias, stride, padding, dilation, groups) -> Tens
     return torch.convolution(input, weight, bias, stride, padding, dilation, False, (0, 0), groups)
 
 
-def _setup_context(ctx, input, weight, bias, stride, padding, dilation, groups, key, *pruning) -> None:
+def _setup_context(
+    ctx,
+    input,
+    weight,
+    bias,
+    stride,
+    padding,
+    dilation,
+    groups,
+    key,
+    percentile,
+    placement,
+    sigma_estimator,
+    backend,
+    layer_id,
+    sigma_history=None,
+) -> None:
     ctx.geometry = (stride, padding, dilation, groups)
-    ctx.pruning = pruning
+    ctx.pruning = (percentile, placement, sigma_estimator, backend, layer_id)
     ctx.save_for_backward(input, weight, key)
+    # Not saved: a later use of the same layer may change it before this backward pass, which is all right.
+    ctx.sigma_history = sigma_history
 
 
 def _backward(ctx, grad_output: Tensor) -> tuple:
     input, weight, key = ctx.saved_tensors
     output_mask = ctx.needs_input_grad[:3]
     grads = torch.ops.sparsebwd.conv2d_backward.default(
-        grad_output, input, weight, *ctx.geometry, key, *ctx.pruning, output_mask
+        grad_output, input, weight, *ctx.geometry, key, *ctx.pruning, output_mask, ctx.sigma_history
     )
     wanted = (grad if want else None for grad, want in zip(grads, output_mask))
     return (*wanted, None)
 
 
 _define(
-    f"conv2d(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}, {_PRUNING}) -> Tensor",
+    f"conv2d(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}, {_PRUNING},"
+    " Tensor? sigma_history=None) -> Tensor",
     _conv2d,
     _conv2d_fake,
 )

@@ -23,9 +23,9 @@ logger = logging.getLogger("sparsebwd")
 class BackwardResult(NamedTuple):
     """Gradients of one convolution; None where they were not asked for.
 
-    density is that of the gradient which both convolutions consumed; tau and sigma are those of
-    the gradient that was pruned. All three are numbers, as 0-dim tensors where they are known to
-    the device alone, or None where not computed.
+    density is that of the gradient which both convolutions consumed; sigma is that of the gradient
+    that was pruned, and tau the threshold at which it was. All three are numbers, as 0-dim tensors
+    where they are known to the device alone, or None where not computed.
     implementation names what ran, for instance "dense" where a backend fell back to it.
     """
 
@@ -43,7 +43,8 @@ class LayerStats:
 
     layer_id: ``SparseConv2d.layer_id``, 0 for a call of the functional form.
     density, sigma, tau: 0-dim float32 tensors on the gradient's device (reading them may wait for
-    the device); sigma and tau are None where nothing was pruned.
+    the device); sigma and tau are None where nothing was pruned. sigma is that of this very gradient
+    and tau the threshold used, also where the latter was predicted from earlier gradients.
     numel: elements of grad_output. seconds: host time of the call.
     """
 
@@ -87,8 +88,19 @@ class Backend(ABC):
         """None if it can compute this, else the reason why not. Without a problem: prune."""
 
     @abstractmethod
-    def prune(self, grad: Tensor, key: Tensor, percentile: float, sigma_estimator: str) -> PrunedGradient:
-        """Prune ``grad`` (N, C, H, W) with the int64[2] ``key``."""
+    def prune(
+        self,
+        grad: Tensor,
+        key: Tensor,
+        percentile: float,
+        sigma_estimator: str,
+        sigma_history: Tensor | None = None,
+    ) -> PrunedGradient:
+        """Prune ``grad`` (N, C, H, W) with the int64[2] ``key``.
+
+        sigma_history: predict the threshold from it, and record sigma of ``grad`` in it, as
+        :func:`sparsebwd.reference.threshold` does.
+        """
 
     @abstractmethod
     def conv2d_input(self, problem: ConvProblem, weight: Tensor, grad_output: Tensor) -> Tensor:
@@ -109,17 +121,20 @@ class Backend(ABC):
         sigma_estimator: str,
         placement: str,
         output_mask: Sequence[bool],
+        sigma_history: Tensor | None = None,
+        layer_id: int = 0,
     ) -> BackwardResult:
         """Prune, AGB and WGC; ``output_mask`` says whether the input's and the weight's gradient
-        are wanted."""
+        are wanted. layer_id: that of the layer, for backends that remember something of it; 0 if
+        there is none. The rest is as in :meth:`prune`."""
         gradient, tau, sigma, density = grad_output, None, None, None
         if percentile is not None and placement == "output":
-            gradient, tau, sigma, density = self.prune(grad_output, key, percentile, sigma_estimator)
+            gradient, tau, sigma, density = self.prune(grad_output, key, percentile, sigma_estimator, sigma_history)
         grad_input = grad_weight = None
         if output_mask[0]:
             grad_input = self.conv2d_input(problem, weight, gradient)
             if percentile is not None and placement == "input":
-                grad_input, tau, sigma, _ = self.prune(grad_input, key, percentile, sigma_estimator)
+                grad_input, tau, sigma, _ = self.prune(grad_input, key, percentile, sigma_estimator, sigma_history)
         if output_mask[1]:
             grad_weight = self.conv2d_weight(problem, input, gradient)
         return BackwardResult(grad_input, grad_weight, tau, sigma, density, self.name)

@@ -51,10 +51,12 @@ def _in_format(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
     return result
 
 
-def _threshold(grad: Tensor, percentile: float, sigma_estimator: str) -> tuple[float, float]:
+def _threshold(
+    grad: Tensor, percentile: float, sigma_estimator: str, sigma_history: Tensor | None
+) -> tuple[float, float]:
     """(sigma, tau) of ``grad``, see :func:`sparsebwd.reference.threshold`."""
     abs_sum, _ = _raw.abs_sum(grad)
-    return reference.threshold(abs_sum, grad.numel(), percentile, sigma_estimator, grad.dtype)
+    return reference.threshold(abs_sum, grad.numel(), percentile, sigma_estimator, grad.dtype, sigma_history)
 
 
 def _prune_at(grad: Tensor, key: Tensor, tau: float, values: Tensor) -> float:
@@ -130,8 +132,15 @@ class CpuBackend(Backend):
     def for_auto(self) -> Backend:
         return AdaptiveCpuBackend()
 
-    def prune(self, grad: Tensor, key: Tensor, percentile: float, sigma_estimator: str) -> PrunedGradient:
-        sigma, tau = _threshold(grad, percentile, sigma_estimator)
+    def prune(
+        self,
+        grad: Tensor,
+        key: Tensor,
+        percentile: float,
+        sigma_estimator: str,
+        sigma_history: Tensor | None = None,
+    ) -> PrunedGradient:
+        sigma, tau = _threshold(grad, percentile, sigma_estimator, sigma_history)
         values = torch.empty_like(grad)
         density = _prune_at(grad, key, tau, values)
         scalars = (torch.scalar_tensor(x, dtype=torch.float32, device="cpu") for x in (tau, sigma, density))
@@ -163,11 +172,13 @@ class CpuBackend(Backend):
         sigma_estimator: str,
         placement: str,
         output_mask: Sequence[bool],
+        sigma_history: Tensor | None = None,
+        layer_id: int = 0,
     ) -> BackwardResult:
         sigma = tau = density = pruned = grad_input = grad_weight = None
         prune_output = percentile is not None and placement == "output"
         if prune_output:
-            sigma, tau = _threshold(grad_output, percentile, sigma_estimator)
+            sigma, tau = _threshold(grad_output, percentile, sigma_estimator, sigma_history)
         pruning = (key, tau) if prune_output else ()
 
         pays = self.sparse_pays(problem, grad_output, *pruning)
@@ -194,7 +205,7 @@ class CpuBackend(Backend):
             grad_weight = dense_weight if dense[1] else grad_weight
 
         if percentile is not None and placement == "input" and grad_input is not None:
-            sigma, tau = _threshold(grad_input, percentile, sigma_estimator)
+            sigma, tau = _threshold(grad_input, percentile, sigma_estimator, sigma_history)
             _prune_at(grad_input, key, tau, grad_input)
         implementation = "+".join(name for name, ran in ((self.name, any(sparse)), ("dense", any(dense))) if ran)
         return BackwardResult(grad_input, grad_weight, tau, sigma, density, implementation)

@@ -20,8 +20,15 @@ class ReferenceBackend(Backend):
             return f"{dtype} is not a floating dtype"
         return None
 
-    def prune(self, grad: Tensor, key: Tensor, percentile: float, sigma_estimator: str) -> PrunedGradient:
-        return reference.prune(grad, key, percentile, sigma_estimator)
+    def prune(
+        self,
+        grad: Tensor,
+        key: Tensor,
+        percentile: float,
+        sigma_estimator: str,
+        sigma_history: Tensor | None = None,
+    ) -> PrunedGradient:
+        return reference.prune(grad, key, percentile, sigma_estimator, sigma_history)
 
     def conv2d_input(self, problem: ConvProblem, weight: Tensor, grad_output: Tensor) -> Tensor:
         return reference.conv2d_input(problem, weight, grad_output).to(grad_output.dtype)

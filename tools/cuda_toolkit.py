@@ -85,9 +85,7 @@ def _ask(nvcc: str) -> CudaToolkit | None:
     includes += re.findall(r'"-isystem" "([^"]+)"', said.get("SYSTEM_INCLUDES", ""))
     libraries = re.findall(r'"-L([^"]+)"', said.get("LIBRARIES", ""))
     libraries.append(os.path.join(said["TOP"], "lib"))  # of the Python packages: nvcc itself looks in lib64
-    return CudaToolkit(
-        nvcc, release[1], _existing(includes), _existing(libraries), next(_programs("cuobjdump"), None)
-    )
+    return CudaToolkit(nvcc, release[1], _existing(includes), _existing(libraries), next(_programs("cuobjdump"), None))
 
 
 def _existing(folders: list[str]) -> tuple[str, ...]:

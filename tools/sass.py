@@ -23,7 +23,7 @@ from pathlib import Path
 from cuda_toolkit import ARCHITECTURES, NVCC_FLAGS, CudaToolkit, find_cuda_toolkit, gencode
 
 ROOT = Path(__file__).resolve().parent.parent
-CACHE = ROOT / "build" / "sass"  # the disassembly of each source, as last compiled
+CACHE = ROOT / "build" / "sass"  # of each source the object file and its disassembly, as last compiled
 
 # Of a multiprocessor of every architecture here.
 REGISTERS, MOST_WARPS, WARP_UNIT = 65536, 64, 256
@@ -156,6 +156,11 @@ def parse(dump: str) -> list[Kernel]:
     return kernels
 
 
+def object_of(source: Path) -> Path:
+    """Where `disassemble` leaves the object file of a source."""
+    return CACHE / f"{source.stem}-{hashlib.sha256(str(source).encode()).hexdigest()[:8]}.o"
+
+
 def disassemble(toolkit: CudaToolkit, source: Path, flags: Sequence[str] = ()) -> list[Kernel]:
     """Compiles a .cu file for all architectures, warnings being errors, and returns its kernels.
 
@@ -170,20 +175,22 @@ def disassemble(toolkit: CudaToolkit, source: Path, flags: Sequence[str] = ()) -
     key = hashlib.sha256(_words([toolkit.nvcc, "--version"]).encode())
     for part in (*command[1:], *(p.read_bytes() for p in (source, *headers))):
         key.update(b"\0" + (part if isinstance(part, bytes) else part.encode()))
-    cached = CACHE / f"{source.stem}-{hashlib.sha256(str(source).encode()).hexdigest()[:8]}.txt"
+    compiled = object_of(source)
+    listing = compiled.with_suffix(".txt")
     heading = f"key {key.hexdigest()}\n"
-    if cached.is_file():
-        text = cached.read_text("utf-8")
+    if listing.is_file() and compiled.is_file():
+        text = listing.read_text("utf-8")
         if text.startswith(heading):
             return parse(text)
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-        compiled = Path(folder, "kernels.o")
-        _words([*command, "-o", str(compiled)])
-        dump = "".join(_words([toolkit.cuobjdump, *what, str(compiled)]) for what in (["-ptx"], ["-res-usage", "-sass"]))
+        new = Path(folder, "new.o")
+        _words([*command, "-o", str(new)])
+        dump = "".join(_words([toolkit.cuobjdump, *what, str(new)]) for what in (["-ptx"], ["-res-usage", "-sass"]))
         text = heading + re.sub(r"\s+/\* 0x[0-9a-f]{16} \*/", "", dump)  # the encoding
-        Path(folder, "text").write_text(text, "utf-8")
-        os.replace(Path(folder, "text"), cached)
+        new.with_suffix(".txt").write_text(text, "utf-8")
+        os.replace(new, compiled)
+        os.replace(new.with_suffix(".txt"), listing)
     return parse(text)
 
 

@@ -85,7 +85,8 @@ class Kernel:
     @property
     def branches(self) -> int:
         """Branches that depend on data: conditional ones, and jumps through a table (`jump_tables`)."""
-        return sum(bool(i.guard) or "P" in i.operands.partition(",")[0] for i in self.select(r"BRA\b")) + self.jump_tables
+        depends = (i.guard or "P" in i.operands.partition(",")[0] for i in self.select(r"BRA\b"))
+        return sum(map(bool, depends)) + self.jump_tables
 
     @property
     def jump_tables(self) -> int:

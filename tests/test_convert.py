@@ -292,7 +292,7 @@ def test_a_model_without_convolutions():
         ({"percentile": "90"}, TypeError, "percentile: got '90'"),
         ({"placement": "both"}, ValueError, "placement: got 'both'; accepted: 'auto', 'output', 'input'"),
         ({"backend": "fast"}, ValueError, "backend: got 'fast'"),
-        ({"backend": "cuda"}, RuntimeError, "backend: 'cuda' cannot run: this version has no CUDA kernels yet"),
+        ({"backend": "triton"}, RuntimeError, "backend: 'triton' cannot run: this version has no Triton kernels yet"),
         ({"backend": ["cpu"]}, TypeError, r"backend: got \['cpu'\]; accepted: the name of a backend"),
         ({"sigma_estimator": "mean"}, ValueError, "sigma_estimator: got 'mean'"),
         ({"exclude": "hat"}, ValueError, "exclude: got 'hat'"),

@@ -77,7 +77,7 @@ def test_prune_gradient_draws_its_key_from_the_generator():
         ({"grad": torch.ones(2, 2, device="meta"), "generator": torch.Generator()}, ValueError, "generator: got one on cpu; accepted: one on meta"),
         ({"sigma_estimator": "printed"}, ValueError, "sigma_estimator: got 'printed'; accepted: 'corrected', 'as_printed'"),
         ({"backend": "abacus"}, ValueError, "backend: got 'abacus'"),
-        ({"backend": "cuda"}, RuntimeError, "backend: 'cuda' cannot run: this version has no CUDA kernels yet"),
+        ({"backend": "triton"}, RuntimeError, "backend: 'triton' cannot run: this version has no Triton kernels yet"),
         ({"backend": ["cpu"]}, TypeError, r"backend: got \['cpu'\]; accepted: the name of a backend"),
     ],
 )  # fmt: skip

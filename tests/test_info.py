@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import subprocess
 import sys
 
@@ -26,13 +27,12 @@ def test_says_what_runs_and_why_the_rest_does_not(monkeypatch):
     found = sparsebwd.info()
     assert (found["sparsebwd"], found["torch"]) == (sparsebwd.__version__, torch.__version__)
     assert found["python"] == platform.python_version()
-    assert list(found["backends"]) == [*backends.registered_backends(), "triton", "cuda"]
+    assert list(found["backends"]) == [*backends.registered_backends(), "triton"]
     assert found["backends"]["reference"] is None
     assert found["backends"]["dense"] == "it is switched off"
     assert "backend reference  runs\n" in str(found)
     assert "backend dense      does not run: it is switched off\n" in f"{found}\n"
     assert "backend triton     does not run: this version has no Triton kernels yet\n" in f"{found}\n"
-    assert "backend cuda       does not run: this version has no CUDA kernels yet\n" in f"{found}\n"
 
 
 def test_cpu():
@@ -54,6 +54,21 @@ def test_unknown_instruction_set_is_a_reason(monkeypatch):
     found = json.loads(run("--json"))
     assert found["cpu"]["isa"]["in_use"] is None
     assert "SPARSEBWD_MAX_ISA: got 'sse9', accepted are baseline, avx2 and avx512" in found["backends"]["cpu"]
+
+
+def test_cuda_kernels():
+    found = sparsebwd.info()
+    cuda, reason = found["cuda"], found["backends"]["cuda"]
+    if cuda["not_built"]:
+        assert reason == cuda["not_built"] and cuda["architectures"] == []
+        assert f"CUDA kernels       none: {reason}\n" in str(found)
+    else:
+        assert f"CUDA kernels       for {cuda['architectures'][0]}" in str(found)
+        assert re.fullmatch(r"1\d\.\d", cuda["version"])
+    if torch.version.cuda is None:
+        assert reason.startswith("this build of sparsebwd has no CUDA kernels: ")
+    elif not torch.cuda.is_available():
+        assert reason == "PyTorch finds no CUDA device" or cuda["not_built"]
 
 
 def test_gpus():

@@ -445,7 +445,7 @@ def test_a_replaced_run_cannot_be_resumed(tmp_path, monkeypatch):
         (["--percentile", "much"], "--percentile: got 'much', accepted are numbers in [50, 100) and none"),
         (["--placement", "middle"], "placement: got 'middle'"),
         (["--backend", "abacus"], "backend: got 'abacus'"),
-        (["--backend", "cuda"], "backend: 'cuda' cannot run: this version has no CUDA kernels yet"),
+        (["--backend", "triton"], "backend: 'triton' cannot run: this version has no Triton kernels yet"),
         (["--sigma-estimator", "guess"], "sigma_estimator: got 'guess'"),
         (["--dtype", "int8"], "dtype: got 'int8', accepted are float32, bfloat16"),
         (["--schedule", "random"], "schedule: got 'random', accepted are step, cosine"),

@@ -14,6 +14,7 @@ from .base import (
     registered_backends,
 )
 from .cpu import CpuBackend
+from .cuda import CudaBackend
 from .dense import DenseBackend
 from .reference import ReferenceBackend
 
@@ -34,3 +35,4 @@ __all__ = [
 register(ReferenceBackend())
 register(DenseBackend())
 register(CpuBackend())
+register(CudaBackend())

@@ -149,7 +149,6 @@ _backends: dict[str, Backend] = {}
 
 PLANNED = {
     "triton": "this version has no Triton kernels yet",
-    "cuda": "this version has no CUDA kernels yet",
 }
 """Names of backends to come, and why they do not run. A registered backend of the same name is used instead."""
 

@@ -15,6 +15,7 @@ import torch
 
 import sparsebwd
 from sparsebwd import backends
+from sparsebwd.backends.cuda import why_not_built
 
 
 class Info(dict[str, Any]):
@@ -29,6 +30,9 @@ class Info(dict[str, Any]):
             ("CPU", f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads in use"),
             ("instruction set", f"{in_use} (runs here: {', '.join(isa['supported']) or 'unknown'}{limit})"),
         ]
+        cuda = self["cuda"]
+        built = f"for {', '.join(cuda['architectures'])}; CUDA: built with {cuda['version']}, driver {cuda['driver'] or 'none'}"
+        lines.append(("CUDA kernels", f"none: {cuda['not_built']}" if cuda["not_built"] else built))
         lines += [("GPU", text) for text in self["gpus"]] or [("GPU", f"none: {self['no_gpu']}")]
         lines += [
             (f"backend {name}", "runs" if reason is None else f"does not run: {reason}")
@@ -48,6 +52,9 @@ def info() -> Info:
             sparsebwd, torch, python, platform: versions, str.
             cpu: {name, cores (that this process may use), threads (of PyTorch's pool),
                 isa: {in_use (None if the C++ kernels do not run), supported: [...], limit (SPARSEBWD_MAX_ISA)}}.
+            cuda: the CUDA kernels: {not_built: why they are not there, or None, architectures (that they are built for):
+                ["8.0", ...], version (of CUDA that they are built with), driver (the CUDA version that the driver runs;
+                None if there is no driver)}.
             gpus: descriptions, [str]; no_gpu: why the list is empty, or None.
             backends: {name: None if it runs, else the reason}, in the order of preference, the last first choice;
                 then those that are planned.
@@ -77,6 +84,7 @@ def info() -> Info:
                 "limit": os.environ.get("SPARSEBWD_MAX_ISA") or None,
             },
         },
+        cuda=_cuda(),
         gpus=gpus,
         no_gpu=None if gpus else _why_no_gpu(),
         backends=reasons,
@@ -90,6 +98,13 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _cuda() -> dict[str, Any]:
+    not_built = why_not_built()
+    architectures, *versions = ("", 0, 0) if not_built else torch.ops.sparsebwd_cuda.build()
+    version, driver = (f"{v // 1000}.{v % 1000 // 10}" if v else None for v in versions)
+    return {"not_built": not_built, "architectures": architectures.split(), "version": version, "driver": driver}
 
 
 def _gpu(index: int) -> str:

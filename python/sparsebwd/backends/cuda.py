@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sparse kernels for CUDA devices: csrc/cuda behind the raw operators ``torch.ops.sparsebwd_cuda.*``.
+
+Nothing here waits for work that the device has yet to do, so that the host stays ahead of it: threshold, sigma and
+density remain on the device.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..problem import ConvProblem
+from ..reference import PrunedGradient
+from .base import Backend, BackwardResult, empty, logger
+from .dense import convolution_backward
+
+
+@cache
+def why_not_built() -> str | None:
+    """None if the module with the kernels is there and loads, else the reason why not."""
+    if importlib.util.find_spec("sparsebwd._C_cuda") is None:
+        try:
+            from .. import _C  # noqa: F401  registers torch.ops.sparsebwd_cpu
+        except ImportError:
+            return "the kernels of sparsebwd are not compiled"
+        return f"this build of sparsebwd has no CUDA kernels: {torch.ops.sparsebwd_cpu.why_no_cuda()}"
+    try:
+        from .. import _C_cuda  # noqa: F401  registers torch.ops.sparsebwd_cuda
+    except ImportError as error:
+        return f"the native module sparsebwd._C_cuda cannot be loaded: {error}"
+    return None
+
+
+def covers(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether code for ``architectures``, such as "8.0", "9.0a" or "10.0+PTX", runs on a device of ``capability``."""
+    for name in architectures:
+        portable = name.endswith("+PTX")
+        major, minor = (int(number) for number in name.removesuffix("+PTX").rstrip("af").split("."))
+        own = capability[0] == major and capability[1] >= minor
+        if own or portable and capability >= (major, minor):
+            return True
+    return False
+
+
+class _Pruning(NamedTuple):
+    """How the raw operators are to prune; nothing, as it is."""
+
+    key: Tensor | None = None
+    sigma_coefficient: float = 0.0
+    quantile: float = 0.0
+    sigma_history: Tensor | None = None
+
+
+def _pruning(key: Tensor, percentile: float, sigma_estimator: str, sigma_history: Tensor | None) -> _Pruning:
+    coefficient = reference.SIGMA_COEFFICIENT[sigma_estimator]
+    return _Pruning(key, coefficient, reference.quantile(percentile), sigma_history)
+
+
+def _new_stats(grad: Tensor) -> Tensor:
+    """Where the kernels write tau, sigma and density."""
+    return torch.empty(3, dtype=torch.float32, device=grad.device)
+
+
+@lru_cache(maxsize=4096)
+def _refusals(operators, problem: ConvProblem, dtype: torch.dtype) -> tuple[str, str]:
+    """Why the sparse kernels of AGB and of WGC do not take the problem; "" where they do."""
+    geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
+    return operators.refusals(problem.input_size, problem.weight_size, *geometry, str(dtype).removeprefix("torch."))
+
+
+class _Convolved(NamedTuple):
+    stats: Tensor
+    pruned: Tensor | None
+    grad_input: Tensor | None
+    grad_weight: Tensor | None
+
+
+class CudaBackend(Backend):
+    """Always the kernels of csrc/cuda, whatever the density: the sparse ones, or where these refuse a problem the plain
+    ones, which take any and are slow."""
+
+    name = "cuda"
+    # Tests put the emulated kernels, which take CPU tensors, in the place of these.
+    device_type = "cuda"
+    operators = torch.ops.sparsebwd_cuda
+
+    def available(self) -> str | None:
+        reason = why_not_built()
+        if reason is not None:
+            return reason
+        if not torch.cuda.is_available():
+            return "PyTorch finds no CUDA device"
+        architectures = self.operators.build()[0]
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            if not covers(architectures.split(), (major, minor)):
+                return (
+                    f"device {index} has compute capability {major}.{minor}, the kernels are built for {architectures}"
+                )
+        return None
+
+    def can_run(self, problem: ConvProblem | None, device_type: str, dtype: torch.dtype) -> str | None:
+        if device_type != self.device_type:
+            return f"the device is {device_type}, not {self.device_type}"
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"{dtype} is not float32, bfloat16 or float16"
+        return None
+
+    def for_auto(self) -> Backend:
+        return _adaptive
+
+    def prune(
+        self,
+        grad: Tensor,
+        key: Tensor,
+        percentile: float,
+        sigma_estimator: str,
+        sigma_history: Tensor | None = None,
+    ) -> PrunedGradient:
+        values, stats = torch.empty_like(grad), _new_stats(grad)
+        self.operators.prune(grad, *_pruning(key, percentile, sigma_estimator, sigma_history), values, stats)
+        # What an operator returns must not share memory.
+        return PrunedGradient(values, *(scalar.clone() for scalar in stats.unbind()))
+
+    # PyTorch's convolution reads only the shape and the strides of the operand whose gradient it computes.
+
+    def conv2d_input(self, problem: ConvProblem, weight: Tensor, grad_output: Tensor) -> Tensor:
+        input = empty(problem.input_size, grad_output, reference.memory_format(grad_output))
+        return self._unpruned(problem, grad_output, input, weight, (True, False)).grad_input
+
+    def conv2d_weight(self, problem: ConvProblem, input: Tensor, grad_output: Tensor) -> Tensor:
+        weight = empty(problem.weight_size, input, reference.memory_format(input))
+        return self._unpruned(problem, grad_output, input, weight, (False, True)).grad_weight
+
+    def _unpruned(
+        self, problem: ConvProblem, grad_output: Tensor, input: Tensor, weight: Tensor, output_mask: tuple[bool, bool]
+    ) -> BackwardResult:
+        return self.conv2d_backward(problem, grad_output, input, weight, None, None, "corrected", "output", output_mask)
+
+    def sparse_pays(self, problem: ConvProblem, grad: Tensor, layer_id: int) -> tuple[bool, bool]:
+        """Whether AGB and WGC of ``grad`` run on the kernels of this backend."""
+        return True, True
+
+    def remember(self, problem: ConvProblem, grad: Tensor, layer_id: int, density: Tensor | None) -> None:
+        """Called after each backward pass with the density of ``grad``, after pruning, if it is known."""
+
+    def conv2d_backward(
+        self,
+        problem: ConvProblem,
+        grad_output: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        key: Tensor | None,
+        percentile: float | None,
+        sigma_estimator: str,
+        placement: str,
+        output_mask: Sequence[bool],
+        sigma_history: Tensor | None = None,
+        layer_id: int = 0,
+    ) -> BackwardResult:
+        sigma = tau = density = grad_input = grad_weight = None
+        gradient = grad_output
+        pruning = None if percentile is None else _pruning(key, percentile, sigma_estimator, sigma_history)
+        prune_output = pruning is not None and placement == "output"
+
+        pays = self.sparse_pays(problem, grad_output, layer_id)
+        sparse = (output_mask[0] and pays[0], output_mask[1] and pays[1])
+        dense = (output_mask[0] and not pays[0], output_mask[1] and not pays[1])
+        if any(sparse):
+            stats, gradient, grad_input, grad_weight = self._convolve(
+                problem, grad_output, input, weight, sparse, pruning if prune_output else _Pruning()
+            )
+            density = stats[2]
+        elif prune_output:
+            gradient, stats = torch.empty_like(grad_output), _new_stats(grad_output)
+            self.operators.prune(grad_output, *pruning, gradient, stats)
+            density = stats[2]
+        if prune_output:
+            tau, sigma = stats[0], stats[1]
+        if any(dense):
+            dense_input, dense_weight = convolution_backward(problem, gradient, input, weight, dense)
+            grad_input = dense_input if dense[0] else grad_input
+            grad_weight = dense_weight if dense[1] else grad_weight
+        self.remember(problem, grad_output, layer_id, density)
+
+        if pruning is not None and placement == "input" and grad_input is not None:
+            stats = _new_stats(grad_input)
+            self.operators.prune(grad_input, *pruning, grad_input, stats)
+            tau, sigma = stats[0], stats[1]
+        implementation = "+".join(name for name, ran in ((self.name, any(sparse)), ("dense", any(dense))) if ran)
+        return BackwardResult(grad_input, grad_weight, tau, sigma, density, implementation)
+
+    def _convolve(
+        self,
+        problem: ConvProblem,
+        grad_output: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        output_mask: tuple[bool, bool],
+        pruning: _Pruning,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Prune, AGB and WGC in one call: stats, the gradient that was consumed, and the results."""
+        agb_refusal, wgc_refusal = _refusals(self.operators, problem, grad_output.dtype)
+        # The sparse kernels need channels_last. The plain ones take what they get.
+        sparse = (output_mask[0] and not agb_refusal, output_mask[1] and not wgc_refusal)
+        if any(sparse):
+            grad_output = grad_output.contiguous(memory_format=torch.channels_last)
+        grad_input = grad_weight = None
+        if output_mask[0]:
+            input_format = torch.channels_last if sparse[0] else reference.memory_format(input)
+            grad_input = empty(problem.input_size, grad_output, input_format)
+        if output_mask[1]:
+            grad_weight = empty(problem.weight_size, grad_output, reference.memory_format(weight))
+            if sparse[1]:
+                input = input.contiguous(memory_format=torch.channels_last)
+        pruned = None if pruning.key is None else torch.empty_like(grad_output)
+        stats = _new_stats(grad_output)
+        self.operators.conv2d_backward(
+            grad_output,
+            input if output_mask[1] else None,
+            weight if output_mask[0] else None,
+            problem.input_size,
+            problem.weight_size,
+            problem.stride,
+            problem.padding,
+            problem.dilation,
+            problem.groups,
+            *pruning,
+            pruned,
+            grad_input,
+            grad_weight,
+            stats,
+        )
+        return stats, grad_output if pruned is None else pruned, grad_input, grad_weight
+
+
+class _DensityHistory:
+    """Densities of one layer, which the host sees two calls later: then it need not wait for them."""
+
+    def __init__(self, device: torch.device) -> None:
+        on_cuda = device.type == "cuda"
+        self._device = device
+        self._values = torch.empty(2, dtype=torch.float32, pin_memory=on_cuda)
+        self._events = [torch.cuda.Event() for _ in range(2)] if on_cuda else None
+        self._recorded = 0
+        self._seen: float | None = None
+        self.calls = 0
+
+    def latest(self) -> float | None:
+        """The density recorded before the last one, whether the device is fast or slow, so that runs repeat; while a
+        graph is captured the one returned before. None if there is none yet."""
+        if self._recorded >= 2 and not _capturing():
+            place = self._recorded % 2
+            if self._events:
+                self._events[place].synchronize()
+            self._seen = self._values[place].item()
+        return self._seen
+
+    def record(self, density: Tensor) -> None:
+        place = self._recorded % 2
+        self._values[place].copy_(density, non_blocking=True)
+        if self._events:
+            self._events[place].record(torch.cuda.current_stream(self._device))
+        self._recorded += 1
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
+
+
+# Estimates, from the peak rates of the arithmetic and the cost of finding non-zeros; not measured yet.
+_BREAK_EVEN_FLOAT32 = 0.4  # the dense convolution in float32 throughout
+_BREAK_EVEN_TF32 = 0.04  # the dense one of float32 tensors in TF32, as PyTorch allows by default
+_BREAK_EVEN_HALF = 0.02  # bfloat16 and float16
+
+
+def _break_even(dtype: torch.dtype) -> float:
+    """The density up to which the sparse kernels are the faster ones, where they may be at all."""
+    if dtype != torch.float32:
+        return _BREAK_EVEN_HALF
+    return _BREAK_EVEN_TF32 if torch.backends.cudnn.conv.fp32_precision == "tf32" else _BREAK_EVEN_FLOAT32
+
+
+# Of a gradient that is not pruned the density has to be counted, which takes a pass over it.
+_CALLS_PER_COUNT = 32
+_MOST_LAYERS = 4096
+
+
+class _Layer(NamedTuple):
+    may_pay: tuple[bool, bool]  # whether the sparse AGB and WGC are the faster ones at some density
+    history: _DensityHistory
+
+
+class AdaptiveCudaBackend(CudaBackend):
+    """The sparse kernels where they pay, PyTorch's dense ones on the pruned gradient where not.
+
+    The choice depends on the problem, the dtype and the density of an earlier gradient of the same layer (see
+    :class:`_DensityHistory`), never on time measured, so that a run can be repeated bit for bit. Dense until there is one.
+    """
+
+    def __init__(self) -> None:
+        self._layers: OrderedDict[tuple, _Layer | None] = OrderedDict()
+
+    def _layer(self, problem: ConvProblem, grad: Tensor, layer_id: int) -> _Layer | None:
+        """What is known of the layer, None if the sparse kernels never pay there."""
+        key = (layer_id, problem, grad.dtype, grad.device)
+        if key not in self._layers:
+            if len(self._layers) >= _MOST_LAYERS:
+                self._layers.popitem(last=False)
+            may_pay = self._may_pay(problem, grad.dtype)
+            self._layers[key] = _Layer(may_pay, _DensityHistory(grad.device)) if any(may_pay) else None
+        return self._layers[key]
+
+    def _may_pay(self, problem: ConvProblem, dtype: torch.dtype) -> tuple[bool, bool]:
+        # So little is computed with each element there that finding the non-zeros takes longer.
+        if problem.groups > 1 or problem.r * problem.s == 1:
+            return False, False
+        agb_refusal, wgc_refusal = _refusals(self.operators, problem, dtype)
+        return not agb_refusal, not wgc_refusal
+
+    def sparse_pays(self, problem: ConvProblem, grad: Tensor, layer_id: int) -> tuple[bool, bool]:
+        layer = self._layer(problem, grad, layer_id)
+        density = None if layer is None else layer.history.latest()
+        if density is None:
+            return False, False
+        limit = _break_even(grad.dtype)
+        pays = tuple(may_pay and density <= limit for may_pay in layer.may_pay)
+        logger.debug(
+            "layer %d, %s in %s at density %.3f: AGB %s, WGC %s (break-even %.2f)",
+            layer_id,
+            problem,
+            grad.dtype,
+            density,
+            *("sparse" if pay else "dense" for pay in pays),
+            limit,
+        )
+        return pays
+
+    def remember(self, problem: ConvProblem, grad: Tensor, layer_id: int, density: Tensor | None) -> None:
+        layer = self._layer(problem, grad, layer_id)
+        if layer is None or _capturing():
+            return
+        history = layer.history
+        if density is None and (history.calls < 2 or history.calls % _CALLS_PER_COUNT == 0):
+            stats = _new_stats(grad)
+            self.operators.prune(grad, *_Pruning(), None, stats)
+            density = stats[2]
+        history.calls += 1
+        if density is not None:
+            history.record(density)
+
+
+_adaptive = AdaptiveCudaBackend()

@@ -1,0 +1,327 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
+#include "element.cuh"
+#include "kernels.h"
+#include "launch.h"
+#include "plain.h"
+
+namespace sparsebwd::cuda {
+namespace {
+
+constexpr int kWarps = 12;  // of a block, which has a multiprocessor to itself: 168 registers a thread
+constexpr int kThreads = 32 * kWarps;
+constexpr int kPackThreads = 256;
+constexpr int kWaveSteps = 24;  // a warp with more than twice as much to do shares it with later blocks
+constexpr int kMostWaves = 4;
+constexpr uint32_t kAll = ~0u;
+
+// One compiled form of the kernel: Taps x Taps filters of which the outer ones stick out at the edge
+// of the image, moved on by Stride; a warp has Columns of grad_input and 32 * Lane channels.
+template <class Element, int Taps, int Stride, int Columns, int Lane>
+struct Form {
+  using T = Element;
+  static constexpr int kTaps = Taps, kStride = Stride, kColumns = Columns, kLane = Lane;
+  static constexpr int kPad = (Taps - 1) / 2;
+  // Gradient pixel j of a strip reaches columns kStride * j - kOffset + tap; the strip sees kPixels of
+  // them, kBefore of which lie before the one that belongs to its first column.
+  static constexpr int kBefore = (Taps - 1 - kPad) / Stride;
+  static constexpr int kOffset = Stride * kBefore + kPad;
+  static constexpr int kPixels = (Columns - 1 + kOffset) / Stride + 1;
+  // Rows of gradients before a row that also reach what this one completes.
+  static constexpr int kLead = (Taps - 1) / Stride;
+  static constexpr int kRows = std::max(Taps, Stride);
+  static constexpr int kChannels = 32 * Lane;
+  static constexpr int kWeights = Lane * Taps * Taps;  // of a lane, for one k
+  static constexpr int kPack = 32 * kWeights;
+  static_assert(Columns % Stride == 0 && Columns <= 32 && kPixels <= 32 && kWeights % 2 == 0, "");
+
+  using Sums = float[kRows][kColumns][kLane];
+};
+
+// How the work is cut, from the host.
+struct Plan {
+  int n, c, h, w, k, p, q;
+  int words;         // of the mask of a pixel
+  int image_columns; // from the first column of an image to that of the next, gap included
+  int image_pixels;  // the same in columns of grad_output
+  int strip_steps;   // gradient rows that complete all rows of a strip
+  int64_t steps;     // of all strips
+  int warp_steps;    // of a warp, at most
+  int tile_blocks;   // blocks for a tile of channels
+  bool in_step;      // the warps of a block start each row together
+};
+
+// Weights are packed as float32 [tile of channels][k][...]: the kWeights of each lane, tap by tap, four
+// at a time and the last two together, so that a warp loads whole lines.
+template <class F>
+__global__ void __launch_bounds__(kPackThreads)
+pack_kernel(Plan plan, const typename F::T* weight, Strides strides, float* packed, int64_t count) {
+  constexpr int kFours = F::kWeights / 4;
+  const int64_t index = int64_t(blockIdx.x) * kPackThreads + threadIdx.x;
+  if (index >= count) return;
+  const int place = static_cast<int>(index % F::kPack);
+  const int rest = place - kFours * 128;
+  const int lane = rest < 0 ? place / 4 % 32 : rest / 2;
+  const int which = rest < 0 ? place / 128 * 4 + place % 4 : kFours * 4 + rest % 2;
+  const int64_t row = index / F::kPack, k = row % plan.k, tile = row / plan.k;
+  const int64_t c = tile * F::kChannels + which % F::kLane * 32 + lane;
+  const int tap = which / F::kLane, r = tap / F::kTaps, s = tap % F::kTaps;
+  packed[index] = c < plan.c ? to_float(weight[k * strides.n + c * strides.c + r * strides.h +
+                                              s * strides.w])
+                             : 0.0f;
+}
+
+template <class F>
+__device__ __forceinline__ void load_weights(float (&weights)[F::kWeights], const float* packed,
+                                             int lane) {
+  constexpr int kFours = F::kWeights / 4;
+#pragma unroll
+  for (int i = 0; i < kFours; ++i) {
+    const float4 four = reinterpret_cast<const float4*>(packed)[i * 32 + lane];
+    weights[4 * i] = four.x, weights[4 * i + 1] = four.y;
+    weights[4 * i + 2] = four.z, weights[4 * i + 3] = four.w;
+  }
+  if constexpr (F::kWeights % 4 != 0) {
+    const float2 two = reinterpret_cast<const float2*>(packed + kFours * 128)[lane];
+    weights[4 * kFours] = two.x, weights[4 * kFours + 1] = two.y;
+  }
+}
+
+// Adds to `sums` what a row of gradients gives through rows First .. Last - 1 of the filter. `pixel`:
+// index of the gradient pixel of this lane, or -1.
+template <class F, int First, int Last>
+__device__ __forceinline__ void add_row(typename F::Sums& sums, const Plan& plan,
+                                        const typename F::T* __restrict__ grad_output,
+                                        const uint32_t* __restrict__ nonzeros,
+                                        const float* __restrict__ packed, int pixel) {
+  const int lane = threadIdx.x % 32;
+  const uint32_t* words = nonzeros + int64_t(max(pixel, 0)) * plan.words;
+  uint32_t next = pixel < 0 || plan.words == 0 ? 0 : words[0];
+  for (int word = 0; word < plan.words; ++word) {
+    const uint32_t bits = next;  // lane = pixel, bit = k
+    if (pixel >= 0 && word + 1 < plan.words) next = words[word + 1];
+    float value[F::kPixels];  // lane = k
+#pragma unroll
+    for (int j = 0; j < F::kPixels; ++j) {
+      const uint32_t of_pixel = __shfl_sync(kAll, bits, j);
+      const int64_t from = __shfl_sync(kAll, pixel, j);
+      value[j] = 0;
+      if (of_pixel >> lane & 1) value[j] = to_float(grad_output[from * plan.k + word * 32 + lane]);
+    }
+    for (uint32_t left = __reduce_or_sync(kAll, bits); left != 0; left &= left - 1) {
+      const int k = __ffs(left) - 1;
+      const uint32_t pixels = __ballot_sync(kAll, bits >> k & 1);
+      float weights[F::kWeights];
+      load_weights<F>(weights, packed + int64_t(word * 32 + k) * F::kPack, lane);
+#pragma unroll
+      for (int j = 0; j < F::kPixels; ++j) {
+        if (pixels >> j & 1) {
+          const float g = __shfl_sync(kAll, value[j], k);
+#pragma unroll
+          for (int r = First; r < Last; ++r) {
+#pragma unroll
+            for (int s = 0; s < F::kTaps; ++s) {
+              const int column = F::kStride * j - F::kOffset + s;
+              if (column < 0 || column >= F::kColumns) continue;
+#pragma unroll
+              for (int i = 0; i < F::kLane; ++i) {
+                float& sum = sums[r][column][i];
+                sum = fmaf(g, weights[(r * F::kTaps + s) * F::kLane + i], sum);
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class F>
+__global__ void __launch_bounds__(kThreads, 1)
+agb_kernel(Plan plan, const typename F::T* __restrict__ grad_output,
+           const uint32_t* __restrict__ nonzeros, const float* __restrict__ packed,
+           typename F::T* __restrict__ result) {
+  const int lane = threadIdx.x % 32;
+  const int tile = blockIdx.x / plan.tile_blocks;
+  packed += int64_t(tile) * plan.k * F::kPack;
+  const int64_t part = int64_t(blockIdx.x % plan.tile_blocks) * kWarps + threadIdx.x / 32;
+  int64_t step = part * plan.warp_steps;
+  const int64_t last_step = min(step + plan.warp_steps, plan.steps);
+
+  typename F::Sums sums;
+  int p = 0, first_p = 0, last_p = 0;  // row of gradients; those that complete rows of this warp
+  int pixel = -1, to = -1;             // lane = gradient pixel, lane = column: in row 0, or -1
+  for (int turn = 0; turn < plan.warp_steps + F::kLead; ++turn) {
+    if (plan.in_step) __syncthreads();
+    if (step >= last_step) continue;
+    if (p == last_p) {  // a new strip
+      const int64_t strip = step / plan.strip_steps;
+      first_p = static_cast<int>(step - strip * plan.strip_steps);
+      last_p = static_cast<int>(min(int64_t(plan.strip_steps), first_p + last_step - step));
+      p = max(first_p - F::kLead, 0);
+      const int column = static_cast<int>(strip) * F::kColumns + lane;
+      int n = column / plan.image_columns, at = column - n * plan.image_columns;
+      to = lane < F::kColumns && n < plan.n && at < plan.w ? n * plan.h * plan.w + at : -1;
+      const int seen = static_cast<int>(strip) * (F::kColumns / F::kStride) + lane - F::kBefore;
+      n = seen < 0 ? 0 : seen / plan.image_pixels, at = seen - n * plan.image_pixels;
+      const bool inside = lane < F::kPixels && at >= 0 && n < plan.n && at < plan.q;
+      pixel = inside ? n * plan.p * plan.q + at : -1;
+#pragma unroll
+      for (auto& row : sums)
+#pragma unroll
+        for (auto& column_sums : row)
+#pragma unroll
+          for (float& sum : column_sums) sum = 0;
+    }
+
+    if (p < plan.p) {
+      const int at = pixel < 0 ? -1 : pixel + p * plan.q;
+      if (F::kLead > 0 && p == first_p - F::kLead) {
+        add_row<F, F::kLead * F::kStride, F::kTaps>(sums, plan, grad_output, nonzeros, packed, at);
+      } else if (F::kLead > 0 && p == last_p - 1) {
+        add_row<F, 0, F::kStride>(sums, plan, grad_output, nonzeros, packed, at);
+      } else {
+        add_row<F, 0, F::kTaps>(sums, plan, grad_output, nonzeros, packed, at);
+      }
+    }
+
+    // The first kStride rows of sums are complete; the others move up.
+    if (p >= first_p) {
+#pragma unroll
+      for (int r = 0; r < F::kStride; ++r) {
+        const int h = p * F::kStride - F::kPad + r;
+        if (h < 0 || h >= plan.h) continue;
+#pragma unroll
+        for (int column = 0; column < F::kColumns; ++column) {
+          const int of_column = __shfl_sync(kAll, to, column);
+          if (of_column < 0) continue;
+          const int64_t at = int64_t(of_column + h * plan.w) * plan.c;
+#pragma unroll
+          for (int i = 0; i < F::kLane; ++i) {
+            const int c = tile * F::kChannels + i * 32 + lane;
+            if (c < plan.c) result[at + c] = from_float<typename F::T>(sums[r][column][i]);
+          }
+        }
+      }
+      ++step;
+    }
+#pragma unroll
+    for (int r = 0; r < F::kRows; ++r)
+#pragma unroll
+      for (int column = 0; column < F::kColumns; ++column)
+#pragma unroll
+        for (int i = 0; i < F::kLane; ++i)
+          sums[r][column][i] = r + F::kStride < F::kRows
+                                   ? sums[(r + F::kStride) % F::kRows][column][i]
+                                   : 0.0f;
+    ++p;
+  }
+}
+
+// Calls f(Form()) with the form for this problem.
+template <class T, class F>
+auto with_form(const ConvProblem& problem, F&& f) {
+  const bool strided = problem.stride_w == 2;
+  if (problem.r == 3) {
+    return strided ? f(Form<T, 3, 2, 16, 2>()) : f(Form<T, 3, 1, 16, 2>());
+  }
+  if (problem.c <= 64) return strided ? f(Form<T, 1, 2, 32, 2>()) : f(Form<T, 1, 1, 32, 2>());
+  return strided ? f(Form<T, 1, 2, 24, 8>()) : f(Form<T, 1, 1, 12, 8>());
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class F>
+int64_t packed_floats(const ConvProblem& problem) {
+  return ceil_div(problem.c, F::kChannels) * problem.k * F::kPack;
+}
+
+template <class F>
+Plan make_plan(const ConvProblem& problem, const Device& device) {
+  Plan plan = {};
+  plan.n = static_cast<int>(problem.n), plan.c = static_cast<int>(problem.c);
+  plan.h = static_cast<int>(problem.h), plan.w = static_cast<int>(problem.w);
+  plan.k = static_cast<int>(problem.k);
+  plan.p = static_cast<int>(problem.p()), plan.q = static_cast<int>(problem.q());
+  plan.words = static_cast<int>(ceil_div(plan.k, 32));
+  plan.image_pixels = static_cast<int>(ceil_div(plan.w + F::kPad, F::kStride));
+  plan.image_columns = plan.image_pixels * F::kStride;
+  plan.strip_steps = static_cast<int>(ceil_div(plan.h + F::kPad, F::kStride));
+  if (problem.n == 0) return plan;
+  const int64_t columns = int64_t(plan.n - 1) * plan.image_columns + plan.w;
+  plan.steps = ceil_div(columns, F::kColumns) * plan.strip_steps;
+  // Whole waves of blocks of which each has the same number of steps, more or less.
+  const int64_t tiles = ceil_div(plan.c, F::kChannels), processors = device.multiprocessors;
+  const auto tile_blocks = [&](int64_t waves) {
+    return std::max<int64_t>(processors * waves / tiles, 1);
+  };
+  const int64_t wanted = ceil_div(plan.steps, tile_blocks(1) * kWarps) / kWaveSteps;
+  const int64_t waves = std::clamp<int64_t>(wanted, 1, kMostWaves);
+  plan.warp_steps = static_cast<int>(ceil_div(plan.steps, tile_blocks(waves) * kWarps));
+  plan.tile_blocks = static_cast<int>(ceil_div(plan.steps, int64_t(plan.warp_steps) * kWarps));
+  const int64_t bytes = int64_t(plan.k) * F::kPack * 4;
+  plan.in_step = bytes > 2 * int64_t(device.shared_per_multiprocessor);
+  return plan;
+}
+
+template <class F>
+cudaError_t run(const ConvCall& call, const Device& device, cudaStream_t stream) {
+  using T = typename F::T;
+  const Plan plan = make_plan<F>(call.problem, device);
+  const int64_t count = packed_floats<F>(call.problem);
+  float* packed = static_cast<float*>(call.workspace);
+  const LaunchShape packing = {static_cast<unsigned>(ceil_div(count, kPackThreads)), kPackThreads};
+  const cudaError_t error = launch(pack_kernel<F>, packing, stream, plan,
+                                   static_cast<const T*>(call.operand), call.operand_strides,
+                                   packed, count);
+  if (error != cudaSuccess) return error;
+  const int64_t tiles = ceil_div(call.problem.c, F::kChannels);
+  const LaunchShape shape = {static_cast<unsigned>(tiles * plan.tile_blocks), kThreads};
+  return launch(agb_kernel<F>, shape, stream, plan, static_cast<const T*>(call.grad_output),
+                call.nonzeros, packed, static_cast<T*>(call.result));
+}
+
+bool is_sparse(const ConvCall& call) {
+  const ConvProblem& problem = call.problem;
+  return call.nonzeros != nullptr && agb_refusal(problem, call.dtype) == nullptr &&
+         is_channels_last(call.grad_output_strides, problem.n, problem.k, problem.p(), problem.q()) &&
+         is_channels_last(call.result_strides, problem.n, problem.c, problem.h, problem.w);
+}
+
+}  // namespace
+
+const char* agb_refusal(const ConvProblem& problem, DType) {
+  if (problem.groups != 1) return "the sparse kernel takes no groups";
+  if (problem.r != problem.s || (problem.r != 1 && problem.r != 3))
+    return "the sparse kernel takes filters of 3x3 and 1x1 only";
+  if (problem.r > 1 && (problem.dil_h != 1 || problem.dil_w != 1))
+    return "the sparse kernel takes no dilation";
+  if (problem.stride_h != problem.stride_w || problem.stride_h > 2)
+    return "the sparse kernel takes strides of 1 and 2 only, the same in both directions";
+  if (problem.pad_h != problem.r / 2 || problem.pad_w != problem.r / 2)
+    return "the sparse kernel takes a padding of 1 for 3x3 and of 0 for 1x1 only";
+  // Pixels, and columns with their gaps, are counted in 32 bits.
+  if (static_cast<double>(problem.n) * (problem.h + 2.0) * (problem.w + 2.0) > INT32_MAX ||
+      problem.c > INT32_MAX || problem.k > INT32_MAX)
+    return "the sparse kernel takes 2^31 pixels or channels at most";
+  return nullptr;
+}
+
+size_t agb_workspace(const ConvCall& call, const Device&) {
+  if (!is_sparse(call)) return 0;
+  return with_form<float>(call.problem, [&](auto form) {
+    return static_cast<size_t>(packed_floats<decltype(form)>(call.problem)) * sizeof(float);
+  });
+}
+
+cudaError_t agb(const ConvCall& call, const Device& device, cudaStream_t stream) {
+  if (!is_sparse(call)) return agb_plain(call, stream);
+  return with_element(call.dtype, [&](auto element) {
+    return with_form<typename decltype(element)::type>(call.problem, [&](auto form) {
+      return run<decltype(form)>(call, device, stream);
+    });
+  });
+}
+
+}  // namespace sparsebwd::cuda

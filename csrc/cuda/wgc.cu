@@ -1,0 +1,558 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
+#include "element.cuh"
+#include "kernels.h"
+#include "launch.h"
+#include "plain.h"
+
+namespace sparsebwd::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / 32;
+constexpr int kBlocks = 2;     // on a multiprocessor: registers and shared memory are cut for two
+constexpr int kGroup = 8;      // output channels of a warp: a byte of the mask
+constexpr int kTileK = 32;     // output channels of a block: a word of the mask
+constexpr int kRun = 4;        // pixels whose mask bytes a warp reads at once: a word
+constexpr int kMostStrip = 32; // pixels of a row that a block walks along
+
+template <class T, int N>
+struct alignas(sizeof(T) * N) Vector {
+  T element[N];
+};
+
+// How the work is cut, from the host.
+struct Plan {
+  int c, h, w, k, p, q;
+  // The input is staged in rows and columns of which each output pixel sees Taps, and moves on by
+  // `stage_stride` rows: those of the padded input, or for 1x1 only the ones that are seen.
+  int stage_stride, stage_rows;  // stage_rows: of an image
+  int row_step, column_step;     // input rows and columns from one that is staged to the next
+  int pad_h, pad_w;
+  int strips, strip;             // a row of grad_output is `strips` times `strip` pixels
+  int columns;                   // staged in a row
+  int step_rows;                 // rows of grad_output in a step
+  int ring_rows;                 // staged rows that shared memory holds
+  int64_t rows;                  // of grad_output: n * p
+  int64_t row_ranges;
+  int c_tiles, k_tiles;
+
+  __host__ __device__ int64_t ranges() const { return row_ranges * strips; }
+};
+
+// One instance of the kernel: Taps x Taps filters that move on by Stride columns.
+template <class Element, int Taps_, int Stride_>
+struct Kernel {
+  using T = Element;
+  static constexpr int kTaps = Taps_;
+  static constexpr int kStride = Stride_;
+  static constexpr int kLane = kTaps == 1 ? 8 : 2;  // input channels of a lane
+  static constexpr int kTileC = 32 * kLane;
+  // A lane's channels are vectors, those of neighbouring lanes side by side.
+  static constexpr int kVector = std::min<int>(kLane, 16 / sizeof(T));
+  static constexpr int kVectors = kLane / kVector;
+  static constexpr int kStore = std::min(kVector, 4);  // sums that are written at once
+  static constexpr int kPixelBytes = kTileC * sizeof(T);
+  static constexpr int kChunk = 16 / sizeof(T);  // elements of an asynchronous copy
+  // Column j of a run of pixels is kept in registers j % kColumns: the columns of one pixel and those
+  // that the next one sees first; a run moves on by a multiple of it.
+  static constexpr int kColumns = kStride == 1 ? 4 : 8;
+  static_assert(kRun * kStride % kColumns == 0 && kColumns >= kTaps + kStride, "");
+
+  struct Column {
+    float x[kTaps][kLane];
+  };
+  using Sums = float[kGroup][kTaps][kTaps][kLane];
+
+  struct Shared {
+    size_t masks, values, bytes;
+    int mask_pitch;  // bytes of the mask of a row for one warp: four zeros end it
+    int mask_bytes;  // of a step
+    int value_bytes;
+  };
+  static __host__ __device__ Shared shared(const Plan& plan) {
+    Shared s;
+    s.mask_pitch = plan.strip + kRun;
+    s.mask_bytes = plan.step_rows * s.mask_pitch * kWarps;
+    s.value_bytes = plan.step_rows * plan.strip * kTileK * static_cast<int>(sizeof(T));
+    s.values = static_cast<size_t>(plan.ring_rows) * plan.columns * kPixelBytes;
+    s.masks = s.values + 2 * s.value_bytes;
+    s.bytes = s.masks + 2 * s.mask_bytes;
+    return s;
+  }
+};
+
+template <class K>
+__device__ __forceinline__ void load_column(typename K::Column& column,
+                                            const unsigned char* const (&rows)[K::kTaps], int index) {
+#pragma unroll
+  for (int r = 0; r < K::kTaps; ++r)
+#pragma unroll
+    for (int v = 0; v < K::kVectors; ++v) {
+      using V = Vector<typename K::T, K::kVector>;
+      const V x = *reinterpret_cast<const V*>(rows[r] + index * K::kPixelBytes +
+                                              v * 32 * static_cast<int>(sizeof(V)));
+#pragma unroll
+      for (int e = 0; e < K::kVector; ++e)
+        column.x[r][v * K::kVector + e] = to_float(x.element[e]);
+    }
+}
+
+template <class K>
+__device__ __forceinline__ void load_values(float (&values)[kGroup], const unsigned char* from) {
+  using V = Vector<typename K::T, K::kChunk>;
+#pragma unroll
+  for (int v = 0; v < kGroup / K::kChunk; ++v) {
+    const V chunk = reinterpret_cast<const V*>(from)[v];
+#pragma unroll
+    for (int e = 0; e < K::kChunk; ++e) values[v * K::kChunk + e] = to_float(chunk.element[e]);
+  }
+}
+
+// What a block of the grid does: a part of the result, from a range of rows of a strip.
+template <class K>
+class Walk {
+  using T = typename K::T;
+  static constexpr int kBytes = sizeof(T);
+
+ public:
+  __device__ Walk(const Plan& plan, const T* g, const uint32_t* nonzeros, const T* x)
+      : plan_(plan), shared_(K::shared(plan)) {
+    const unsigned tiles = plan.c_tiles * plan.k_tiles;
+    const int k_tile = blockIdx.x % plan.k_tiles;
+    k0_ = k_tile * kTileK;
+    c0_ = blockIdx.x % tiles / plan.k_tiles * K::kTileC;
+    range_ = blockIdx.x / tiles;
+    const int64_t row_range = range_ / plan.strips;
+    const int64_t row = plan.rows * row_range / plan.row_ranges;
+    rows_ = static_cast<int>(plan.rows * (row_range + 1) / plan.row_ranges - row);
+
+    const int q0 = range_ % plan.strips * plan.strip;
+    width_ = plan.q - q0 < plan.strip ? plan.q - q0 : plan.strip;
+    const int pixel = threadIdx.x % plan.strip;
+    pixel_row_ = threadIdx.x / plan.strip;
+    mask_place_ = pixel_row_ * shared_.mask_pitch + pixel;
+    pixel_offset_ = pixel_row_ * plan.q + pixel;
+    const int64_t first_pixel = row * plan.q + q0;
+    const int k_words = (plan.k + 31) / 32;
+    mask_step_ = plan.step_rows * static_cast<int64_t>(plan.q) * k_words;
+    mask_ = nonzeros + (first_pixel + pixel_offset_) * k_words + k_tile;
+    has_pixel_ = pixel_row_ < plan.step_rows && pixel < width_;
+    g_ = g + first_pixel * plan.k + k0_ + lane() % kValueChunks * K::kChunk;
+
+    p_ = stage_p_ = static_cast<int>(row % plan.p);
+    stage_row_ = p_ * plan.stage_stride;
+    const int c = c0_ + static_cast<int>(threadIdx.x) % kInputChunks * K::kChunk;
+    column_ = threadIdx.x / kInputChunks;
+    input_column_ = (q0 * K::kStride + column_) * plan.column_step - plan.pad_w;
+    in_channels_ = c < plan.c;
+    image_ = x + (row / plan.p * plan.h * plan.w + input_column_) * plan.c + c;
+  }
+
+  __device__ int64_t range() const { return range_; }
+  __device__ int k0() const { return k0_ + warp() * kGroup; }
+  __device__ int c0() const { return c0_; }
+
+  // All steps, one barrier each. While one is computed, the input and the values of the next are on
+  // their way to shared memory, and the masks of the one after that to registers.
+  __device__ __forceinline__ void run(typename K::Sums& sums) {
+    for (int i = threadIdx.x; i < 2 * shared_.mask_bytes / 4; i += kThreads)
+      reinterpret_cast<uint32_t*>(dynamic_shared() + shared_.masks)[i] = 0;
+    __syncthreads();
+    const int step = plan_.step_rows;
+    stage(rows_, 0, load_mask(rows_));
+    uint32_t mask = load_mask(rows_ - step);
+    int buffer = 0;
+    for (int left = rows_; left > 0; left -= step, buffer ^= 1) {
+      cp_async_wait<0>();
+      __syncthreads();
+      stage(left - step, buffer ^ 1, mask);
+      mask = load_mask(left - 2 * step);
+      compute(left < step ? left : step, buffer, sums);
+    }
+  }
+
+ private:
+  static constexpr int kValueChunks = kTileK / K::kChunk;  // 16 bytes each, of a pixel
+  static constexpr int kInputChunks = K::kPixelBytes / 16;
+
+  static __device__ int warp() { return threadIdx.x / 32; }
+  static __device__ int lane() { return threadIdx.x % 32; }
+
+  // The mask word of this thread's pixel in the next step, which has `left` rows or plan_.step_rows,
+  // whichever is less; 0 where there is no such pixel.
+  __device__ uint32_t load_mask(int left) {
+    const uint32_t mask = has_pixel_ && pixel_row_ < left ? *mask_ : 0;
+    mask_ += mask_step_;
+    return mask;
+  }
+
+  // Starts the copies for the next step: the input rows that the step before did not see, and the
+  // values. `mask` is that of this thread's pixel.
+  __device__ __forceinline__ void stage(int left, int buffer, uint32_t mask) {
+    if (left <= 0) return;
+    stage_masks(buffer, mask);
+    stage_values(buffer, mask);
+    const int rows = left < plan_.step_rows ? left : plan_.step_rows;
+    for (int i = 0; i < rows; ++i) stage_input();
+    cp_async_commit();
+  }
+
+  __device__ __forceinline__ void stage_masks(int buffer, uint32_t mask) const {
+    if (!has_pixel_) return;
+    unsigned char* const to =
+        dynamic_shared() + shared_.masks + buffer * shared_.mask_bytes + mask_place_;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w)
+      to[w * (shared_.mask_bytes / kWarps)] = static_cast<unsigned char>(mask >> (8 * w));
+  }
+
+  // A warp copies the values of its lanes' pixels, for all warps. Chunks that have no set bit are not
+  // read: they become zeros if the warp that they are for reads beside them, else nothing.
+  __device__ __forceinline__ void stage_values(int buffer, uint32_t mask) {
+    unsigned char* const to = dynamic_shared() + shared_.values + buffer * shared_.value_bytes +
+                              (threadIdx.x - lane()) * (kTileK * kBytes) + lane() * 16;
+    const int pixel_bytes = plan_.k * kBytes;
+    const int bit = lane() % kValueChunks * K::kChunk;  // the first of this lane's chunk
+    const uint32_t chunk_bits = ((1u << K::kChunk) - 1) << bit;
+    const uint32_t group_bits = ((1u << kGroup) - 1) << (bit / kGroup * kGroup);
+#pragma unroll
+    for (int pass = 0; pass < kValueChunks; ++pass) {
+      const int owner = pass * (32 / kValueChunks) + lane() / kValueChunks;
+      const uint32_t bits = __shfl_sync(~0u, mask, owner);
+      const int offset = __shfl_sync(~0u, pixel_offset_, owner);
+      if (bits & group_bits)
+        cp_async16(to + pass * 512,
+                   reinterpret_cast<const unsigned char*>(g_) + static_cast<int64_t>(offset) * pixel_bytes,
+                   bits & chunk_bits ? 16 : 0);
+    }
+    g_ += plan_.step_rows * static_cast<int64_t>(plan_.q) * plan_.k;
+  }
+
+  // The rows of the input that the next row of grad_output sees and the one before did not. Outside
+  // of the image the input is zeros.
+  __device__ __forceinline__ void stage_input() {
+    constexpr int kColumns = kThreads / kInputChunks;  // copied at once
+    const int columns = (width_ - 1) * K::kStride + K::kTaps;
+    const int64_t from_step = static_cast<int64_t>(kColumns * plan_.column_step) * plan_.c;
+    for (const int end = stage_p_ * plan_.stage_stride + K::kTaps; stage_row_ < end; ++stage_row_) {
+      const int y = stage_row_ * plan_.row_step - plan_.pad_h;
+      const bool inside = in_channels_ && y >= 0 && y < plan_.h;
+      const T* from = image_ + static_cast<int64_t>(y) * plan_.w * plan_.c;
+      unsigned char* to =
+          dynamic_shared() + stage_slot_ * plan_.columns * K::kPixelBytes + threadIdx.x * 16;
+      int input_column = input_column_;
+      for (int j = column_; j < columns; j += kColumns) {
+        const bool seen = inside && input_column >= 0 && input_column < plan_.w;
+        cp_async16(to, from, seen ? 16 : 0);
+        input_column += kColumns * plan_.column_step;
+        from += from_step;
+        to += kThreads * 16;
+      }
+      if (++stage_slot_ == plan_.ring_rows) stage_slot_ = 0;
+    }
+    if (++stage_p_ == plan_.p) {
+      stage_p_ = stage_row_ = 0;
+      image_ += static_cast<int64_t>(plan_.h) * plan_.w * plan_.c;
+    }
+  }
+
+  __device__ __forceinline__ void compute(int rows, int buffer, typename K::Sums& sums) {
+    const unsigned char* const shared = dynamic_shared();
+    const unsigned char* const masks =
+        shared + shared_.masks + buffer * shared_.mask_bytes + warp() * (shared_.mask_bytes / kWarps);
+    const unsigned char* const values = shared + shared_.values + buffer * shared_.value_bytes +
+                                        warp() * kGroup * kBytes;
+    for (int i = 0; i < rows; ++i) {
+      const unsigned char* input[K::kTaps];
+#pragma unroll
+      for (int r = 0; r < K::kTaps; ++r) {
+        const int at = slot_ + r < plan_.ring_rows ? slot_ + r : slot_ + r - plan_.ring_rows;
+        input[r] = shared + at * plan_.columns * K::kPixelBytes +
+                   lane() * K::kVector * kBytes;
+      }
+      compute_row(reinterpret_cast<const uint32_t*>(masks + i * shared_.mask_pitch),
+                  values + i * plan_.strip * kTileK * kBytes, input, sums);
+      const bool last = p_ + 1 == plan_.p;
+      p_ = last ? 0 : p_ + 1;
+      slot_ += last ? K::kTaps : plan_.stage_stride;
+      if (slot_ >= plan_.ring_rows) slot_ -= plan_.ring_rows;
+    }
+  }
+
+  // Adds what the pixels of one row of the strip contribute.
+  __device__ __forceinline__ void compute_row(const uint32_t* masks, const unsigned char* values,
+                                              const unsigned char* (&input)[K::kTaps],
+                                              typename K::Sums& sums) const {
+    typename K::Column columns[K::kColumns];
+    const uint32_t lane_bit = 1u << lane();
+    // All lanes read the same word. Voting on it bit by bit tells the compiler that they do, so that
+    // it branches without caring for lanes that might go another way.
+    uint32_t before = 0, mask = __ballot_sync(~0u, masks[0] & lane_bit);
+    for (int run = 0; run < plan_.strip / kRun; ++run) {
+      const uint32_t after = __ballot_sync(~0u, masks[run + 1] & lane_bit);
+      if (mask != 0) {
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) {
+          if ((mask >> (8 * i) & 255u) == 0) continue;
+          if (((i == 0 ? before >> 24 : mask >> (8 * (i - 1))) & 255u) == 0) {
+#pragma unroll
+            for (int s = 0; s < K::kTaps; ++s)
+              load_column<K>(columns[(i * K::kStride + s) % K::kColumns], input, i * K::kStride + s);
+          }
+          if (((i + 1 == kRun ? after : mask >> (8 * (i + 1))) & 255u) != 0) {
+#pragma unroll
+            for (int s = 0; s < K::kStride; ++s) {
+              const int index = i * K::kStride + K::kTaps + s;
+              load_column<K>(columns[index % K::kColumns], input, index);
+            }
+          }
+          float value[kGroup];
+          load_values<K>(value, values + i * kTileK * kBytes);
+#pragma unroll
+          for (int k = 0; k < kGroup; ++k) {
+            if (mask >> (8 * i + k) & 1u) {
+#pragma unroll
+              for (int r = 0; r < K::kTaps; ++r)
+#pragma unroll
+                for (int s = 0; s < K::kTaps; ++s)
+#pragma unroll
+                  for (int c = 0; c < K::kLane; ++c)
+                    sums[k][r][s][c] =
+                        fmaf(value[k], columns[(i * K::kStride + s) % K::kColumns].x[r][c],
+                             sums[k][r][s][c]);
+            }
+          }
+        }
+      }
+      before = mask;
+      mask = after;
+      values += kRun * kTileK * kBytes;
+#pragma unroll
+      for (int r = 0; r < K::kTaps; ++r) input[r] += kRun * K::kStride * K::kPixelBytes;
+    }
+  }
+
+  const Plan& plan_;
+  const typename K::Shared shared_;
+  int k0_, c0_, range_, rows_, width_;  // what the block does; width_: pixels of a row
+  // Of this thread's pixel in each step: its row, where its mask goes, how far it is from the first.
+  int pixel_row_, mask_place_, pixel_offset_;
+  bool has_pixel_;
+  const uint32_t* mask_;  // where the next one is
+  int64_t mask_step_;
+  const T* g_;  // first pixel of the next step to stage, this lane's channels
+  // The next input row to stage: by which row of an image it is seen, its place in the image and in
+  // the ring. This thread's channels from column_ on, which is input_column_ of the input.
+  int stage_p_, stage_row_, stage_slot_ = 0, column_, input_column_;
+  bool in_channels_;
+  const T* image_;
+  int p_, slot_ = 0;  // the next row to compute: its place in its image, the ring row that it sees first
+};
+
+// partials: [range][k][r][s][c].
+template <class K>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    wgc_kernel(const Plan plan, const typename K::T* g, const uint32_t* nonzeros,
+               const typename K::T* x, float* partials) {
+  typename K::Sums sums = {};
+  Walk<K> walk(plan, g, nonzeros, x);
+  walk.run(sums);
+  const int lane = threadIdx.x % 32;
+  float* to = partials + (walk.range() * plan.k + walk.k0()) * (K::kTaps * K::kTaps) * plan.c +
+              walk.c0() + lane * K::kVector;
+#pragma unroll
+  for (int k = 0; k < kGroup; ++k) {
+    if (walk.k0() + k >= plan.k) break;
+#pragma unroll
+    for (int tap = 0; tap < K::kTaps * K::kTaps; ++tap, to += plan.c) {
+#pragma unroll
+      for (int v = 0; v < K::kVectors; ++v) {
+        if (walk.c0() + (v * 32 + lane) * K::kVector >= plan.c) continue;
+        Vector<float, K::kStore>* const vectors =
+            reinterpret_cast<Vector<float, K::kStore>*>(to + v * 32 * K::kVector);
+#pragma unroll
+        for (int i = 0; i < K::kVector / K::kStore; ++i) {
+          Vector<float, K::kStore> vector;
+#pragma unroll
+          for (int e = 0; e < K::kStore; ++e)
+            vector.element[e] =
+                sums[k][tap / K::kTaps][tap % K::kTaps][v * K::kVector + i * K::kStore + e];
+          vectors[i] = vector;
+        }
+      }
+    }
+  }
+}
+
+constexpr int kSlices = 8;
+
+// The sums over ranges: a lane for each element, a slice of the ranges for each warp.
+template <class T>
+__global__ void __launch_bounds__(32 * kSlices)
+    wgc_reduce(const float* partials, int64_t ranges, int64_t elements, int c, int taps, T* result,
+               Strides strides) {
+  const int lane = threadIdx.x % 32, slice = threadIdx.x / 32;
+  const int64_t element = static_cast<int64_t>(blockIdx.x) * 32 + lane;
+  double* const slices = reinterpret_cast<double*>(dynamic_shared());
+  double sum = 0;
+  if (element < elements) {
+    const int64_t end = ranges * (slice + 1) / kSlices;
+#pragma unroll 4
+    for (int64_t range = ranges * slice / kSlices; range < end; ++range)
+      sum += static_cast<double>(partials[range * elements + element]);
+  }
+  slices[threadIdx.x] = sum;
+  __syncthreads();
+  if (slice != 0 || element >= elements) return;
+  for (int i = 1; i < kSlices; ++i) sum += slices[i * 32 + lane];
+  const int64_t tap = element / c % (taps * taps);
+  result[element / c / (taps * taps) * strides.n + element % c * strides.c + tap / taps * strides.h +
+         tap % taps * strides.w] = from_float<T>(static_cast<float>(sum));
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Sums of float32 get less accurate as they get longer: no chain of additions has more links.
+constexpr int64_t kLongestChain = 4096;
+
+// Fills as many waves of blocks as is best by this model, in units of the time for a pixel: writing
+// and adding up its sums costs a range 256, and ranges may differ so much in density that the
+// last ones make the rest of the device wait for a quarter of a range.
+int64_t choose_row_ranges(int64_t rows, int64_t strip, int64_t tiles, int64_t slots) {
+  const int64_t fewest = ceil_div(rows * strip, kLongestChain);
+  const int64_t first_wave = std::max<int64_t>(1, ceil_div(fewest * tiles, slots));
+  int64_t best = 1;
+  double best_cost = 0;
+  for (int64_t waves = first_wave; waves < first_wave + 8; ++waves) {
+    const int64_t ranges =
+        std::max<int64_t>(1, std::min(rows, std::max(fewest, waves * slots / tiles)));
+    const double length = static_cast<double>(ceil_div(rows, ranges) * strip);
+    const double cost =
+        static_cast<double>(ceil_div(ranges * tiles, slots)) * (length + 256) + length / 4;
+    if (waves == first_wave || cost < best_cost) {
+      best = ranges;
+      best_cost = cost;
+    }
+  }
+  return best;
+}
+
+template <class K>
+Plan make_plan(const ConvProblem& problem, const Device& device) {
+  Plan plan = {};
+  plan.c = static_cast<int>(problem.c);
+  plan.h = static_cast<int>(problem.h);
+  plan.w = static_cast<int>(problem.w);
+  plan.k = static_cast<int>(problem.k);
+  plan.p = static_cast<int>(problem.p());
+  plan.q = static_cast<int>(problem.q());
+  const bool pointwise = K::kTaps == 1;
+  plan.stage_stride = pointwise ? 1 : static_cast<int>(problem.stride_h);
+  plan.stage_rows = (plan.p - 1) * plan.stage_stride + K::kTaps;
+  plan.row_step = pointwise ? static_cast<int>(problem.stride_h) : 1;
+  plan.column_step = pointwise ? static_cast<int>(problem.stride_w) : 1;
+  plan.pad_h = static_cast<int>(problem.pad_h);
+  plan.pad_w = static_cast<int>(problem.pad_w);
+  plan.rows = problem.n * plan.p;
+  plan.c_tiles = static_cast<int>(ceil_div(plan.c, K::kTileC));
+  plan.k_tiles = static_cast<int>(ceil_div(plan.k, kTileK));
+
+  plan.strips = static_cast<int>(ceil_div(plan.q, kMostStrip));
+  plan.strip = static_cast<int>(ceil_div(ceil_div(plan.q, plan.strips), kRun) * kRun);
+  plan.columns = (plan.strip - 1) * K::kStride + K::kTaps;
+  const auto shared_of = [&](int step_rows) {
+    plan.step_rows = step_rows;
+    // What two steps see: their rows, and the halo of each image that they meet.
+    const int64_t images = ceil_div(2 * step_rows - 1, plan.p) + 1;
+    plan.ring_rows = static_cast<int>((2 * step_rows - images) * plan.stage_stride + images * K::kTaps);
+    return K::shared(plan).bytes;
+  };
+  const size_t most = std::min(device.shared_per_block, device.shared_per_multiprocessor / kBlocks - 1024);
+  int step_rows = kThreads / plan.strip;
+  while (step_rows > 1 && shared_of(step_rows) > most) --step_rows;
+  shared_of(step_rows);
+
+  const int64_t tiles = static_cast<int64_t>(plan.c_tiles) * plan.k_tiles * plan.strips;
+  plan.row_ranges = choose_row_ranges(plan.rows, plan.strip, std::max<int64_t>(tiles, 1),
+                                      static_cast<int64_t>(device.multiprocessors) * kBlocks);
+  return plan;
+}
+
+// Calls f(K()) for the kernel that runs the problem.
+template <class F>
+auto with_kernel(const ConvProblem& problem, DType dtype, F&& f) {
+  return with_element(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if (problem.r == 1) return f(Kernel<T, 1, 1>());
+    if (problem.stride_w == 1) return f(Kernel<T, 3, 1>());
+    return f(Kernel<T, 3, 2>());
+  });
+}
+
+bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+bool is_sparse(const ConvCall& call) {
+  const ConvProblem& problem = call.problem;
+  return wgc_refusal(problem, call.dtype) == nullptr && call.nonzeros != nullptr &&
+         aligned(call.grad_output) && aligned(call.operand) &&
+         is_channels_last(call.grad_output_strides, problem.n, problem.k, problem.p(), problem.q()) &&
+         is_channels_last(call.operand_strides, problem.n, problem.c, problem.h, problem.w);
+}
+
+}  // namespace
+
+const char* wgc_refusal(const ConvProblem& problem, DType dtype) {
+  const bool pointwise = problem.r == 1 && problem.s == 1;
+  if (!pointwise && !(problem.r == 3 && problem.s == 3)) return "the filter is neither 3x3 nor 1x1";
+  if (!pointwise && (problem.stride_h > 2 || problem.stride_w > 2))
+    return "the stride of a 3x3 filter is above 2";
+  if (!pointwise && (problem.dil_h != 1 || problem.dil_w != 1)) return "the filter is dilated";
+  if (problem.groups != 1) return "the convolution is in groups";
+  const int64_t chunk = 16 / dtype_size(dtype);
+  if (problem.c % chunk != 0 || problem.k % chunk != 0)
+    return dtype == DType::kFloat32 ? "the numbers of channels are not multiples of 4"
+                                    : "the numbers of channels are not multiples of 8";
+  constexpr int64_t kMost = 1 << 24;
+  for (const int64_t size : {problem.c, problem.k, problem.h + 2 * problem.pad_h,
+                             problem.w + 2 * problem.pad_w, problem.stride_h, problem.stride_w})
+    if (size > kMost) return "a size is above 16777216";
+  return nullptr;
+}
+
+size_t wgc_workspace(const ConvCall& call, const Device& device) {
+  if (!is_sparse(call)) return 0;
+  return with_kernel(call.problem, call.dtype, [&](auto kernel) {
+    using K = decltype(kernel);
+    const Plan plan = make_plan<K>(call.problem, device);
+    return static_cast<size_t>(plan.ranges() * plan.k * K::kTaps * K::kTaps * plan.c) * sizeof(float);
+  });
+}
+
+cudaError_t wgc(const ConvCall& call, const Device& device, cudaStream_t stream) {
+  if (!is_sparse(call)) return wgc_plain(call, stream);
+  return with_kernel(call.problem, call.dtype, [&](auto kernel) {
+    using K = decltype(kernel);
+    using T = typename K::T;
+    const Plan plan = make_plan<K>(call.problem, device);
+    float* const partials = static_cast<float*>(call.workspace);
+    const int64_t elements = static_cast<int64_t>(plan.k) * K::kTaps * K::kTaps * plan.c;
+    LaunchShape shape = {};
+    shape.grid = dim3(static_cast<unsigned>(plan.ranges() * plan.c_tiles * plan.k_tiles));
+    shape.block = dim3(kThreads);
+    shape.shared = K::shared(plan).bytes;
+    const cudaError_t error =
+        launch(wgc_kernel<K>, shape, stream, plan, static_cast<const T*>(call.grad_output), call.nonzeros,
+               static_cast<const T*>(call.operand), partials);
+    if (error != cudaSuccess) return error;
+    LaunchShape reduction = {};
+    reduction.grid = dim3(static_cast<unsigned>(ceil_div(elements, 32)));
+    reduction.block = dim3(32 * kSlices);
+    reduction.shared = 32 * kSlices * sizeof(double);
+    return launch(wgc_reduce<T>, reduction, stream, partials, plan.ranges(), elements, plan.c, K::kTaps,
+                  static_cast<T*>(call.result), call.result_strides);
+  });
+}
+
+}  // namespace sparsebwd::cuda

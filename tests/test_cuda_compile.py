@@ -38,7 +38,11 @@ class Skipping(NamedTuple):
 
 
 # By regular expressions that match names of kernels from their start.
-SKIP_ZEROS: dict[str, Skipping] = {}
+SKIP_ZEROS = {
+    # 8 channels of a warp x 4 columns that take turns; of each lane 9 taps x 2 input channels, or 8 input channels
+    r"wgc_kernel<Kernel<\w+, 3, [12]>": Skipping(run=18, cases=32),
+    r"wgc_kernel<Kernel<\w+, 1, 1>": Skipping(run=8, cases=32),
+}
 LOAD_16_BYTES = [r"prune_kernel<ChannelsLast<(float|BFloat16|Float16), true>"]
 
 
@@ -102,7 +106,9 @@ def planted(compiled) -> dict[tuple[str, str], Kernel]:
 
 def refuse(faulty: Callable[[Kernel], list[str]], kernels: list[Kernel]) -> None:
     found = [f"{kernel.architecture} {kernel.name}: {fault}" for kernel in kernels for fault in faulty(kernel)]
-    assert kernels and not found, "\n".join(found)
+    assert kernels
+    if found:
+        pytest.fail("\n".join(found), pytrace=False)
 
 
 def named(kernels: list[Kernel], name: str, architecture: str) -> list[Kernel]:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 from pathlib import Path
 
@@ -166,6 +167,17 @@ def test_metadata(tmp_path):
     assert "\nRequires-Dist: torch>=2.11\n" in metadata
     assert "# sparsebwd\n" in metadata  # the README
     assert (info / "licenses" / "LICENSE").read_text("utf-8").lstrip().startswith("Apache License")
+
+
+def test_the_source_distribution_is_complete(tmp_path):
+    build = f"import setuptools.build_meta as b; b.build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=ROOT, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("sparsebwd-*.tar.gz")
+    with tarfile.open(archive) as files:
+        packed = {name.partition("/")[2] for name in files.getnames()}
+    wanted = [path for path in [*SOURCES, *PAGES, *map(ROOT.joinpath, REQUIREMENTS)] if path.parent.name != ".ci"]
+    assert not {relative(path) for path in wanted} - packed
+    assert not [name for name in packed if name.endswith((".so", ".o", ".pyc"))]
 
 
 @pytest.mark.parametrize(

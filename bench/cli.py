@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from itertools import chain
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -18,12 +20,11 @@ from sparsebwd.backends import registered_backends
 from sparsebwd.functional import check_percentile
 from sparsebwd.problem import ConvProblem
 
-from . import capture, compare, operations, results, step, suites
-from .environment import last_level_cache
+from . import capture, compare, devices, operations, results, step, suites
 from .inputs import DTYPES, LAYOUTS, PATTERNS, Rotation
 from .runner import Plan, peaks, run
 from .suites import Layer
-from .terminal import FILE, check_writable, fail, measuring
+from .terminal import FILE, check_writable, fail, measuring, warn
 
 T = TypeVar("T")
 
@@ -41,7 +42,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_OPERATIONS = "\n".join(f"{found.name:<13}{found.description}" for found in operations.ALL)
+_OPERATIONS = "\n".join(f"{found.name:<20}{found.description}" for found in operations.ALL)
 
 _HELP = f"""Time the sparse kernels against dense PyTorch.
 
@@ -104,17 +105,33 @@ def main(
         typer.Option(help="For prune, backward and all of --gradients: the pruning percentile, in [50, 100)."),
     ] = ("90",),
     dtype: Annotated[list[str], typer.Option(help=" | ".join(DTYPES))] = ("float32",),
+    math: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=" | ".join(devices.MATHS) + ": how dense kernels of a GPU compute with float32, that is whether cuDNN may "
+            "use TF32. Default: strict."
+        ),
+    ] = None,
     layout: Annotated[
         list[str], typer.Option(help=" | ".join(LAYOUTS) + ": of the candidate's tensors. Dense runs in both.")
     ] = ("channels_last",),
     backend: Annotated[
-        list[str], typer.Option(help=f"{', '.join(registered_backends())}, or auto. cpu is always the sparse kernel.")
-    ] = ("cpu",),
-    threads: Annotated[list[str] | None, typer.Option(help="Default: as PyTorch chooses.")] = None,
+        list[str] | None,
+        typer.Option(
+            help=f"{', '.join(registered_backends())}, or auto. cpu and cuda are always the sparse kernels. Default: that "
+            "of the device."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help=" | ".join(devices.DEVICES) + ": which one is measured.")] = "cpu",
+    threads: Annotated[list[str] | None, typer.Option(help="Of a CPU. Default: as PyTorch chooses.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help=f"Images, for suites. Default: {DEFAULT_BATCH}.")] = None,
     repeats: Annotated[
         int, typer.Option(min=3, help="Samples of which the median is taken, after 2 for warm-up.")
     ] = 15,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0, help="Begin no row after so many: files have the rows that were measured until then."),
+    ] = None,
     memory: Annotated[
         int, typer.Option(min=1, help="MiB that copies of the tensors may take, about. There are always 2 of each.")
     ] = 1024,
@@ -156,8 +173,10 @@ def main(
         density=density,
         percentile=percentile,
         dtype=dtype,
+        math=math,
         layout=layout,
         backend=backend,
+        device=device,
         threads=threads,
         batch=batch,
         repeats=repeats,
@@ -169,20 +188,25 @@ def main(
     typer.echo(f"{len(plan)} rows, {repeats} samples each", err=True)
     rows: list[results.Row] = []
     interrupted = False
+    end = inf if minutes is None else time.monotonic() + 60 * minutes
     with measuring() as environment:
         try:
-            environment |= peaks(plan) | {"rotated_bytes": plan.rotation.nbytes}
+            environment |= peaks(plan) | {"rotated_bytes": plan.rotation.nbytes} | plan.device.describe()
             with _progress() as progress:
                 task = progress.add_task("", total=len(plan))
                 for row in run(plan, environment["peak_gflops"], lambda what: progress.update(task, description=what)):
                     rows.append(row)
                     progress.advance(task)
+                    if time.monotonic() > end:
+                        break
         except KeyboardInterrupt:
             interrupted = True
     if rows:
         results.show(rows, Console())
     if interrupted:
         fail("interrupted: no file is written", status=130)
+    if len(rows) < len(plan):
+        warn(f"{len(plan) - len(rows)} of {len(plan)} rows were not measured: the {minutes:g} minutes were over")
     try:
         if json:
             results.write_json(json, environment, rows)
@@ -227,8 +251,10 @@ def _plan(
     density: list[str] | None,
     percentile: list[str],
     dtype: list[str],
+    math: list[str] | None,
     layout: list[str],
-    backend: list[str],
+    backend: list[str] | None,
+    device: str,
     threads: list[str] | None,
     batch: int | None,
     repeats: int,
@@ -247,6 +273,10 @@ def _plan(
                 raise typer.BadParameter("the file of --gradients has its own", param_hint=f"--{name}")
     if problem and batch is not None and not suite:
         raise typer.BadParameter("the batch of a problem is its n; accepted with --suite", param_hint="--batch")
+    measured = _checked("device", devices.named, device)
+    for name, value, wanted in (("threads", threads, "cpu"), ("math", math, "cuda")):
+        if value and device != wanted:
+            raise typer.BadParameter(f"{name}: accepted with --device {wanted}", param_hint=f"--{name}")
     if gradients is not None:
         layers = _checked("gradients", suites.captured, gradients)
     else:
@@ -255,8 +285,9 @@ def _plan(
         layers = [*chain(*_parse("suite", suite, lambda name: suites.load(name, batch or DEFAULT_BATCH))), *problems]
     if layer:
         layers = _checked("layer", suites.select, layers, _parse("layer", layer, str))
-    rotated = min(2 * (last_level_cache() or _UNKNOWN_CACHE), memory * 2**20 // _ROTATED)
+    rotated = min(2 * (measured.cache_bytes or _UNKNOWN_CACHE), memory * 2**20 // _ROTATED)
     plan = Plan(
+        device=measured,
         layers=layers,
         file=gradients,
         operations=list(chain(*_parse("op", op, operations.named))),
@@ -265,13 +296,19 @@ def _plan(
         percentiles=_parse("percentile", percentile, lambda text: check_percentile(_float("percentile", text))),
         dtypes=_parse("dtype", dtype, lambda text: _one_of("dtype", text, DTYPES)),
         layouts=_parse("layout", layout, lambda text: _one_of("layout", text, LAYOUTS)),
-        backends=_parse("backend", backend, str),
+        backends=_parse("backend", backend or [measured.type], str),
         threads=_parse("threads", threads or [str(torch.get_num_threads())], _threads),
+        maths=_parse("math", math or devices.MATHS[:1], lambda text: _one_of("math", text, devices.MATHS)),
         repeats=repeats,
         seed=seed,
         memory=memory,
         rotation=Rotation(rotated),
     )
+    for operation in plan.operations:
+        if measured.type not in operation.devices:
+            raise typer.BadParameter(
+                f"op: {operation.name} is accepted with --device {' or '.join(operation.devices)}", param_hint="--op"
+            )
     try:
         plan.check_backends()
     except (ValueError, RuntimeError) as error:

@@ -20,6 +20,9 @@ _KEY = ("suite", "layer", "problem", *SETTING[1:])
 _ENVIRONMENT = {
     "CPU": ("cpu", "name"),
     "instruction set": ("cpu", "isa", "in_use"),
+    "GPU": ("gpu", "name"),
+    "driver": ("gpu", "driver"),
+    "cuDNN": ("gpu", "cudnn"),
     "torch": ("torch",),
     "environment variables": ("variables",),
 }
@@ -144,20 +147,21 @@ def table(comparison: Comparison, path: Path) -> Table:
 
 
 def _key(row: Mapping[str, Any]) -> tuple:
-    """Records of earlier versions have no nominal density: theirs was the density."""
-    nominal = row["density"] if row["percentile"] is None else None
-    return tuple(row.get(name, nominal) if name == "nominal_density" else row[name] for name in _KEY)
+    """Records of earlier versions have no nominal density, theirs was the density, and no device, theirs was a CPU."""
+    missing = {"nominal_density": row["density"] if row["percentile"] is None else None, "device": "cpu", "math": None}
+    return tuple(row.get(name, missing[name]) if name in missing else row[name] for name in _KEY)
 
 
 def _setting(key: Sequence[Any]) -> tuple[str, ...]:
     """Operation, gradient and the rest of the setting, for the table."""
-    op, density, percentile, pattern, dtype, layout, backend, threads = key
+    op, density, percentile, pattern, dtype, layout, backend, device, math, threads = key
     gradient = [pattern]
     if density is not None:
         gradient.append(f"{density:g}")
     if percentile is not None:
         gradient.append(f"percentile {percentile:g}")
-    return op, " ".join(gradient), dtype, layout, backend, str(threads)
+    where = device if threads is None else str(threads)
+    return op, " ".join(gradient), " ".join(filter(None, (dtype, math))), layout, backend, where
 
 
 def _words(key: tuple) -> str:

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 
 import sparsebwd
 
+from .timing import Call, Sampler, sample_on_cpu
+
 # These change which code runs, on either side; a command that repeats a row has to set them.
 CODE_PATH_VARIABLES = ("SPARSEBWD_MAX_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 
@@ -52,44 +54,47 @@ def load() -> float | None:
 
 
 PRODUCT = 2048
-"""Rows and columns of the matrices whose product is timed for the peak."""
+"""Rows and columns of the matrices whose product is timed for the peak, on a CPU."""
 
 COPIED = 2**26
 """Bytes of the tensor that is copied for the bandwidth, or twice the last-level cache where that is more."""
 
+PRODUCT_CUDA, COPIED_CUDA = 8192, 2**30
+"""The same on a GPU."""
+
 _SAMPLES, _ENOUGH_SECONDS = 5, 1.0
 
 
-def peak_gflops(dtype: torch.dtype) -> float:
-    """GFLOP/s of the fastest dense product that PyTorch has here, with the present number of threads: of square
-    matrices, or a 3x3 convolution, which on some CPUs has a better library. The best of several calls."""
-    size = PRODUCT
-    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+def peak_gflops(dtype: torch.dtype, device: str = "cpu", sample: Sampler = sample_on_cpu) -> float:
+    """GFLOP/s of the fastest dense product that PyTorch has on this device as it is set now: of square matrices, or a
+    3x3 convolution, which on some CPUs has a better library. The best of several calls."""
+    size = PRODUCT if device == "cpu" else PRODUCT_CUDA
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     channels, pixels, images = size // 8, 28, 16
-    x = torch.randn(images, channels, pixels, pixels).to(dtype).to(memory_format=torch.channels_last)
-    w = torch.randn(channels, channels, 3, 3).to(dtype).to(memory_format=torch.channels_last)
+    x = torch.randn(images, channels, pixels, pixels, device=device).to(dtype).to(memory_format=torch.channels_last)
+    w = torch.randn(channels, channels, 3, 3, device=device).to(dtype).to(memory_format=torch.channels_last)
     return max(
-        2 * size**3 / _best_seconds(lambda: torch.mm(a, b)),
-        2 * images * pixels**2 * channels**2 * 9 / _best_seconds(lambda: F.conv2d(x, w, padding=1)),
+        2 * size**3 / _best_seconds(lambda: torch.mm(a, b), sample),
+        2 * images * pixels**2 * channels**2 * 9 / _best_seconds(lambda: F.conv2d(x, w, padding=1), sample),
     ) / 1e9  # fmt: skip
 
 
-def copy_gbs() -> float:
-    """Gigabytes read and written per second by copying a tensor that is too large for caches, with the present number
-    of threads. The best of several calls."""
-    source = torch.ones(max(2 * (last_level_cache() or 0), COPIED) // 4)
+def copy_gbs(device: str = "cpu", sample: Sampler = sample_on_cpu) -> float:
+    """Gigabytes read and written per second by copying a tensor that is too large for caches, on this device as it is
+    set now. The best of several calls."""
+    size = max(2 * (last_level_cache() or 0), COPIED) if device == "cpu" else COPIED_CUDA
+    source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / _best_seconds(lambda: target.copy_(source)) / 1e9
+    return 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), sample) / 1e9
 
 
-def _best_seconds(call: Callable[[], object]) -> float:
+def _best_seconds(function: Callable[[], object], sample: Sampler) -> float:
     """Of several calls after one for warm-up; of fewer where they take long."""
-    call()
+    call = Call(lambda _: function(), lambda: None)
+    sample(call)
     samples: list[float] = []
     while len(samples) < _SAMPLES and sum(samples) < _ENOUGH_SECONDS:
-        start = time.perf_counter()
-        call()
-        samples.append(time.perf_counter() - start)
+        samples.append(sample(call))
     return min(samples)
 
 

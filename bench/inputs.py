@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from sparsebwd import reference
 from sparsebwd.problem import ConvProblem
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 TAIL = 1.5
 """Standard deviation of the logarithm of the factor that gives heavy-tailed gradients their tail. The density after
@@ -33,6 +34,9 @@ SIGMA_ESTIMATOR = "corrected"
 KEY_SEED = 1
 KEY = torch.empty(2, dtype=torch.int64).random_(generator=torch.Generator().manual_seed(KEY_SEED))
 """Of the random numbers of pruning: what a generator with this seed draws."""
+
+key_on = cache(KEY.to)
+"""KEY on a device."""
 
 # Elements of gradients that are drawn at once, because what they are made of takes a multiple of the memory.
 _BLOCK = 2**23
@@ -65,26 +69,28 @@ class Gradient:
     percentile: float | None = None
 
     def copies(self, count: int, size: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-        """(count * N, K, P, Q). Copies of a random gradient are drawn anew, those of a captured one have its images in
-        another order, by rolling the batch."""
+        """(count * N, K, P, Q), on the device of the generator. Copies of a random gradient are drawn anew, those of a
+        captured one have its images in another order, by rolling the batch."""
         if self.captured is not None:
-            gradient = self.captured.to(dtype)
+            gradient = self.captured.to(generator.device, dtype)
             if self.percentile is not None:
-                gradient = reference.prune(gradient, KEY, self.percentile, SIGMA_ESTIMATOR).values
+                key = key_on(generator.device)
+                gradient = reference.prune(gradient, key, self.percentile, SIGMA_ESTIMATOR).values
             return torch.cat([gradient.roll(copy, 0) for copy in range(count)])
-        result = torch.empty((count * size[0], *size[1:]), dtype=dtype)
+        result = torch.empty((count * size[0], *size[1:]), dtype=dtype, device=generator.device)
         for block in result.split(max(1, _BLOCK // math.prod(size)) * size[0]):
             block.copy_(self._draw(tuple(block.shape), size[0], generator))
         return result
 
     def _draw(self, shape: tuple[int, ...], n: int, generator: torch.Generator) -> Tensor:
-        normal = torch.randn(shape, generator=generator)
+        drawn = {"generator": generator, "device": generator.device}
+        normal = torch.randn(shape, **drawn)
         if self.pattern == "heavy-tailed":
-            return normal * (TAIL * torch.randn(shape, generator=generator)).exp()
+            return normal * (TAIL * torch.randn(shape, **drawn)).exp()
         density = self.density
         if self.pattern == "skewed":
             density = skewed_densities(shape[0] // n, n, shape[1], density, generator).view(*shape[:2], 1, 1)
-        return normal * (torch.rand(shape, generator=generator) < density)
+        return normal * (torch.rand(shape, **drawn) < density)
 
 
 def skewed_densities(copies: int, n: int, k: int, density: float, generator: torch.Generator) -> Tensor:
@@ -94,12 +100,13 @@ def skewed_densities(copies: int, n: int, k: int, density: float, generator: tor
     SKEW, and a such that the mean is right.
     """
     if density in (0, 1):
-        return torch.full((copies, n, k), float(density))
+        return torch.full((copies, n, k), float(density), device=generator.device)
+    kind = {"dtype": torch.float64, "device": generator.device}
     images, channels = (
-        torch.randn(size, generator=generator, dtype=torch.float64) for size in ((copies, n, 1), (copies, 1, k))
+        torch.randn(size, generator=generator, **kind) for size in ((copies, n, 1), (copies, 1, k))
     )
     skew = SKEW * (images + channels)
-    low, high = (torch.full((copies, 1, 1), bound, dtype=torch.float64) for bound in (-50.0, 50.0))
+    low, high = (torch.full((copies, 1, 1), bound, **kind) for bound in (-50.0, 50.0))
     for _ in range(50):  # bisection: the mean grows with a
         middle = (low + high) / 2
         below = (skew + middle).sigmoid().mean((1, 2), keepdim=True) < density
@@ -118,6 +125,16 @@ class Rotation:
         return max(2, math.ceil(self.nbytes / nbytes))
 
 
+def pruned_at(gradient: Tensor, tau: Tensor) -> Tensor:
+    """What the reference makes of a gradient at the threshold ``tau``, with KEY, some images at a time."""
+    images = max(1, _BLOCK // max(1, gradient[0].numel()))
+    parts = [
+        reference.prune_at(part, key_on(gradient.device), tau, first=number * images)
+        for number, part in enumerate(gradient.split(images))
+    ]
+    return torch.cat(parts).contiguous(memory_format=reference.memory_format(gradient))
+
+
 class Inputs:
     """Operands of one problem, made when they are first asked for.
 
@@ -127,16 +144,24 @@ class Inputs:
         gradient: what ``grad_output`` is like. Input and weight are normal.
         rotation: how many copies.
         seed: of the random numbers.
+        device: of all tensors, as PyTorch names it.
     """
 
     def __init__(
-        self, problem: ConvProblem, dtype: torch.dtype, gradient: Gradient, rotation: Rotation, seed: int = 0
+        self,
+        problem: ConvProblem,
+        dtype: torch.dtype,
+        gradient: Gradient,
+        rotation: Rotation,
+        seed: int = 0,
+        device: str = "cpu",
     ) -> None:
         self.problem = problem
+        self.device = device
         self._dtype = dtype
         self._gradient = gradient
         self._rotation = rotation
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator(device).manual_seed(seed)
         self._copies: dict[tuple[str, str], Tensor] = {}
         self._memo: dict[object, object] = {}
 
@@ -144,9 +169,17 @@ class Inputs:
         """The first copy of each operand."""
         return Operands(*(self._all(name, layout)[0] for name in _OPERANDS))
 
-    def rotating(self, layout: str, used: tuple[str, ...]) -> Callable[[], Operands]:
-        """A function that returns the next copy of each operand in `used`, and the first one of the others."""
-        cycles = [itertools.cycle(self._all(name, layout)[: None if name in used else 1]) for name in _OPERANDS]
+    def rotating(self, layout: str, used: tuple[str, ...], from_middle: bool = False) -> Callable[[], Operands]:
+        """A function that returns the next copy of each operand in `used`, and the first one of the others.
+
+        from_middle: begin with the copy in the middle, far from those that another function returns meanwhile.
+        """
+
+        def cycle(name: str) -> Iterator[Tensor]:
+            copies = self._all(name, layout)[: None if name in used else 1]
+            return itertools.islice(itertools.cycle(copies), len(copies) // 2 if from_middle else 0, None)
+
+        cycles = [cycle(name) for name in _OPERANDS]
         return lambda: Operands(*(next(cycle) for cycle in cycles))
 
     def density(self, layout: str) -> float:
@@ -157,7 +190,7 @@ class Inputs:
     def pruned(self, layout: str, tau: Tensor) -> Tensor:
         """What the reference makes of the first ``grad_output`` at the threshold ``tau``, with KEY. It is slow."""
         gradient = self.first(layout).grad_output
-        return self.memo(("pruned", tau.item()), lambda: reference.prune_at(gradient, KEY, tau))
+        return self.memo(("pruned", tau.item()), lambda: pruned_at(gradient, tau))
 
     def memo(self, key: object, compute: Callable[[], object]) -> object:
         """What `compute` returned when it was first called for `key`."""
@@ -182,4 +215,5 @@ class Inputs:
         copies = self._rotation.copies(math.prod(size) * self._dtype.itemsize)
         if name == "grad_output":
             return self._gradient.copies(copies, size, self._dtype, self._generator)
-        return torch.randn(size, generator=self._generator).to(self._dtype).repeat(copies, 1, 1, 1)
+        drawn = torch.randn(size, generator=self._generator, device=self._generator.device)
+        return drawn.to(self._dtype).repeat(copies, 1, 1, 1)

@@ -3,29 +3,39 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-import sparsebwd
-from sparsebwd import grad, ops, reference  # noqa: F401  (ops defines torch.ops.sparsebwd)
+from sparsebwd import ops, reference  # noqa: F401  (ops defines torch.ops.sparsebwd)
 from sparsebwd.backends.dense import convolution_backward
 from sparsebwd.problem import ConvProblem
 from sparsebwd.testing import assert_bit_equal, assert_error_bounded
 
-from .inputs import KEY, KEY_SEED, LAYOUTS, SIGMA_ESTIMATOR, Gradient, Inputs, Operands
+from .inputs import KEY, LAYOUTS, SIGMA_ESTIMATOR, Gradient, Inputs, Operands, key_on, pruned_at
 from .results import COPY
 from .suites import Layer
 
 TORCH = "torch"
 """In place of a backend's name: plain PyTorch operations."""
 
-# Elements of the unfolded input that the reference makes at once, in float64.
-_UNFOLDED = 2**23
+_UNFOLDED = {"cpu": 2**23, "cuda": 2**26}
+"""Elements of the unfolded input that the reference makes at once, in float64."""
+
+
+class Errors(NamedTuple):
+    """Of a result and of dense PyTorch's, against float64: norm of the difference / norm. Where there are two results,
+    the larger of each. dense is None where there is nothing dense to compare with."""
+
+    result: float
+    dense: float | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ class Operation(ABC):
     prunes: whether it starts from a dense gradient and a percentile; else from zeros and a density.
     used: the operands whose values it reads.
     against: "dense", PyTorch's dense convolutions, or "copy".
-    backend: None where the choice is the user's.
+    backend: None where the choice is the user's. devices: those on which there is such a thing.
     """
 
     name: str
@@ -64,6 +74,7 @@ class Operation(ABC):
     used: tuple[str, ...] = ("grad_output",)
     against = "dense"
     backend: str | None = None
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     def applies(self, layer: Layer) -> bool:
         """Whether training computes it for this layer."""
@@ -82,9 +93,9 @@ class Operation(ABC):
         """What it is compared with."""
 
     @abstractmethod
-    def check(self, case: Case, inputs: Inputs) -> float | None:
-        """The error of what `candidate` computes, relative to the reference; None if there is nothing to compare with
-        but rules. Raises AssertionError if it is wrong."""
+    def check(self, case: Case, inputs: Inputs) -> Errors | None:
+        """The error of what `candidate` computes; None if there is nothing to compare with but rules. Raises
+        AssertionError if it is wrong."""
 
     def density(self, case: Case, inputs: Inputs) -> float:
         """That of the gradient which is consumed or, by pruning, made."""
@@ -125,23 +136,35 @@ class Pruning(Operation):
 class Prune(Pruning):
     description = "sigma, threshold and stochastic pruning of a dense gradient, against copying it"
 
-    def candidate(
-        self, case: Case, operands: Operands, generator: torch.Generator | None = None
-    ) -> reference.PrunedGradient:
-        return sparsebwd.prune_gradient(
-            operands.grad_output,
-            case.percentile,
-            generator,
-            sigma_estimator=SIGMA_ESTIMATOR,
-            backend=case.backend,
-        )
+    def candidate(self, case: Case, operands: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The key is there, as in a backward pass."""
+        return _prune(case, operands.grad_output)
 
-    def check(self, case: Case, inputs: Inputs) -> float:
+    def check(self, case: Case, inputs: Inputs) -> Errors:
         operands = inputs.first(case.layout)
-        pruned = self.candidate(case, operands, torch.Generator().manual_seed(KEY_SEED))
-        expected = inputs.pruned(case.layout, pruned.tau)
-        _check_pruned(case, operands.grad_output, pruned.values, pruned.tau, expected)
-        return 0.0
+        values, tau, *_ = self.candidate(case, operands)
+        _check_pruned(case, operands.grad_output, values, tau, inputs.pruned(case.layout, tau))
+        return Errors(0.0)
+
+
+class PrunePredicted(Pruning):
+    name = "prune-predicted"
+    description = "the same with the threshold predicted from earlier gradients, so that one pass is enough"
+
+    def candidate(self, case: Case, operands: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return _prune(case, operands.grad_output, _history(case, operands.grad_output.device))
+
+    def check(self, case: Case, inputs: Inputs) -> Errors:
+        operands = inputs.first(case.layout)
+        history = _history(case, operands.grad_output.device).zero_()
+        self.candidate(case, operands)
+        before = history.clone()
+        values, tau, *_ = self.candidate(case, operands)
+        _check_pruned(case, operands.grad_output, values, tau, inputs.pruned(case.layout, tau), before)
+        return Errors(0.0)
+
+    def elements(self, layer: Layer) -> int:
+        return 2 * _numel(layer.problem.output_size)
 
 
 class PruneWithTorch(Pruning):
@@ -169,6 +192,7 @@ class PruneAndList(Pruning):
     name = "prune+lists"
     description = "as prune, and the lists of non-zeros that AGB and WGC read, in one pass (backend cpu only)"
     backend = "cpu"
+    devices = ("cpu",)
 
     def candidate(self, case: Case, operands: Operands) -> tuple[Tensor, float, int]:
         """The pruned gradient, tau and the number of non-zeros. The lists stay inside."""
@@ -199,7 +223,7 @@ class PruneAndList(Pruning):
         )
         return pruned, tau, nonzeros
 
-    def check(self, case: Case, inputs: Inputs) -> float:
+    def check(self, case: Case, inputs: Inputs) -> Errors:
         """The lists themselves are checked where AGB and WGC are."""
         operands = inputs.first(case.layout)
         pruned, tau, nonzeros = self.candidate(case, operands)
@@ -207,7 +231,7 @@ class PruneAndList(Pruning):
         _check_pruned(case, operands.grad_output, pruned, tau, inputs.pruned(case.layout, tau))
         if nonzeros != torch.count_nonzero(pruned).item():
             raise AssertionError(f"lists: {nonzeros} non-zeros instead of {torch.count_nonzero(pruned).item()}")
-        return 0.0
+        return Errors(0.0)
 
 
 class Convolution(Operation):
@@ -231,40 +255,66 @@ class Convolution(Operation):
             self.outputs(case.layer),
         )
 
-    def checked(self, case: Case, inputs: Inputs) -> tuple[Operands, Tensor | None, Tensor | None]:
+    def candidate(self, case: Case, operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
+        """As the backward pass of a layer: grad_input, grad_weight and nothing, those that are not wanted empty."""
+        device = operands.grad_output.device
+        return torch.ops.sparsebwd.conv2d_backward(
+            *operands,
+            *_geometry(case.layer.problem),
+            key_on(device),
+            case.percentile if self.prunes else None,
+            case.layer.placement,
+            SIGMA_ESTIMATOR,
+            case.backend,
+            _layer_id(self, case),
+            (*self.outputs(case.layer), False),
+            self.history(case, device),
+        )
+
+    def history(self, case: Case, device: torch.device) -> Tensor | None:
+        """What the threshold is predicted from, if it is."""
+        return None
+
+    def results(self, case: Case, operands: Operands) -> tuple[Tensor, Tensor]:
+        """(grad_input, grad_weight) as they are timed."""
+        if case.backend == "auto":
+            for _ in range(_UNDECIDED):
+                self.candidate(case, operands)
+        return self.candidate(case, operands)[:2]
+
+    def checked(self, case: Case, inputs: Inputs) -> tuple[Operands, Tensor, Tensor]:
         """The operands as both convolutions get them, and (grad_input, grad_weight) as they return them."""
         operands = inputs.first(case.layout)
         return operands, *self.results(case, operands)
 
-    def check(self, case: Case, inputs: Inputs) -> float:
+    def check(self, case: Case, inputs: Inputs) -> Errors:
         """Every element is compared, some images at a time: the unfolded input of all would take gigabytes."""
         problem, wanted = case.layer.problem, self.outputs(case.layer)
         operands, grad_input, grad_weight = self.checked(case, inputs)
         dense = self.baseline(case, operands)
         errors = []
         if wanted[0]:
-            error = norm = 0.0
-            for part, images in _images(problem):
+            sums = torch.zeros(3, dtype=torch.float64)
+            for part, images in _images(problem, inputs.device):
                 expected = reference.conv2d_input(part, operands.weight, operands.grad_output[images])
                 assert_error_bounded(grad_input[images], expected, dense[0][images], "grad_input")
-                error += (grad_input[images] - expected).square().sum().item()
-                norm += expected.square().sum().item()
-            errors.append((error, norm))
+                sums += _squares(grad_input[images], dense[0][images], expected)
+            errors.append(sums)
         if wanted[1]:
 
             def compute() -> Tensor:
                 parts = (
                     reference.conv2d_weight(part, operands.input[images], operands.grad_output[images])
-                    for part, images in _images(problem)
+                    for part, images in _images(problem, inputs.device)
                 )
                 return sum(parts)
 
             # It does not depend on the number of threads, nor, where nothing is pruned, on anything but the inputs.
-            setting = (case.layout, case.backend, case.percentile) if self.prunes else None
+            setting = (self.name, case.layout, case.backend, case.percentile) if self.prunes else None
             expected = inputs.memo(("grad_weight", setting), compute)
             assert_error_bounded(grad_weight, expected, dense[1], "grad_weight")
-            errors.append(((grad_weight - expected).square().sum().item(), expected.square().sum().item()))
-        return max(math.sqrt(error / norm) if error else 0.0 for error, norm in errors)
+            errors.append(_squares(grad_weight, dense[1], expected))
+        return Errors(*(max(math.sqrt(sums[i] / sums[2]) if sums[i] else 0.0 for sums in errors) for i in range(2)))
 
     def flops(self, layer: Layer, density: float) -> int:
         return round(2 * layer.problem.macs * density) * sum(self.outputs(layer))
@@ -282,30 +332,12 @@ class Agb(Convolution):
     wanted = (True, False)
     used = ("grad_output", "weight")
 
-    def candidate(self, case: Case, operands: Operands) -> Tensor:
-        problem = case.layer.problem
-        return grad.conv2d_input(
-            problem.input_size, operands.weight, operands.grad_output, *_geometry(problem), backend=case.backend
-        )
-
-    def results(self, case: Case, operands: Operands) -> tuple[Tensor | None, Tensor | None]:
-        return self.candidate(case, operands), None
-
 
 class Wgc(Convolution):
     name = "wgc"
     description = "gradient of the weight from a gradient with zeros, list building included, against dense"
     wanted = (False, True)
     used = ("grad_output", "input")
-
-    def candidate(self, case: Case, operands: Operands) -> Tensor:
-        problem = case.layer.problem
-        return grad.conv2d_weight(
-            operands.input, problem.weight_size, operands.grad_output, *_geometry(problem), backend=case.backend
-        )
-
-    def results(self, case: Case, operands: Operands) -> tuple[Tensor | None, Tensor | None]:
-        return None, self.candidate(case, operands)
 
 
 class Backward(Convolution):
@@ -315,46 +347,44 @@ class Backward(Convolution):
     wanted = (True, True)
     used = ("grad_output", "input", "weight")
 
-    def candidate(self, case: Case, operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.sparsebwd.conv2d_backward(
-            operands.grad_output,
-            operands.input,
-            operands.weight,
-            *_geometry(case.layer.problem),
-            KEY,
-            case.percentile,
-            case.layer.placement,
-            SIGMA_ESTIMATOR,
-            case.backend,
-            0,
-            (*self.outputs(case.layer), False),
-        )
-
-    def results(self, case: Case, operands: Operands) -> tuple[Tensor | None, Tensor | None]:
-        return self.candidate(case, operands)[:2]
-
-    def checked(self, case: Case, inputs: Inputs) -> tuple[Operands, Tensor | None, Tensor | None]:
+    def checked(self, case: Case, inputs: Inputs) -> tuple[Operands, Tensor, Tensor]:
         operands = inputs.first(case.layout)
+        before = self.history(case, operands.grad_output.device)
+        if before is not None:
+            before.zero_()
+            self.candidate(case, operands)
+            # From now on this gradient's sigma is predicted whenever it comes.
+            before = before.clone()
         grad_input, grad_weight = self.results(case, operands)
 
         def prune(gradient: Tensor) -> tuple[Tensor, Tensor]:
-            values, tau, *_ = torch.ops.sparsebwd.prune(gradient, KEY, case.percentile, SIGMA_ESTIMATOR, case.backend)
+            values, tau, *_ = _prune(case, gradient, None if before is None else before.clone())
             return values, tau
 
         if case.layer.placement == "output":
             pruned, tau = prune(operands.grad_output)
-            _check_pruned(case, operands.grad_output, pruned, tau, inputs.pruned(case.layout, tau))
+            _check_pruned(case, operands.grad_output, pruned, tau, inputs.pruned(case.layout, tau), before)
             operands = operands._replace(grad_output=pruned)
         elif self.outputs(case.layer)[0]:
             unpruned, _ = self.results(replace(case, percentile=None), operands)
             pruned, tau = prune(unpruned)
-            _check_pruned(case, unpruned, pruned, tau, reference.prune_at(unpruned, KEY, tau))
+            _check_pruned(case, unpruned, pruned, tau, pruned_at(unpruned, tau), before)
             assert_bit_equal(grad_input, pruned, "pruned gradient of the input")
             grad_input = unpruned
         return operands, grad_input, grad_weight
 
 
-ALL: tuple[Operation, ...] = (Prune(), PruneWithTorch(), PruneAndList(), Agb(), Wgc(), Backward())
+class BackwardPredicted(Backward):
+    name = "backward-predicted"
+    description = "the same with the threshold predicted from earlier gradients"
+
+    def history(self, case: Case, device: torch.device) -> Tensor | None:
+        return _history(case, device)
+
+
+ALL: tuple[Operation, ...] = (
+    Prune(), PruneWithTorch(), PrunePredicted(), PruneAndList(), Agb(), Wgc(), Backward(), BackwardPredicted(),
+)  # fmt: skip
 
 NAMES = tuple(dict.fromkeys(operation.name for operation in ALL))
 
@@ -375,24 +405,57 @@ def _numel(size: tuple[int, ...]) -> int:
     return torch.Size(size).numel()
 
 
-def _images(problem: ConvProblem) -> Iterator[tuple[ConvProblem, slice]]:
+def _images(problem: ConvProblem, device: str) -> Iterator[tuple[ConvProblem, slice]]:
     """The batch in parts small enough for the reference: the problem of each part, and where it is."""
     unfolded = problem.c * problem.r * problem.s * problem.p * problem.q
-    size = max(1, _UNFOLDED // unfolded)
+    size = max(1, _UNFOLDED[device] // unfolded)
     for first in range(0, problem.n, size):
         last = min(first + size, problem.n)
         yield replace(problem, n=last - first), slice(first, last)
 
 
-def _threshold(case: Case, gradient: Tensor) -> Tensor:
+def _squares(result: Tensor, dense: Tensor, expected: Tensor) -> Tensor:
+    """Sums of squares: of the errors of `result` and of `dense`, and of what is expected."""
+    return torch.stack([(t - expected).square().sum() for t in (result, dense)] + [expected.square().sum()]).cpu()
+
+
+def _prune(
+    case: Case, gradient: Tensor, history: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    key = key_on(gradient.device)
+    return torch.ops.sparsebwd.prune(gradient, key, case.percentile, SIGMA_ESTIMATOR, case.backend, history)
+
+
+# Calls with the gradients of a layer after which a backend that is free to choose knows what to choose by.
+_UNDECIDED = 2
+
+_layer_ids = itertools.count(1)
+
+
+@lru_cache(maxsize=8)
+def _layer_id(operation: Operation, case: Case) -> int:
+    """One that nothing else has: what a backend remembers of a layer is that of this row."""
+    return -next(_layer_ids)
+
+
+@lru_cache(maxsize=8)
+def _history(case: Case, device: torch.device) -> Tensor:
+    """That of the layer, as :func:`sparsebwd.reference.predict` takes it."""
+    return torch.zeros(1 + reference.SIGMA_HISTORY, dtype=torch.int32, device=device)
+
+
+def _threshold(case: Case, gradient: Tensor, history: Tensor | None = None) -> Tensor:
     abs_sum = gradient.abs().sum(dtype=torch.float64)
-    return reference.threshold(abs_sum, gradient.numel(), case.percentile, SIGMA_ESTIMATOR, gradient.dtype)[1]
+    numel = gradient.numel()
+    return reference.threshold(abs_sum, numel, case.percentile, SIGMA_ESTIMATOR, gradient.dtype, history)[1]
 
 
-def _check_pruned(case: Case, gradient: Tensor, pruned: Tensor, tau: Tensor, expected: Tensor) -> None:
+def _check_pruned(
+    case: Case, gradient: Tensor, pruned: Tensor, tau: Tensor, expected: Tensor, history: Tensor | None = None
+) -> None:
     """Raise AssertionError unless tau is that of the reference up to the order of its sum, and the pruned gradient is
-    `expected` to the bit: that of the reference at tau."""
-    exact = _threshold(case, gradient).item()
+    `expected` to the bit: that of the reference at tau. history: as it was before, where tau was predicted from it."""
+    exact = _threshold(case, gradient, history).item()
     if abs(tau.item() - exact) > torch.finfo(gradient.dtype).eps * exact:
         raise AssertionError(f"tau: {tau.item()!r} instead of {exact!r}")
     assert_bit_equal(pruned, expected, "pruned gradient")

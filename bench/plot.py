@@ -18,8 +18,9 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from sparsebwd.data.files import atomic_write
 
 from .results import COPY, Row, break_even
+from .terminal import hardware
 
-_PANEL = ("op", "suite", "pattern", "dtype", "layout", "backend", "threads")
+_PANEL = ("op", "suite", "pattern", "dtype", "math", "layout", "backend", "device", "threads")
 """Rows that agree in these are in one panel."""
 
 # Of the numbers on the axes: as few as tell enough.
@@ -31,7 +32,8 @@ _PANEL_WIDTH, _PANEL_HEIGHT, _LEGEND_WIDTH, _COLUMNS = 5.0, 4.0, 2.6, 2
 
 
 def write(path: Path, environment: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    """Draw a panel for each operation (and suite, pattern, dtype, layout, backend, threads), in it a line for each layer.
+    """Draw a panel for each operation (and suite, pattern, dtype, math, layout, backend, device, threads), in it a line for each
+    layer.
 
     Break-even densities are crosses on the line of speed-up 1. The suffix names the format. Rows that were not timed, and those against a copy, are left out.
 
@@ -67,8 +69,7 @@ def write(path: Path, environment: Mapping[str, Any], rows: Sequence[Row]) -> No
         axis.tick_params(labelbottom=last)
     _limit(axes[0], rows)
     common = [_value(name, next(iter(panels))) for name in _PANEL[1:] if name not in varying]
-    cpu = environment["cpu"]
-    figure.suptitle(f"{cpu['name']}, {cpu['isa']['in_use']}\n{', '.join(filter(None, common))}", fontsize=11)
+    figure.suptitle(f"{hardware(environment)}\n{', '.join(filter(None, common))}", fontsize=11)
     handles = [Line2D([], [], **style, label=layer) for layer, style in styles.items()]
     if len(styles) > 1:
         handles.append(Line2D([], [], **_MEAN, label="geometric mean"))
@@ -145,4 +146,7 @@ def _ticks(*mantissas: float) -> list[float]:
 
 def _value(name: str, key: tuple) -> str:
     value = key[_PANEL.index(name)]
-    return f"{value} thread{'s' if value != 1 else ''}" if name == "threads" else str(value or "")
+    if name == "threads" and value is not None:
+        return f"{value} thread{'s' if value != 1 else ''}"
+    # That it is a CPU is said by the number of threads.
+    return "" if name == "device" and value == "cpu" else str(value or "")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -34,11 +34,13 @@ class Row:
     density: of the gradient that is consumed or, by pruning, made. nominal_density: its expectation as asked for; None
         where it follows from a percentile or from what was captured. percentile: None where nothing is pruned.
     pattern: of the gradient before pruning: "iid" or "skewed" zeros, "heavy-tailed", or "captured" in training.
-    threads: of PyTorch's pool.
+    device: "cpu" or "cuda". math: of float32 on a GPU, "strict" or "tf32"; else None. threads: of PyTorch's pool, on a
+        CPU; else None.
     sparse_ms, dense_ms: medians; dense_ms is the time of `baseline`: the faster of two layouts, or "copy".
     speedup: dense_ms / sparse_ms.
-    gflops: useful GFLOP/s of the candidate. of_peak: these / those of the fastest dense product, same dtype and threads.
-    rel_error: norm of the error against float64 / norm of the result.
+    gflops: useful GFLOP/s of the candidate. of_peak: these / those of the fastest dense product, same dtype, math and
+        threads.
+    rel_error: norm of the error against float64 / norm of the result. dense_rel_error: that of dense PyTorch.
     spread: interquartile range / median of the samples, the larger one of candidate and baseline.
     bytes: read or written at least; flops: useful ones.
     error: what is wrong with the result, in which case it was not timed.
@@ -57,13 +59,16 @@ class Row:
     dtype: str
     layout: str
     backend: str
-    threads: int
+    device: str
+    math: str | None
+    threads: int | None
     sparse_ms: float | None
     dense_ms: float | None
     speedup: float | None
     gflops: float | None
     of_peak: float | None
     rel_error: float | None
+    dense_rel_error: float | None
     spread: float | None
     baseline: str | None
     bytes: int
@@ -118,6 +123,8 @@ COLUMNS = (
     Column("dtype", lambda row: row.dtype, right=False, may_collapse=True),
     Column("layout", lambda row: row.layout, right=False, may_collapse=True),
     Column("backend", lambda row: row.backend, right=False, may_collapse=True),
+    Column("device", lambda row: row.device, right=False, may_collapse=True),
+    Column("math", lambda row: row.math or "-", right=False, may_collapse=True),
     Column("threads", _number("d", "threads"), may_collapse=True),
     Column("sparse ms", _number(".3f", "sparse_ms")),
     Column("dense ms", _number(".3f", "dense_ms")),
@@ -131,14 +138,14 @@ COLUMNS = (
 
 
 SETTING = (
-    "suite", "op", "nominal_density", "percentile", "pattern", "dtype", "layout", "backend", "threads",
+    "suite", "op", "nominal_density", "percentile", "pattern", "dtype", "layout", "backend", "device", "math", "threads",
 )  # fmt: skip
 """What the layers that are summed up have in common."""
 
 
 def summarize(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """For each operation and density or percentile (and suite, dtype, layout, backend, threads): the geometric mean of
-    the speed-ups, the dense total / the sparse total with each layer counted as often as it occurs, the worst layer.
+    """For each operation and density or percentile (and suite, dtype, layout, backend, device and so on): the geometric
+    mean of the speed-ups, the dense total / the sparse total with each layer counted as often as it occurs, the worst layer.
 
     Rows whose result is wrong are in none of them; `wrong` is how many there are.
     """
@@ -172,11 +179,13 @@ def _summary(group: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-BREAK_EVEN_SETTING = ("suite", "layer", "problem", "op", "pattern", "dtype", "layout", "backend", "threads")
+BREAK_EVEN_SETTING = (
+    "suite", "layer", "problem", "op", "pattern", "dtype", "layout", "backend", "device", "math", "threads",
+)  # fmt: skip
 
 
 def break_even(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """For each layer and operation (and pattern, dtype, layout, backend, threads) with several densities: up to which
+    """For each layer and operation (and pattern, dtype, layout, backend and so on) with several densities: up to which
     density sparse is faster than dense.
 
     `break_even` is the lowest density at which the speed-up falls below 1, by interpolation between the measured ones
@@ -211,7 +220,7 @@ def break_even_table(rows: Iterable[Row]) -> Table | None:
     found = break_even(rows)
     if not found:
         return None
-    names = ("op", "suite", "pattern", "dtype", "layout", "backend", "threads")
+    names = ("op", "suite", "pattern", "dtype", "math", "layout", "backend", "threads")
     varying = [name for name in names if name == "op" or len({entry[name] for entry in found}) > 1]
     cells: dict[str, dict[str, str]] = {}
     for entry in found:
@@ -225,12 +234,11 @@ def break_even_table(rows: Iterable[Row]) -> Table | None:
 
 def summary_line(summary: dict[str, Any]) -> str:
     """One line for people."""
-    threads = f"{summary['threads']} thread" + ("s" if summary["threads"] > 1 else "")
     gradient = f"density {_density(summary['density'], summary['nominal_density'])}"
     if summary["percentile"] is not None:
         gradient += f" (percentile {summary['percentile']:g})"
-    names = ("suite", "pattern", "dtype", "layout", "backend")
-    setting = ", ".join(part for part in (*(summary[name] for name in names), threads) if part)
+    names = ("suite", "pattern", "dtype", "math", "layout", "backend")
+    setting = ", ".join(part for part in (*(summary[name] for name in names), place(summary)) if part)
     wrong = f"{summary['wrong']} WRONG; " if summary["wrong"] else ""
     if not summary["layers"]:
         return f"{summary['op']} at {gradient} [{setting}]: {wrong}nothing was timed"
@@ -241,6 +249,12 @@ def summary_line(summary: dict[str, Any]) -> str:
     if summary["layers"] > 1:
         line += f" (geometric mean of {summary['layers']} layers), {total} in total, worst {worst} ({summary['worst_layer']})"
     return line
+
+
+def place(setting: Mapping[str, Any]) -> str:
+    """Where it ran: "2 threads", or the device that has none."""
+    threads = setting["threads"]
+    return setting["device"] if threads is None else f"{threads} thread" + ("s" if threads > 1 else "")
 
 
 # ---- terminal

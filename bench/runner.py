@@ -12,6 +12,7 @@ import torch
 
 from sparsebwd.backends import choose_backend
 
+from .devices import Device, Mode
 from .environment import command_line, copy_gbs, peak_gflops
 from .inputs import DTYPES, Inputs, Rotation
 from .operations import TORCH, Case, Operation
@@ -25,9 +26,11 @@ class Plan:
     """Everything that is to be measured: all combinations, each operation with densities or with percentiles.
 
     file: of captured gradients, None where all are random.
+    threads: of a CPU. maths: of a GPU, for float32.
     memory: MiB that the copies of the tensors may take, from which `rotation` follows.
     """
 
+    device: Device
     layers: Sequence[Layer]
     file: Path | None
     operations: Sequence[Operation]
@@ -38,19 +41,23 @@ class Plan:
     layouts: Sequence[str]
     backends: Sequence[str]
     threads: Sequence[int]
+    maths: Sequence[str]
     repeats: int
     seed: int
     memory: int
     rotation: Rotation
 
     def __len__(self) -> int:
-        return sum(len(self.threads) for _ in self.cases())
+        return sum(len(self.modes(dtype)) for _, dtype, _ in self.cases())
+
+    def modes(self, dtype: str) -> list[Mode]:
+        return self.device.modes(DTYPES[dtype], self.threads, self.maths)
 
     def check_backends(self) -> None:
         """Raise ValueError or RuntimeError if a backend is unknown or cannot run one of the cases."""
         for _, _, case in self.cases():
             if case.backend != TORCH:
-                choose_backend(case.backend, case.layer.problem, "cpu", case.dtype)
+                choose_backend(case.backend, case.layer.problem, self.device.type, case.dtype)
 
     def cases(self) -> Iterator[tuple[Operation, str, Case]]:
         """Operation, name of the dtype, case; those that share inputs are neighbours."""
@@ -60,6 +67,8 @@ class Plan:
                     for layout in self.layouts:
                         for operation in self.operations:
                             if operation.prunes != prunes or not operation.applies(layer):
+                                continue
+                            if self.device.type not in operation.devices:
                                 continue
                             backends = self.backends if operation.backend is None else (operation.backend,)
                             for backend in backends:
@@ -81,48 +90,46 @@ class Plan:
 
 
 def peaks(plan: Plan) -> dict[str, dict[str, float]]:
-    """What the machine can do, for the dtypes and numbers of threads of the plan, for the record of the environment:
-    "peak_gflops" by dtype and threads, "copy_gbs" by threads. Restores the number of threads."""
-    threads_before = torch.get_num_threads()
+    """What the machine can do, for the dtypes and modes of the plan, for the record of the environment: "peak_gflops"
+    by dtype and mode, "copy_gbs" by mode."""
     gflops: dict[str, dict[str, float]] = {dtype: {} for dtype in plan.dtypes}
     gbs: dict[str, float] = {}
-    try:
-        for threads in plan.threads:
-            torch.set_num_threads(threads)
-            gbs[str(threads)] = round(copy_gbs(), 1)
-            for dtype in plan.dtypes:
-                gflops[dtype][str(threads)] = round(peak_gflops(DTYPES[dtype]), 1)
-    finally:
-        torch.set_num_threads(threads_before)
+    with plan.device.restored():
+        for dtype in plan.dtypes:
+            for mode in plan.modes(dtype):
+                plan.device.set(mode)
+                of_device = plan.device.type, plan.device.sampler()
+                if mode.name not in gbs:
+                    gbs[mode.name] = round(copy_gbs(*of_device), 1)
+                gflops[dtype][mode.name] = round(peak_gflops(DTYPES[dtype], *of_device), 1)
     return {"peak_gflops": gflops, "copy_gbs": gbs}
 
 
 def run(plan: Plan, peak_gflops: dict[str, dict[str, float]], started: Callable[[str], None]) -> Iterator[Row]:
-    """Measure; `started` is told of each row before it is measured. Restores the number of threads.
+    """Measure; `started` is told of each row before it is measured. Restores what it sets of the device.
 
     peak_gflops: as `peaks` returns it.
     """
     inputs, inputs_of = None, None
-    threads_before = torch.get_num_threads()
-    try:
+    with plan.device.restored():
         for operation, dtype, case in plan.cases():
             gradient = case.gradient(operation)
             wanted = (case.layer, case.dtype, gradient)
             if wanted != inputs_of:
                 inputs = None  # frees the memory first
-                inputs = Inputs(case.layer.problem, case.dtype, gradient, plan.rotation, plan.seed)
+                inputs = Inputs(
+                    case.layer.problem, case.dtype, gradient, plan.rotation, plan.seed, plan.device.type
+                )
                 inputs_of = wanted
-            for threads in plan.threads:
+            for mode in plan.modes(dtype):
                 started(f"{case.layer.name} {operation.name}")
-                torch.set_num_threads(threads)
+                plan.device.set(mode)
                 with torch.no_grad():
-                    yield _measure(plan, operation, dtype, case, inputs, threads, peak_gflops[dtype][str(threads)])
-    finally:
-        torch.set_num_threads(threads_before)
+                    yield _measure(plan, operation, dtype, case, inputs, mode, peak_gflops[dtype][mode.name])
 
 
 def _measure(
-    plan: Plan, operation: Operation, dtype: str, case: Case, inputs: Inputs, threads: int, peak: float
+    plan: Plan, operation: Operation, dtype: str, case: Case, inputs: Inputs, mode: Mode, peak: float
 ) -> Row:
     density = operation.density(case, inputs)
     flops = operation.flops(case.layer, density)
@@ -140,22 +147,27 @@ def _measure(
         dtype=dtype,
         layout=case.layout,
         backend=case.backend,
-        threads=threads,
+        device=plan.device.type,
+        math=mode.math,
+        threads=mode.threads,
         bytes=operation.elements(case.layer) * case.dtype.itemsize,
         flops=flops,
-        command=_command(plan, operation, dtype, case, threads),
+        command=_command(plan, operation, dtype, case, mode),
     )
     try:
-        error = operation.check(case, inputs)
+        errors = operation.check(case, inputs)
     except AssertionError as wrong:
-        measured = ("sparse_ms", "dense_ms", "speedup", "gflops", "of_peak", "rel_error", "spread", "baseline")
+        measured = (
+            "sparse_ms", "dense_ms", "speedup", "gflops", "of_peak", "rel_error", "dense_rel_error", "spread", "baseline",
+        )  # fmt: skip
         return row(error=str(wrong), **dict.fromkeys(measured))
 
     calls = {"candidate": Call(partial(operation.candidate, case), inputs.rotating(case.layout, operation.used))}
     baselines = operation.baselines(case)
     for name, layout in baselines.items():
-        calls[name] = Call(partial(operation.baseline, case), inputs.rotating(layout, operation.used))
-    times = interleave(calls, plan.repeats)
+        following = inputs.rotating(layout, operation.used, from_middle=True)
+        calls[name] = Call(partial(operation.baseline, case), following)
+    times = interleave(calls, plan.repeats, sample=plan.device.sampler(case.backend))
     sparse, best = times["candidate"], min(baselines, key=lambda name: times[name].seconds)
     dense = times[best]
     gflops = flops / sparse.seconds / 1e9 if flops else None
@@ -165,14 +177,15 @@ def _measure(
         speedup=dense.seconds / sparse.seconds,
         gflops=gflops,
         of_peak=gflops / peak if flops else None,
-        rel_error=error,
+        rel_error=errors.result if errors else None,
+        dense_rel_error=errors.dense if errors else None,
         spread=max(sparse.spread, dense.spread),
         baseline=best,
         error=None,
     )
 
 
-def _command(plan: Plan, operation: Operation, dtype: str, case: Case, threads: int) -> str:
+def _command(plan: Plan, operation: Operation, dtype: str, case: Case, mode: Mode) -> str:
     layer = case.layer
     if layer.captured is not None:
         source = {"gradients": plan.file, "layer": layer.name}
@@ -181,6 +194,7 @@ def _command(plan: Plan, operation: Operation, dtype: str, case: Case, threads: 
     else:
         source = {"problem": layer.problem}
     options = {
+        "device": plan.device.type,
         **source,
         "op": operation.name,
         "pattern": case.pattern if case.density is not None else None,
@@ -189,7 +203,8 @@ def _command(plan: Plan, operation: Operation, dtype: str, case: Case, threads: 
         "dtype": dtype,
         "layout": case.layout,
         "backend": case.backend if operation.backend is None else plan.backends[0],
-        "threads": threads,
+        "math": mode.math,
+        "threads": mode.threads,
         "repeats": plan.repeats,
         "seed": plan.seed,
         "memory": plan.memory,

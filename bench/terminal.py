@@ -61,11 +61,19 @@ def measuring() -> Iterator[dict[str, Any]]:
 
 def machine(environment: dict[str, Any]) -> str:
     """The line above a table: what it was measured on."""
-    cpu = environment["cpu"]
+    gpu, cpu = environment.get("gpu"), environment["cpu"]
+    more = f"driver {gpu.get('driver')}, cuDNN {gpu['cudnn']}" if gpu else f"{cpu['cores']} cores"
     return (
-        f"{cpu['name']}, {cpu['cores']} cores, {cpu['isa']['in_use']}; torch {environment['torch']}, "
-        f"sparsebwd {environment['sparsebwd']}; {environment['time']}."
+        f"{hardware(environment)}; {more}; torch {environment['torch']}, sparsebwd {environment['sparsebwd']}; "
+        f"{environment['time']}."
     )
+
+
+def hardware(environment: dict[str, Any]) -> str:
+    """The GPU that was measured on, or else the CPU and the instruction set in use."""
+    if "gpu" in environment:
+        return environment["gpu"]["name"]
+    return f"{environment['cpu']['name']}, {environment['cpu']['isa']['in_use']}"
 
 
 @dataclass(frozen=True)

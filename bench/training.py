@@ -17,11 +17,12 @@ from sparsebwd import data, models
 from sparsebwd.backends import registered_backends
 from sparsebwd.nn import SparseConv2d
 from sparsebwd.train import TrainConfig, Trainer
+from sparsebwd.train.config import DTYPES
 from sparsebwd.train.report import Reporter
 from sparsebwd.train.world import World
 
 from .convolutions import Convolution, following
-from .inputs import DTYPES, LAYOUTS
+from .inputs import LAYOUTS
 
 _NEVER = 2**62
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsebwd.backends import available_backends, observers
-from sparsebwd.bench import cli, environment, terminal
+from sparsebwd.bench import environment, terminal
 
 hypothesis.settings.register_profile("sparsebwd", derandomize=True, deadline=None, database=None, max_examples=60)
 hypothesis.settings.load_profile("sparsebwd")
@@ -45,9 +45,8 @@ def stats():
 @pytest.fixture
 def small_bench(monkeypatch):
     """The benchmark with little memory, malloc as it is, and no long look at what the machine can do."""
-    monkeypatch.setattr(cli, "last_level_cache", lambda: 2**18)
     monkeypatch.setattr(terminal, "keep_freed_memory", lambda: "as is")
-    monkeypatch.setattr(environment, "last_level_cache", lambda: 2**14)
+    monkeypatch.setattr(environment, "last_level_cache", lambda: 2**17)
     monkeypatch.setattr(environment, "PRODUCT", 64)
     monkeypatch.setattr(environment, "COPIED", 2**14)
 

@@ -17,13 +17,16 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from sparsebwd import models, reference
+from sparsebwd import backends, models, reference
 from sparsebwd.backends import DenseBackend, available_backends, choose_backend
-from sparsebwd.bench import cli, gradients, operations, suites
+from sparsebwd.bench import cli, compare, devices, gradients, operations, suites, timing
+from sparsebwd.bench import inputs as inputs_module
 from sparsebwd.bench.gradients import Captured, GradientFile
-from sparsebwd.bench.inputs import KEY, SIGMA_ESTIMATOR, Gradient, Inputs, Rotation, skewed_densities
+from sparsebwd.bench.inputs import KEY, LAYOUTS, SIGMA_ESTIMATOR, Gradient, Inputs, Rotation, skewed_densities
+from sparsebwd.bench.results import Row
 from sparsebwd.bench.timing import Call, interleave
 from sparsebwd.problem import ConvProblem
+from sparsebwd.testing import assert_bit_equal
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBLEM = "n2c4h6w5k8r3s3u1p1d1g1"
@@ -192,6 +195,25 @@ def test_captured_gradients_rotate_with_their_images_in_another_order(generator)
     assert pruned.first("contiguous").grad_output.equal(expected)
 
 
+def test_copies_of_one_side_are_far_from_those_of_the_other():
+    inputs = Inputs(ConvProblem.parse(PROBLEM), torch.float32, Gradient("iid", 0.5), Rotation(10_000))
+    one, other = (inputs.rotating("contiguous", ("grad_output",), from_middle) for from_middle in (False, True))
+    pointers = [(one().grad_output.data_ptr(), other().grad_output.data_ptr()) for _ in range(6)]
+    assert len({pointer for pair in pointers for pointer in pair}) == 6
+    assert [second for _, second in pointers] == [first for first, _ in pointers[3:] + pointers[:3]]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_pruned_in_parts(monkeypatch, generator, layout):
+    gradient = torch.randn(5, 3, 4, 5, generator=generator).contiguous(memory_format=LAYOUTS[layout])
+    tau = torch.tensor(1.5)
+    whole = reference.prune_at(gradient, KEY, tau)
+    monkeypatch.setattr(inputs_module, "_BLOCK", 2 * 3 * 4 * 5)
+    parts = inputs_module.pruned_at(gradient, tau)
+    assert_bit_equal(parts, whole)
+    assert parts.stride() == whole.stride()
+
+
 def test_interleaving():
     order = []
 
@@ -204,7 +226,146 @@ def test_interleaving():
     assert all(seconds > 0 and spread >= 0 for seconds, spread in times.values())
 
 
+class FakeEvent:
+    """On the device of :func:`fake_cuda`."""
+
+    def __init__(self, clock: list[float]) -> None:
+        self._clock = clock
+
+    def record(self) -> None:
+        self.time = self._clock[0]
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return 1e3 * (end.time - self.time)
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """A clock in seconds, which stands for what has run on a device that spins 10^9 cycles a second, and the spins."""
+    clock, spins = [0.0], []
+
+    def sleep(cycles: int) -> None:
+        spins.append(cycles)
+        clock[0] += cycles / 1e9
+
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(clock))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep)
+    timing._spin_rate.cache_clear()
+    yield clock, spins
+    timing._spin_rate.cache_clear()
+
+
+def test_samples_of_a_gpu(fake_cuda):
+    """Short calls come in bursts; what one takes is the time between events, without that of the spinning before."""
+    clock, spins = fake_cuda
+    made = []
+
+    def call(seconds: float) -> Call:
+        def function(argument: int) -> None:
+            made.append(argument)
+            clock[0] += seconds
+
+        numbers = iter(range(1000))
+        return Call(function, lambda: next(numbers))
+
+    for seconds, burst in ((3e-3, 1), (45e-6, 5), (1e-6, 16)):
+        sample, timed = timing.sample_on_cuda(), call(seconds)
+        assert sample(timed) == pytest.approx(seconds)
+        made.clear()
+        spins.clear()
+        assert [sample(timed) for _ in range(3)] == pytest.approx([seconds] * 3)
+        assert made == list(range(made[0], made[0] + 3 * burst))  # each call gets the next argument
+        assert len(spins) == 3 and min(spins) > 0
+
+
+class CudaOnCpu(devices.Cuda):
+    """A GPU whose tensors and whose time are those of the CPU."""
+
+    type = "cpu"
+    cache_bytes = 2**17
+
+    def sampler(self, backend=None):
+        return timing.sample_on_cpu
+
+    def describe(self):
+        return {"gpu": {"name": "some GPU", "driver": "1.2", "cudnn": 9}}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setitem(devices.DEVICES, "cuda", CudaOnCpu())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
 # ---- whole runs
+
+
+def test_maths_of_a_gpu(tmp_path, gpu):
+    files = {kind: tmp_path / f"rows.{kind}" for kind in ("json", "markdown")}
+    seen = []
+
+    class Watched(DenseBackend):
+        name = "watched"
+
+        def conv2d_weight(self, *arguments):
+            seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+            assert torch.backends.cudnn.benchmark
+            return super().conv2d_weight(*arguments)
+
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
+    backends.register(Watched())
+    try:
+        result = CliRunner().invoke(cli.app, [
+            "--device", "cuda", "--problem", PROBLEM, "--op", "wgc", "--density", "0.5", "--dtype", "float32,bfloat16",
+            "--math", "strict,tf32", "--backend", "watched", "--repeats", "3",
+            *(str(part) for kind, path in files.items() for part in (f"--{kind}", path)),
+        ])  # fmt: skip
+    finally:
+        del backends.base._backends["watched"]
+        choose_backend.cache_clear()
+    assert result.exit_code == 0, result.output
+    assert list(dict.fromkeys(seen)) == [(False, False), (True, True)]
+    assert before == (
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark,
+    )  # fmt: skip
+    record = json.loads(files["json"].read_text())
+    assert [(row["dtype"], row["math"], row["threads"]) for row in record["rows"]] == [
+        ("float32", "strict", None), ("float32", "tf32", None), ("bfloat16", None, None),
+    ]  # fmt: skip
+    for row in record["rows"]:
+        assert row["rel_error"] > 0 and row["dense_rel_error"] > 0
+        assert shlex.split(row["command"]).count("--math") == (row["math"] is not None) and "--threads" not in row["command"]
+    peaks = record["environment"]["peak_gflops"]
+    assert (peaks["float32"].keys(), peaks["bfloat16"].keys()) == ({"strict", "tf32"}, {"default"})
+    assert record["environment"]["copy_gbs"].keys() == {"strict", "tf32", "default"}
+    assert len(record["summary"]) == 3
+    assert "some GPU; driver 1.2, cuDNN 9; torch" in files["markdown"].read_text()
+    assert "wgc at density 0.5 [iid, float32, tf32, channels_last, watched, cpu]" in result.output
+    (entry, _, _) = compare.compare(record, record["environment"], [Row(**row) for row in record["rows"]], 0.05).rows
+    assert entry.what[3:] == ("float32 strict", "channels_last", "watched", "cpu")
+
+
+def test_rows_that_the_minutes_do_not_allow(tmp_path):
+    path = tmp_path / "rows.json"
+    result = bench("--problem", PROBLEM, "--op", "agb,wgc", "--density", "0.5", "--backend", "dense", "--minutes", "0", "--json",
+                   path)  # fmt: skip
+    assert result.exit_code == 0
+    assert [row["op"] for row in rows_of(path)] == ["agb"]
+    assert "1 of 2 rows were not measured" in result.output
+
+
+@pytest.mark.parametrize("backend", [name for name in available_backends() if name != "reference"])
+def test_predicted_thresholds(tmp_path, backend):
+    path = tmp_path / "rows.json"
+    result = bench("--problem", PROBLEM, "--op", "prune-predicted,backward-predicted", "--backend", backend, "--json", path)
+    assert result.exit_code == 0, result.output
+    prune, backward = rows_of(path)
+    assert prune["baseline"] == "copy" and prune["rel_error"] == 0 and prune["bytes"] == 4 * 2 * 2 * 8 * 6 * 5
+    assert backward["percentile"] == 90 and 0 < backward["rel_error"] < 1e-5
 
 
 @pytest.mark.parametrize("backend", [name for name in available_backends() if name != "reference"])
@@ -402,13 +563,13 @@ def test_results_are_checked_in_parts(monkeypatch):
         suites.Layer(None, "", problem), torch.float32, "contiguous", "dense", "heavy-tailed", None, 90.0
     )
 
-    def check() -> float:
+    def check() -> operations.Errors:
         return backward.check(case, Inputs(problem, torch.float32, case.gradient(backward), Rotation(1)))
 
     whole = check()
-    monkeypatch.setattr(operations, "_UNFOLDED", 2 * 4 * 9 * 3 * 3)
-    assert [images.stop for _, images in operations._images(problem)] == [2, 4, 5]
-    assert check() == pytest.approx(whole)
+    monkeypatch.setitem(operations._UNFOLDED, "cpu", 2 * 4 * 9 * 3 * 3)
+    assert [images.stop for _, images in operations._images(problem, "cpu")] == [2, 4, 5]
+    assert check() == pytest.approx(whole) and whole.result == pytest.approx(whole.dense)
     original = DenseBackend.conv2d_input
 
     def wrong(self, *arguments):
@@ -421,7 +582,7 @@ def test_results_are_checked_in_parts(monkeypatch):
         check()
 
 
-@pytest.mark.parametrize("op", ["agb", "wgc", "backward", "prune"])
+@pytest.mark.parametrize("op", ["agb", "wgc", "backward", "prune", "prune-predicted"])
 def test_wrong_results_get_no_speedup(tmp_path, monkeypatch, op):
     def off_by_little(method):
         original = getattr(DenseBackend, method)
@@ -434,7 +595,7 @@ def test_wrong_results_get_no_speedup(tmp_path, monkeypatch, op):
 
         monkeypatch.setattr(DenseBackend, method, wrong)
 
-    off_by_little({"agb": "conv2d_input", "wgc": "conv2d_weight", "backward": "conv2d_weight", "prune": "prune"}[op])
+    off_by_little({"agb": "conv2d_input", "wgc": "conv2d_weight", "backward": "conv2d_weight"}.get(op, "prune"))
     path = tmp_path / "rows.json"
     result = bench("--problem", PROBLEM, "--op", op, "--density", "0.5", "--backend", "dense", "--json", path)
     assert result.exit_code == 1
@@ -493,7 +654,7 @@ def test_interrupted_runs_write_nothing(tmp_path, monkeypatch):
         (["--problem", "n1c2"], "got 'n1c2', which lacks h, w, k, r, s"),
         (["--problem", "n0c1h1w1k1r1s1"], "a batch of 0; accepted: at least 1"),
         (["--problem", PROBLEM, "--batch", "3"], "the batch of a problem is its n"),
-        (["--op", "agb,dgrad"], "op: got 'dgrad'; accepted: prune, prune+lists, agb, wgc, backward"),
+        (["--op", "agb,dgrad"], "op: got 'dgrad'; accepted: prune, prune-predicted, prune+lists, agb, wgc, backward"),
         (["--density", "1.5"], "density: got '1.5'; accepted: 0 <= density <= 1"),
         (["--density", "nan"], "density: got 'nan'"),
         (["--density", "half"], "density: got 'half'; accepted: a number"),
@@ -502,6 +663,8 @@ def test_interrupted_runs_write_nothing(tmp_path, monkeypatch):
         (["--layout", "nhwc"], "layout: got 'nhwc'; accepted: channels_last, contiguous"),
         (["--backend", "gpu"], "backend: got 'gpu'; accepted: 'auto', 'reference', 'dense', 'cpu'"),
         (["--threads", "0"], "threads: got '0'; accepted: integers from 1"),
+        (["--device", "tpu"], "device: got 'tpu'; accepted: cpu, cuda"),
+        (["--math", "tf32"], "math: accepted with --device cuda"),
         (["--repeats", "2"], "3"),
         (["--suite", "alexnet-cifar", "--json", "/dev/null/rows.json"], "/dev/null is not a folder to write to"),
     ],

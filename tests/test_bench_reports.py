@@ -29,6 +29,7 @@ def make_row(**changes) -> Row:
         "dtype": "float32",
         "layout": "contiguous",
         "backend": "cpu",
+        "device": "cpu",
         "threads": 2,
         "baseline": "contiguous",
     }
@@ -154,7 +155,8 @@ def test_rows_are_matched_by_everything_that_identifies_them():
     row = make_row()
     changes = {
         "suite": "t", "layer": "b", "problem": "n1c1h1w1k1r1s1", "op": "wgc", "nominal_density": 0.2, "percentile": 90.0,
-        "pattern": "skewed", "dtype": "bfloat16", "layout": "channels_last", "backend": "auto", "threads": 1,
+        "pattern": "skewed", "dtype": "bfloat16", "layout": "channels_last", "backend": "auto", "device": "cuda",
+        "math": "tf32", "threads": 1,
     }  # fmt: skip
     for name, value in changes.items():
         found = compare.compare(record_of([row]), MACHINE, [replace(row, **{name: value})], 0.05)
@@ -170,10 +172,11 @@ def test_rows_are_matched_by_everything_that_identifies_them():
     assert len(found.rows) == 1 and not found.only_old and not found.only_new
 
 
-def test_records_without_nominal_density_are_understood():
+def test_records_of_earlier_versions_are_understood():
     row = make_row()
     record = record_of([row])
-    del record["rows"][0]["nominal_density"]
+    for name in ("nominal_density", "device", "math", "dense_rel_error"):
+        del record["rows"][0][name]
     assert len(compare.compare(record, MACHINE, [row], 0.05).rows) == 1
 
 

@@ -69,10 +69,9 @@ __device__ Value grid_sum(const Partial* partials, Value Partial::*member) {
 
 // Rounded to the element type; 0 if it is not finite.
 template <class T>
-__device__ float threshold(float sigma, double quantile) {
-  const auto exact = static_cast<float>(static_cast<double>(sigma) * quantile);
-  const float tau = to_float(from_float<T>(exact));
-  return is_finite(tau) ? tau : 0.0f;
+__device__ T threshold(float sigma, double quantile) {
+  const T tau = from_float<T>(static_cast<float>(static_cast<double>(sigma) * quantile));
+  return is_finite(to_float(tau)) ? tau : T{};
 }
 
 // The mean of the recorded values of sigma, 0 if there is none.
@@ -136,7 +135,7 @@ __device__ __forceinline__ double sum_pass(const Arguments& a, uint32_t rows, Po
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       if (row + i >= rows) continue;
-      packs[i] = View::load(g, position, a.geometry);
+      packs[i] = View::load(g + View::offset(position, a.geometry), View::present(position, a.geometry), a.geometry);
       move(position, a.geometry.forward, a.geometry);
     }
 #pragma unroll
@@ -149,35 +148,36 @@ __device__ __forceinline__ double sum_pass(const Arguments& a, uint32_t rows, Po
 }
 
 struct Pruned {
-  double sum;         // of magnitudes before pruning, if wanted
+  double sum;         // of magnitudes before pruning, unless a pass before had it
   uint32_t nonzeros;  // after
 };
 
-// Prunes and writes, back to front. `position` moves from behind the last row to the first one; the
-// first `parked` rows are not read from g.
-template <class View>
+// Prunes and writes, back to front. `position` moves from behind the last row to the first one. After
+// the first pass, rows that it parked are not read again, else magnitudes are added up here.
+template <class View, bool AfterSum>
 __device__ __forceinline__ Pruned prune_pass(const Arguments& a, Rows rows, Position position,
-                                             Parking<typename View::Pack, kThreads> parking, uint32_t parked,
-                                             const PruneSpec& spec, bool wants_sum) {
+                                             Parking<typename View::Pack, kThreads> parking,
+                                             typename View::Element tau, const PruneSpec& spec) {
   using Pack = typename View::Pack;
   const auto* g = static_cast<const typename View::Storage*>(a.g);
   auto* out = static_cast<typename View::Storage*>(a.out);
-  const Pruner<typename View::Element> pruner(spec.tau);
+  const Pruner<typename View::Element> pruner(tau);
   Pruned result = {};
-  int64_t number = (rows.first + static_cast<int64_t>(rows.count) * kWarps) * kWarp + threadIdx.x % kWarp;
   for (uint32_t left = rows.count; left > 0;) {
     --left;
-    number -= kThreads;
     move(position, a.geometry.backward, a.geometry);
-    Pack pack = left < parked ? parking.get(left) : View::load(g, position, a.geometry);
-    if (wants_sum) add_magnitudes<typename View::Element>(result.sum, pack);
+    const int64_t offset = View::offset(position, a.geometry);
+    const int present = View::present(position, a.geometry);
+    const bool parked = left < a.parked;
+    Pack pack = AfterSum && parked ? parking.get(left) : View::load(g + offset, present, a.geometry);
+    if (!AfterSum) add_magnitudes<typename View::Element>(result.sum, pack);
     typename View::Random random;
     View::draw(spec, position, a.geometry, random);
     const uint32_t bits = pruner(pack, random);
     result.nonzeros += __popc(bits);
-    if (out) View::store(out, position, pack, a.geometry);
+    if (out) View::store(out + offset, present, pack, !parked, a.geometry);
     if constexpr (View::kHasBits)
-      if (a.nonzeros) View::store_bits(a.nonzeros, number, position, bits, a.geometry);
+      if (a.nonzeros) View::store_bits(a.nonzeros, position, bits, a.geometry);
   }
   return result;
 }
@@ -189,40 +189,39 @@ __global__ void __launch_bounds__(kThreads) prune_kernel(const Arguments a) {
   const Parking<typename View::Pack, kThreads> parking(dynamic_shared() + kSumBytes);
   Partial& partial = a.partials[blockIdx.x];
   int32_t* history = a.prunes ? a.pruning.sigma_history : nullptr;
-  const float predicted = history ? mean_of_history(history) : 0.0f;
-  const bool exact = a.prunes && !(predicted > 0.0f);
-  const bool adds_later = a.prunes && !exact;
+  float sigma = history ? mean_of_history(history) : 0.0f;
+  const bool exact = a.prunes && !(sigma > 0.0f);
 
   const int64_t start = rows.first + (exact ? 0 : static_cast<int64_t>(rows.count) * kWarps);
-  Position position =
-      position_of((start * kWarp + threadIdx.x % kWarp) * View::kStep, a.geometry);
-  float sigma = predicted;
+  Position position = position_of(start * kWarp + threadIdx.x % kWarp, View::kStep, a.geometry);
   if (exact) {
     const double sum = block_sum(sum_pass<View>(a, rows.count, position, parking));
     if (threadIdx.x == 0) partial.sum = sum;
     grid_sync();
     sigma = sigma_of(grid_sum(a.partials, &Partial::sum), a);
   }
+  Element tau = {};
   PruneSpec spec = {};
   if (a.prunes) {
-    const float tau = threshold<Element>(sigma, a.pruning.quantile);
-    spec = make_prune_spec(tau, a.pruning.key[0], a.pruning.key[1]);
+    tau = threshold<Element>(sigma, a.pruning.quantile);
+    spec = make_prune_spec(to_float(tau), a.pruning.key[0], a.pruning.key[1]);
   }
-  const Pruned pruned = prune_pass<View>(a, rows, position, parking, exact ? a.parked : 0, spec, adds_later);
+  const Pruned pruned = exact ? prune_pass<View, true>(a, rows, position, parking, tau, spec)
+                              : prune_pass<View, false>(a, rows, position, parking, tau, spec);
 
   const int64_t nonzeros = block_sum(static_cast<int64_t>(pruned.nonzeros));
   if (threadIdx.x == 0) partial.nonzeros = nonzeros;
-  if (adds_later) {
+  if (!exact) {
     const double sum = block_sum(pruned.sum);
     if (threadIdx.x == 0) partial.sum = sum;
   }
   grid_sync();
   if (blockIdx.x > 0) return;
-  if (adds_later) sigma = sigma_of(grid_sum(a.partials, &Partial::sum), a);
+  if (!exact) sigma = sigma_of(grid_sum(a.partials, &Partial::sum), a);
   const int64_t all = grid_sum(a.partials, &Partial::nonzeros);
   if (threadIdx.x > 0) return;
   a.stats[0] = spec.tau;
-  a.stats[1] = sigma;
+  a.stats[1] = a.prunes ? sigma : 0.0f;
   a.stats[2] = static_cast<float>(static_cast<double>(all) / a.count);
   if (history) record(history, sigma);
 }
@@ -231,18 +230,17 @@ __global__ void __launch_bounds__(kThreads) prune_kernel(const Arguments a) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Digits of the index `step`, and of what comes back from there.
-void set_step(Geometry& geometry, int64_t step) {
-  uint32_t borrow = 0;
+// The step by `index` places of the innermost loop and `packs` packs.
+Step step_of(const Geometry& geometry, int64_t index, int64_t packs) {
+  Step step = {};
   for (int i = 0; i < 3; ++i) {
-    const uint32_t radix = geometry.radix[i];
-    geometry.forward[i] = static_cast<uint32_t>(step % radix);
-    geometry.backward[i] = (2 * radix - geometry.forward[i] - borrow) % radix;
-    borrow = geometry.forward[i] + borrow > 0;
-    step /= radix;
+    const int64_t radix = geometry.radix[i], digit = (index % radix + radix) % radix;
+    step.delta[i] = static_cast<int32_t>(digit - radix + (i > 0));
+    index = (index - digit) / radix;
   }
-  geometry.forward[3] = static_cast<uint32_t>(step);
-  geometry.backward[3] = 0u - geometry.forward[3] - borrow;
+  step.delta[3] = static_cast<int32_t>(index + 1);
+  step.packs = packs;
+  return step;
 }
 
 // `elements`: of a pack, channels-last. `nonzeros`: whether packs are to be grouped by word.
@@ -254,7 +252,7 @@ Geometry geometry_of(const PruneShape& shape, int elements, bool nonzeros) {
   if (shape.channels_last) {
     packs = ceil_div(c, elements);
     if (nonzeros)
-      while (packs_of_word < std::min<int64_t>(packs, 32 / elements)) packs_of_word *= 2;
+      while (packs_of_word < std::min<int64_t>(packs, 32 / elements)) packs_of_word *= 2, ++geometry.log2_packs_of_word;
     const int64_t strides[] = {elements, c, shape.w * c, plane * c};
     std::copy_n(strides, 4, geometry.stride);
     radix[0] = ceil_div(packs, packs_of_word) * packs_of_word;
@@ -271,7 +269,8 @@ Geometry geometry_of(const PruneShape& shape, int elements, bool nonzeros) {
   geometry.channels = static_cast<uint32_t>(c);
   geometry.width = static_cast<uint32_t>(shape.w);
   geometry.packs = static_cast<uint32_t>(packs);
-  geometry.packs_of_word = static_cast<uint32_t>(packs_of_word);
+  geometry.dense = radix[0] == packs && elements * packs == c;
+  for (int i = 0; i < 3; ++i) geometry.shares_word[i] = (1 << i) < packs_of_word ? ~0u : 0u;
   return geometry;
 }
 
@@ -288,7 +287,8 @@ cudaError_t launch_view(const PruneCall& call, const Device& device, cudaStream_
   if (a.prunes) a.pruning = *call.pruning;
   a.count = static_cast<double>(std::max<int64_t>(shape.n * shape.c * shape.h * shape.w, 1));
   a.geometry = geometry_of(shape, 4 * View::kQuads, call.nonzeros != nullptr);
-  set_step(a.geometry, kThreads * View::kStep);
+  a.geometry.forward = step_of(a.geometry, kThreads * View::kStep, kThreads);
+  a.geometry.backward = step_of(a.geometry, -kThreads * View::kStep, -kThreads);
   int64_t quads = a.geometry.outer;
   for (const uint32_t radix : a.geometry.radix) quads *= radix;
   a.rows = ceil_div(quads / View::kStep, kWarp);
@@ -297,7 +297,7 @@ cudaError_t launch_view(const PruneCall& call, const Device& device, cudaStream_
   constexpr int64_t kRowBytes = kThreads * sizeof(typename View::Pack);  // of all warps
   const int64_t room = std::max<int64_t>(device.shared_per_block - static_cast<int64_t>(kSumBytes), 0) / kRowBytes;
   // A block has at most one row more than others, so a warp has at most that many.
-  a.parked = static_cast<uint32_t>(std::min(room, a.prunes ? ceil_div(ceil_div(a.rows, blocks), kWarps) : 0));
+  a.parked = static_cast<uint32_t>(std::min(room, ceil_div(ceil_div(a.rows, blocks), kWarps)));
   LaunchShape launch_shape;
   launch_shape.grid = dim3(static_cast<unsigned>(blocks));
   launch_shape.block = dim3(kThreads);

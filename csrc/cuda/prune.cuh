@@ -5,6 +5,8 @@
 
 #include <float.h>
 
+#include <type_traits>
+
 #include "element.cuh"
 #include "sparsebwd/prune.h"
 
@@ -12,33 +14,46 @@ namespace sparsebwd::cuda {
 
 // ---- positions
 
+// What is added to a position to get from row to row. `delta` makes the digits of the sum from those
+// of the position as move() does; `packs` is how many packs further that is.
+struct Step {
+  int32_t delta[4];
+  int64_t packs;
+};
+
 // Four nested loops over the quads of a tensor, innermost first: pack of channels, w, h, n
 // (channels-last) or w, h, quad of channels, n (contiguous). All sizes are below 2^31.
 struct Geometry {
-  uint32_t radix[3];                // iterations of the three inner loops
-  uint32_t outer;                   // and of the outermost
-  uint32_t forward[4], backward[4];  // digits of a step of kWarps rows, and of its complement
-  int64_t stride[4];                // in elements
-  int64_t plane;                    // h w
+  uint32_t radix[3];  // iterations of the three inner loops
+  uint32_t outer;     // and of the outermost
+  Step forward, backward;
+  int64_t stride[4];  // in elements, of a step of each loop
+  int64_t plane;      // h w
   uint32_t channels, width;
-  uint32_t packs;                   // of a pixel, channels-last; radix[0] may be more, for packs of a word
-  uint32_t packs_of_word;           // of nonzeros; a power of two
+  // Channels-last:
+  uint32_t packs;         // of a pixel; radix[0] may be more, so that no two pixels share a word of nonzeros
+  bool dense;             // it is not: packs follow each other in memory
+  uint32_t log2_packs_of_word;
+  uint32_t shares_word[3];  // all bits set: lanes 1, 2, 4 apart can have parts of one word; else 0
 };
 
 struct Position {
   uint32_t digit[4];
+  int64_t pack;  // its number
 };
 
-// One place further by `step`, which may go beyond the end.
-__device__ __forceinline__ void move(Position& position, const uint32_t (&step)[4], const Geometry& geometry) {
-  uint32_t carry = 0;
+// A digit plus that of the step less the radix is negative unless there is a carry; its sign, as a
+// mask, undoes the subtraction and is what the next digit lacks.
+__device__ __forceinline__ void move(Position& position, const Step& step, const Geometry& geometry) {
+  int32_t no_carry = 0;
 #pragma unroll
   for (int i = 0; i < 3; ++i) {
-    uint32_t digit = position.digit[i] + step[i] + carry;
-    carry = digit >= geometry.radix[i];
-    position.digit[i] = carry ? digit - geometry.radix[i] : digit;
+    const int32_t digit = static_cast<int32_t>(position.digit[i]) + step.delta[i] + no_carry;
+    no_carry = digit >> 31;
+    position.digit[i] = static_cast<uint32_t>(digit - no_carry * static_cast<int32_t>(geometry.radix[i]));
   }
-  position.digit[3] += step[3] + carry;
+  position.digit[3] += static_cast<uint32_t>(step.delta[3] + no_carry);
+  position.pack += step.packs;
 }
 
 // Divides by a divisor below 2^31; returns the remainder. 64-bit divisions take several times as
@@ -54,8 +69,11 @@ __device__ __forceinline__ uint32_t divide(int64_t& dividend, uint32_t divisor) 
   return low % divisor;
 }
 
-__device__ __forceinline__ Position position_of(int64_t index, const Geometry& geometry) {
+// `step`: what a pack counts in the innermost loop.
+__device__ __forceinline__ Position position_of(int64_t pack, int step, const Geometry& geometry) {
   Position position;
+  position.pack = pack;
+  int64_t index = pack * step;
 #pragma unroll
   for (int i = 0; i < 3; ++i) position.digit[i] = divide(index, geometry.radix[i]);
   position.digit[3] = static_cast<uint32_t>(index);
@@ -76,38 +94,27 @@ struct alignas(Count % 4 ? 4 * Count : 16) Words {
   uint32_t word[Count];
 };
 
-// Part number `index` of a pack seen as equal parts.
-template <int Count, int PartCount>
-__device__ __forceinline__ void set_part(Words<Count>& pack, int index, const Words<PartCount>& part) {
-#pragma unroll
-  for (int i = 0; i < PartCount; ++i) pack.word[index * PartCount + i] = part.word[i];
+// Part number `index` of a pack that is made of vectors, from memory.
+template <class Vector, int Count>
+__device__ __forceinline__ void load_part(Words<Count>& pack, int index, const void* memory) {
+  const Vector vector = *static_cast<const Vector*>(memory);
+  memcpy(pack.word + index * (sizeof(Vector) / 4), &vector, sizeof(Vector));
 }
 
-template <class Part, int Count>
-__device__ __forceinline__ Part get_part(const Words<Count>& pack, int index) {
-  Part part;
-  constexpr int kPartCount = sizeof(Part) / 4;
-#pragma unroll
-  for (int i = 0; i < kPartCount; ++i) part.word[i] = pack.word[index * kPartCount + i];
-  return part;
+// And to memory. What is streamed leaves the L2 cache before all else.
+template <class Vector, int Count>
+__device__ __forceinline__ void store_part(void* memory, const Words<Count>& pack, int index, bool streams) {
+  Vector vector;
+  memcpy(&vector, pack.word + index * (sizeof(Vector) / 4), sizeof(Vector));
+  if (streams) __stcs(static_cast<Vector*>(memory), vector);
+  else *static_cast<Vector*>(memory) = vector;
 }
-
-template <int Bytes>
-struct UnsignedOf;
-template <>
-struct UnsignedOf<2> {
-  using type = uint16_t;
-};
-template <>
-struct UnsignedOf<4> {
-  using type = uint32_t;
-};
 
 // Types of a layout whose packs have `Quads` quads of type T.
 template <class T, int Quads>
 struct PackOf {
   using Element = T;
-  using Storage = typename UnsignedOf<sizeof(T)>::type;  // bits of an element
+  using Storage = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;  // bits of an element
   static constexpr int kQuads = Quads;
   static constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
   using Pack = Words<4 * Quads / kPerWord>;  // elements in the order of memory
@@ -135,6 +142,10 @@ struct ChannelsLast : PackOf<T, Vectors ? 4 / static_cast<int>(sizeof(T)) : 1> {
   static constexpr int kStep = 1;  // what a pack counts in its first digit
   static constexpr bool kHasBits = true;
 
+  __device__ static __forceinline__ int64_t offset(const Position& position, const Geometry& geometry) {
+    return geometry.dense ? position.pack * kElements : offset_of(position, geometry);
+  }
+
   // How many of the pack's elements there are.
   __device__ static __forceinline__ int present(const Position& position, const Geometry& geometry) {
     const uint32_t pack = position.digit[0];
@@ -144,31 +155,25 @@ struct ChannelsLast : PackOf<T, Vectors ? 4 / static_cast<int>(sizeof(T)) : 1> {
     return left < 4 ? static_cast<int>(left) : 4;
   }
 
-  __device__ static __forceinline__ Pack load(const Storage* g, const Position& position,
-                                              const Geometry& geometry) {
+  __device__ static __forceinline__ Pack load(const Storage* g, int present, const Geometry&) {
     Pack pack = {};
-    const int elements = present(position, geometry);
-    g += offset_of(position, geometry);
     if constexpr (Vectors) {
-      if (elements) pack = *reinterpret_cast<const Pack*>(g);
+      if (present) load_part<uint4>(pack, 0, g);
     } else {
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        if (j < elements) Base::put(pack, j, g[j]);
+        if (j < present) Base::put(pack, j, g[j]);
     }
     return pack;
   }
 
-  __device__ static __forceinline__ void store(Storage* out, const Position& position, const Pack& pack,
-                                               const Geometry& geometry) {
-    const int elements = present(position, geometry);
-    out += offset_of(position, geometry);
+  __device__ static __forceinline__ void store(Storage* out, int present, const Pack& pack, bool streams, const Geometry&) {
     if constexpr (Vectors) {
-      if (elements) *reinterpret_cast<Pack*>(out) = pack;
+      if (present) store_part<uint4>(out, pack, 0, streams);
     } else {
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        if (j < elements) out[j] = Base::get(pack, j);
+        if (j < present) out[j] = Base::get(pack, j);
     }
   }
 
@@ -184,14 +189,14 @@ struct ChannelsLast : PackOf<T, Vectors ? 4 / static_cast<int>(sizeof(T)) : 1> {
   }
 
   // Adjacent lanes hold the packs of a word, whose number follows from that of the pack.
-  __device__ static __forceinline__ void store_bits(uint32_t* nonzeros, int64_t pack, const Position& position,
-                                                    uint32_t bits, const Geometry& geometry) {
-    const uint32_t packs = geometry.packs_of_word, place = static_cast<uint32_t>(pack) & (packs - 1);
+  __device__ static __forceinline__ void store_bits(uint32_t* nonzeros, const Position& position, uint32_t bits,
+                                                    const Geometry& geometry) {
+    const uint32_t place = static_cast<uint32_t>(position.pack) & ((1u << geometry.log2_packs_of_word) - 1);
     bits <<= place * kElements;
 #pragma unroll
-    for (uint32_t distance = 1; distance < 32 / kElements; distance *= 2)
-      if (distance < packs) bits |= __shfl_xor_sync(~0u, bits, distance);
-    if (place == 0 && position.digit[3] < geometry.outer) nonzeros[pack / packs] = bits;
+    for (int i = 0; kElements << i < 32; ++i) bits |= __shfl_xor_sync(~0u, bits, 1 << i) & geometry.shares_word[i];
+    if (place == 0 && position.digit[3] < geometry.outer)
+      nonzeros[position.pack >> geometry.log2_packs_of_word] = bits;
   }
 };
 
@@ -204,9 +209,13 @@ struct Contiguous : PackOf<T, Vectors ? 2 : 1> {
   using typename Base::Random;
   using typename Base::Storage;
   using Base::kQuads;
-  using Vector = Words<2 / Base::kPerWord>;
+  using Vector = std::conditional_t<sizeof(T) == 4, uint2, unsigned>;  // two pixels
   static constexpr int kStep = kQuads;
   static constexpr bool kHasBits = false;
+
+  __device__ static __forceinline__ int64_t offset(const Position& position, const Geometry& geometry) {
+    return offset_of(position, geometry);
+  }
 
   // How many of the pack's planes there are.
   __device__ static __forceinline__ int present(const Position& position, const Geometry& geometry) {
@@ -215,16 +224,13 @@ struct Contiguous : PackOf<T, Vectors ? 2 : 1> {
     return left < 4 ? static_cast<int>(left) : 4;
   }
 
-  __device__ static __forceinline__ Pack load(const Storage* g, const Position& position,
-                                              const Geometry& geometry) {
+  __device__ static __forceinline__ Pack load(const Storage* g, int present, const Geometry& geometry) {
     Pack pack = {};
-    const int planes = present(position, geometry);
-    g += offset_of(position, geometry);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      if (j < planes) {
+      if (j < present) {
         if constexpr (Vectors) {
-          set_part(pack, j, *reinterpret_cast<const Vector*>(g + j * geometry.plane));
+          load_part<Vector>(pack, j, g + j * geometry.plane);
         } else {
           Base::put(pack, j, g[j * geometry.plane]);
         }
@@ -233,15 +239,12 @@ struct Contiguous : PackOf<T, Vectors ? 2 : 1> {
     return pack;
   }
 
-  __device__ static __forceinline__ void store(Storage* out, const Position& position, const Pack& pack,
-                                               const Geometry& geometry) {
-    const int planes = present(position, geometry);
-    out += offset_of(position, geometry);
+  __device__ static __forceinline__ void store(Storage* out, int present, const Pack& pack, bool streams, const Geometry& geometry) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      if (j < planes) {
+      if (j < present) {
         if constexpr (Vectors) {
-          *reinterpret_cast<Vector*>(out + j * geometry.plane) = get_part<Vector>(pack, j);
+          store_part<Vector>(out + j * geometry.plane, pack, j, streams);
         } else {
           out[j * geometry.plane] = Base::get(pack, j);
         }
@@ -274,6 +277,10 @@ __device__ __forceinline__ float value_of(uint32_t word, int part) {
   else return to_float(T{static_cast<uint16_t>(word >> 16 * part)});
 }
 
+__device__ __forceinline__ uint32_t bits_of(float value) { return float_bits(value); }
+__device__ __forceinline__ uint32_t bits_of(BFloat16 value) { return value.bits; }
+__device__ __forceinline__ uint32_t bits_of(Float16 value) { return value.bits; }
+
 template <class T, int Count>
 __device__ __forceinline__ void add_magnitudes(double& sum, const Words<Count>& pack) {
 #pragma unroll
@@ -289,46 +296,44 @@ __device__ __forceinline__ bool is_finite(float value) { return fabsf(value) <= 
 // they are keep them, NaN included.
 template <class T>
 class Pruner {
+  // Elements of a word, and their signs.
+  static constexpr int kParts = 4 / static_cast<int>(sizeof(T));
+  static constexpr uint32_t kSigns = kParts == 1 ? 0x80000000u : 0x80008000u;
+
  public:
-  __device__ explicit Pruner(float tau)
-      : tau_(tau),
-        // Where nothing is pruned, what is below the limit is 0; it passes as well.
-        limit_(tau > 0.0f ? tau : float_of_bits(1)),
-        passing_(tau > 0.0f ? 0u : ~0u) {
-    if constexpr (sizeof(T) == 4) tau_bits_ = float_bits(tau);
-    else tau_bits_ = from_float<T>(tau).bits * 0x10001u;
-  }
+  __device__ explicit Pruner(T tau)
+      : tau_(to_float(tau)),
+        // Where nothing is pruned, what is below the limit is a zero; it stays as it is, too.
+        limit_(tau_ > 0.0f ? tau_ : float_of_bits(1)),
+        zeros_(tau_ > 0.0f ? 0u : ~0u),
+        tau_bits_(bits_of(tau) * (kParts == 1 ? 1u : 0x10001u)) {}
 
   // Returns which elements are not zero then, one bit each.
   template <int Count>
-  __device__ __forceinline__ uint32_t operator()(Words<Count>& pack,
-                                                 const uint32_t (&random)[Count * 4 / sizeof(T)]) const {
-    constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
-    constexpr uint32_t kSigns = kPerWord == 1 ? 0x80000000u : 0x80008000u;
+  __device__ __forceinline__ uint32_t operator()(Words<Count>& pack, const uint32_t (&random)[Count * kParts]) const {
     uint32_t nonzeros = 0;
 #pragma unroll
     for (int i = 0; i < Count; ++i) {
       const uint32_t word = pack.word[i];
-      const uint32_t survivor = (word & kSigns) | tau_bits_, dropped = word & passing_;
-      uint32_t parts[kPerWord];  // each right in its own bits
+      const uint32_t survivor = (word & kSigns) | tau_bits_, zero = word & zeros_;
+      uint32_t parts[kParts];  // right in their own bits
 #pragma unroll
-      for (int part = 0; part < kPerWord; ++part) {
-        const int element = i * kPerWord + part;
+      for (int part = 0; part < kParts; ++part) {
+        const int element = i * kParts + part;
         const float magnitude = fabsf(value_of<T>(word, part));
-        const bool below = magnitude < limit_;
-        const bool survives = magnitude > tau_ * uniform_of_word(random[element]);
-        parts[part] = !below ? word : survives ? survivor : dropped;
-        if (!below || survives) nonzeros |= 1u << element;
+        const bool stays = !(magnitude < limit_);
+        const bool remains = stays || magnitude > tau_ * uniform_of_word(random[element]);
+        parts[part] = stays ? word : remains ? survivor : zero;
+        if (remains) nonzeros |= 1u << element;
       }
-      if constexpr (kPerWord == 1) pack.word[i] = parts[0];
-      else pack.word[i] = (parts[0] & 0xFFFFu) | (parts[1] & 0xFFFF0000u);
+      pack.word[i] = kParts == 1 ? parts[0] : __byte_perm(parts[0], parts[kParts - 1], 0x7610);
     }
     return nonzeros;
   }
 
  private:
   float tau_, limit_;
-  uint32_t passing_, tau_bits_;
+  uint32_t zeros_, tau_bits_;
 };
 
 // ---- packs in shared memory: each thread has its own

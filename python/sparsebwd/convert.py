@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
-from .functional import PLACEMENTS, check_backend, check_percentile, check_sigma_estimator
+from .functional import PLACEMENTS, check_backend, check_percentile, check_sigma_estimator, check_threshold
 from .nn import SparseConv2d
 
 log = logging.getLogger("sparsebwd")
@@ -236,14 +236,14 @@ def _why_not(module: _ConvNd) -> str | None:
 
 
 def _become(module: nn.Module, other: nn.Module) -> None:
-    """Give ``module`` the class of ``other``, and exactly the attributes that ``other`` has.
+    """Give ``module`` the class of ``other``, and exactly the attributes and buffers that ``other`` has.
 
     It stays the same object: hooks, their handles, and references held anywhere remain valid.
     """
     state, wanted = vars(module), vars(other)
     for name in state.keys() - wanted.keys():
         del state[name]
-    for name in wanted.keys() - state.keys():
+    for name in (wanted.keys() - state.keys()) | {"_buffers", "_non_persistent_buffers_set"}:
         state[name] = wanted[name]
     module.__class__ = type(other)
 
@@ -276,6 +276,7 @@ def convert(
     placement: str = "auto",
     backend: str = "auto",
     sigma_estimator: str = "corrected",
+    threshold: str = "exact",
     *,
     exclude: str | Iterable[str] = (),
 ) -> nn.Module:
@@ -294,7 +295,7 @@ def convert(
             through the model as torch.fx traces it: where a rectifier or max-pooling comes first on every path, the
             output's gradient is sparse by itself, and the choice is "input"; otherwise "output". In parts that do not
             trace, the order in which modules are registered stands in.
-        backend, sigma_estimator: as in :class:`sparsebwd.SparseConv2d`.
+        backend, sigma_estimator, threshold: as in :class:`sparsebwd.SparseConv2d`.
         exclude: names of modules to leave as they are, with all below them, as in ``model.named_modules()``;
             ``fnmatch`` patterns such as "*.downsample*" are understood.
 
@@ -310,6 +311,7 @@ def convert(
         "percentile": check_percentile(percentile),
         "backend": check_backend(backend),
         "sigma_estimator": check_sigma_estimator(sigma_estimator),
+        "threshold": check_threshold(threshold),
     }
     if placement not in ("auto", *PLACEMENTS):
         accepted = ", ".join(repr(choice) for choice in ("auto", *PLACEMENTS))

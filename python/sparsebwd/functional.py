@@ -13,12 +13,13 @@ from torch import Tensor
 from . import ops
 from .backends import get_backend
 from .problem import as_int, as_pair
-from .reference import SIGMA_COEFFICIENT, PrunedGradient
+from .reference import SIGMA_COEFFICIENT, SIGMA_HISTORY, PrunedGradient
 
 __all__ = ["PrunedGradient", "prune_gradient", "sparse_conv2d"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PLACEMENTS = ("output", "input")
+THRESHOLDS = ("exact", "predicted")
 
 
 def check_percentile(percentile: float | None, or_none: bool = True) -> float | None:
@@ -42,6 +43,28 @@ def check_placement(placement: str) -> str:
 def check_sigma_estimator(sigma_estimator: str) -> str:
     """Return ``sigma_estimator``. Raises ValueError if it is not "corrected" or "as_printed"."""
     return _check_choice("sigma_estimator", sigma_estimator, tuple(SIGMA_COEFFICIENT))
+
+
+def check_threshold(threshold: str) -> str:
+    """Return ``threshold``. Raises ValueError if it is neither "exact" nor "predicted"."""
+    return _check_choice("threshold", threshold, THRESHOLDS)
+
+
+def check_sigma_history(sigma_history: Tensor | None, like: Tensor) -> None:
+    """Raise unless it is None, or a contiguous int32 tensor of the right size on the device of ``like``."""
+    if sigma_history is None:
+        return
+    accepted = f"accepted: None, or a contiguous int32 tensor of shape ({1 + SIGMA_HISTORY},) on {like.device}"
+    if not isinstance(sigma_history, Tensor):
+        raise TypeError(f"sigma_history: got {type(sigma_history).__name__}; {accepted}")
+    if sigma_history.dtype != torch.int32:
+        raise TypeError(f"sigma_history: got {sigma_history.dtype}; {accepted}")
+    if sigma_history.shape != (1 + SIGMA_HISTORY,) or not sigma_history.is_contiguous():
+        raise ValueError(
+            f"sigma_history: got shape {tuple(sigma_history.shape)}, strides {sigma_history.stride()}; {accepted}"
+        )
+    if sigma_history.device != like.device:
+        raise ValueError(f"sigma_history: got device {sigma_history.device}; {accepted}")
 
 
 def check_backend(backend: str) -> str:
@@ -103,6 +126,7 @@ def prune_gradient(
     *,
     sigma_estimator: str = "corrected",
     backend: str = "auto",
+    sigma_history: Tensor | None = None,
 ) -> PrunedGradient:
     """Prune an activation gradient stochastically and without bias: E[values] = grad.
 
@@ -116,10 +140,14 @@ def prune_gradient(
         generator: draws the key of the random numbers, by default PyTorch's own generator.
         sigma_estimator: "corrected", or "as_printed" for the biased estimate that the paper prints.
         backend: "auto" or the name of one.
+        sigma_history: None: sigma is that of ``grad``. Else int32[5] on the device of ``grad``, which
+            the caller keeps from call to call, to begin with ``torch.zeros(5, dtype=torch.int32)``:
+            the threshold is predicted from the values of sigma in it, and that of ``grad`` is
+            recorded in it, as described in docs/numerics, "Predicted threshold".
 
     Returns:
         (values, tau, sigma, density); see :class:`PrunedGradient`. If the sum of |grad| is not
-        finite, values is a copy of grad and tau is 0.
+        finite, and nothing was predicted, values is a copy of grad and tau is 0.
 
     Raises:
         TypeError: another type or dtype.
@@ -130,13 +158,16 @@ def prune_gradient(
     percentile = check_percentile(percentile, or_none=False)
     check_sigma_estimator(sigma_estimator)
     check_backend(backend)
+    check_sigma_history(sigma_history, grad)
     if not 2 <= grad.dim() <= 4:
         raise ValueError(f"grad: got shape {tuple(grad.shape)}; accepted: (N, C, H, W), (N, C, L) or (N, C)")
     shape = grad.shape
     if grad.dim() < 4:
         grad = grad.reshape(*shape[:2], 1, shape[2] if len(shape) == 3 else 1)
     key = _key(grad, None, prunes(percentile), generator)
-    values, tau, sigma, density = torch.ops.sparsebwd.prune(grad, key, percentile, sigma_estimator, backend)
+    values, tau, sigma, density = torch.ops.sparsebwd.prune(
+        grad, key, percentile, sigma_estimator, backend, sigma_history
+    )
     return PrunedGradient(values.reshape(shape), tau, sigma, density)
 
 
@@ -155,6 +186,7 @@ def sparse_conv2d(
     backend: str = "auto",
     generator: torch.Generator | None = None,
     layer_id: int = 0,
+    sigma_history: Tensor | None = None,
 ) -> Tensor:
     """:func:`torch.nn.functional.conv2d` whose backward pass prunes and skips zeros.
 
@@ -176,6 +208,7 @@ def sparse_conv2d(
         generator: draws the key of the random numbers, by default PyTorch's own generator. Not
             traceable by torch.compile.
         layer_id: reported to ``sparsebwd.backends.observers``.
+        sigma_history: as in :func:`prune_gradient`; read and written in the backward pass.
 
     Raises:
         TypeError: another type or dtype.
@@ -196,6 +229,7 @@ def sparse_conv2d(
         check_backend(backend),
         generator,
         layer_id,
+        sigma_history,
     )
 
 
@@ -213,9 +247,11 @@ def convolve(
     backend: str,
     generator: torch.Generator | None,
     layer_id: int,
+    sigma_history: Tensor | None,
 ) -> Tensor:
     """:func:`sparse_conv2d` with ``percentile``, ``placement``, ``sigma_estimator`` and ``backend`` checked before."""
     check_operands(input=input, weight=weight, **({} if bias is None else {"bias": bias}))
+    check_sigma_history(sigma_history, input)
     if input.dim() not in (3, 4):
         raise ValueError(f"input: got shape {tuple(input.shape)}; accepted: (N, C, H, W) or (C, H, W)")
     if weight.dim() != 4:
@@ -253,6 +289,7 @@ def convolve(
             sigma_estimator,
             backend,
             layer_id,
+            sigma_history,
         )
     else:
         output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)

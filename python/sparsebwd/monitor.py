@@ -122,8 +122,8 @@ class DensityMonitor:
 
         For each layer, in the order of the model, and in total:
             density: non-zeros / elements of the gradient that AGB and WGC consumed, over all steps.
-            sigma, tau: estimated standard deviation of the gradient that was pruned, and threshold; means over all
-                steps.
+            sigma, tau: estimated standard deviation of the gradient that was pruned, and the threshold used, which
+                does not belong to that sigma where it was predicted; means over all steps.
             seconds: host time in backward, summed.
             steps: number of backward passes; in total, that of the layer with the most.
             implementations: {name of what ran: number of backward passes}.

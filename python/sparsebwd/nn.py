@@ -16,9 +16,11 @@ from .functional import (
     check_percentile,
     check_placement,
     check_sigma_estimator,
+    check_threshold,
     convolve,
     prunes,
 )
+from .reference import SIGMA_HISTORY
 
 __all__ = ["SparseConv2d"]
 
@@ -51,10 +53,16 @@ class SparseConv2d(nn.Conv2d):
         placement: "output" (Conv-BN-ReLU) or "input" (Conv-ReLU): which gradient is pruned.
         backend: "auto" or the name of one.
         sigma_estimator: "corrected", or "as_printed" for the biased estimate that the paper prints.
+        threshold: "exact": that of the very gradient which is pruned; or "predicted" from the last
+            few gradients of this layer, so that a GPU reads the gradient only once.
 
-    All four may be set later. Raises TypeError or ValueError naming the one that is wrong, both
+    All five may be set later. Raises TypeError or ValueError naming the one that is wrong, both
     times, and RuntimeError for a backend that is only planned; RuntimeError in forward if the
     backend asked for cannot run.
+
+    What the threshold is predicted from is in the buffer ``sigma_history``, int32[5], which a layer
+    has only if its threshold is "predicted". It is not in the state_dict. Setting ``threshold``
+    begins a new one, as is advisable after ``placement`` or ``sigma_estimator`` have changed.
 
     ``layer_id`` is an int unique in the process, fresh for copies, as reported to
     ``sparsebwd.backends.observers``. For torch.compile it is a constant, so that code compiled for
@@ -73,16 +81,20 @@ class SparseConv2d(nn.Conv2d):
         placement: str = "output",
         backend: str = "auto",
         sigma_estimator: str = "corrected",
+        threshold: str = "exact",
         **kwargs,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._configure(percentile, placement, backend, sigma_estimator)
+        self._configure(percentile, placement, backend, sigma_estimator, threshold)
 
-    def _configure(self, percentile: float | None, placement: str, backend: str, sigma_estimator: str) -> None:
+    def _configure(
+        self, percentile: float | None, placement: str, backend: str, sigma_estimator: str, threshold: str
+    ) -> None:
         self.percentile = percentile
         self.placement = placement
         self.backend = backend
         self.sigma_estimator = sigma_estimator
+        self.threshold = threshold
         self.layer_id = next(_layer_ids)
 
     @classmethod
@@ -93,6 +105,7 @@ class SparseConv2d(nn.Conv2d):
         placement: str = "output",
         backend: str = "auto",
         sigma_estimator: str = "corrected",
+        threshold: str = "exact",
     ) -> SparseConv2d:
         """A layer that shares the parameters of ``conv`` (the same Parameter objects), with its
         settings, hooks and training flag.
@@ -102,7 +115,7 @@ class SparseConv2d(nn.Conv2d):
         if type(conv) not in (nn.Conv2d, cls):
             raise TypeError(f"conv: got {type(conv).__name__}; accepted: torch.nn.Conv2d")
         layer = _share(conv, cls)
-        layer._configure(percentile, placement, backend, sigma_estimator)
+        layer._configure(percentile, placement, backend, sigma_estimator, threshold)
         return layer
 
     def to_conv2d(self) -> nn.Conv2d:
@@ -110,7 +123,28 @@ class SparseConv2d(nn.Conv2d):
         conv = _share(self, nn.Conv2d)
         for name in ("_percentile", "_placement", "_backend", "_sigma_estimator", "layer_id"):
             del conv.__dict__[name]
+        if self.threshold == "predicted":
+            del conv.sigma_history
         return conv
+
+    @property
+    def threshold(self) -> str:
+        """"exact" or "predicted"."""
+        return "exact" if self._buffers.get("sigma_history") is None else "predicted"
+
+    @threshold.setter
+    def threshold(self, value: str) -> None:
+        check_threshold(value)
+        if "sigma_history" in self._buffers:
+            del self.sigma_history
+        if value == "predicted":
+            history = torch.zeros(1 + SIGMA_HISTORY, dtype=torch.int32, device=self.weight.device)
+            self.register_buffer("sigma_history", history, persistent=False)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if "sigma_history" in self._buffers:
+            self.sigma_history.zero_()
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self.training:
@@ -137,12 +171,16 @@ class SparseConv2d(nn.Conv2d):
             self._backend,
             None,
             self.layer_id,
+            self._buffers.get("sigma_history"),
         )
 
     def __setstate__(self, state: dict) -> None:
         # Called for copies and when unpickling.
         super().__setstate__(state)
         self.layer_id = next(_layer_ids)
+        # A shallow copy may have another threshold.
+        for name in ("_buffers", "_non_persistent_buffers_set"):
+            self.__dict__[name] = copy.copy(self.__dict__[name])
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, percentile={self.percentile}, placement={self.placement}"
@@ -150,6 +188,8 @@ class SparseConv2d(nn.Conv2d):
             text += f", backend={self.backend}"
         if self.sigma_estimator != "corrected":
             text += f", sigma_estimator={self.sigma_estimator}"
+        if self.threshold != "exact":
+            text += f", threshold={self.threshold}"
         return text
 
 

@@ -22,7 +22,7 @@ from .reference import density, memory_format
 _GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
 _PRUNING = "Tensor key, float? percentile, str placement, str sigma_estimator, str backend, int layer_id"
 
-# Read and written when a gradient is pruned, so the forward operator has it without the "!".
+# What reference.predict takes. The forward operator only hands it on, and has it without the "!".
 _HISTORY = "Tensor(a!)? sigma_history=None"
 
 _library = torch.library.Library("sparsebwd", "DEF")
@@ -39,6 +39,12 @@ def _problem(
     groups: int,
 ) -> ConvProblem:
     return problem_of(tuple(input_size), tuple(weight_size), tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+def _unversioned(sigma_history: Tensor | None) -> Tensor | None:
+    """The same memory, whose changes autograd does not see. It would call what compiled code saved for backward
+    outdated where a layer is used twice before backward; any contents will do."""
+    return None if sigma_history is None else sigma_history.data
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -165,7 +171,7 @@ def _prune(
     sigma_history: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     chosen = choose_backend(backend, None, grad.device.type, grad.dtype)
-    values, tau, sigma, density = chosen.prune(_dense(grad), key, percentile, sigma_estimator, sigma_history)
+    values, tau, sigma, density = chosen.prune(_dense(grad), key, percentile, sigma_estimator, _unversioned(sigma_history))
     return values.contiguous(memory_format=memory_format(grad)), tau, sigma, density
 
 
@@ -297,7 +303,7 @@ def _conv2d_backward(
             sigma_estimator,
             placement,
             output_mask[:2],
-            sigma_history=sigma_history,
+            sigma_history=_unversioned(sigma_history),
             layer_id=layer_id,
         )
         seconds = time.perf_counter() - start
@@ -425,7 +431,7 @@ def _setup_context(
     ctx.geometry = (stride, padding, dilation, groups)
     ctx.pruning = (percentile, placement, sigma_estimator, backend, layer_id)
     ctx.save_for_backward(input, weight, key)
-    # Not saved: a later use of the same layer may change it before this backward pass, which is all right.
+    # Not saved, as a tensor that is saved must not change.
     ctx.sigma_history = sigma_history
 
 

@@ -97,6 +97,8 @@ def _prepare(config: TrainConfig, folder: Path, options: argparse.Namespace, wor
     trainer = Trainer(config, images, folder, world, reporter)
     about = trainer.data.description
     pruning = "no pruning" if config.percentile is None else f"percentile {config.percentile:g}"
+    if config.percentile is not None and config.threshold != "exact":
+        pruning += f" with {config.threshold} thresholds"
     reporter.say(
         f"{config.model} ({trainer.parameters / 1e6:.2f} million parameters), {pruning}"
         f"{', and its dense twin' if config.compare else ''}, on {world.device.type}"
@@ -153,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     value("percentile", "P", "in [50, 100), or none: skip exact zeros only", _percentile)
     value("placement", "WHERE", "prune the gradient of the output (Conv-BN-ReLU), of the input (Conv-ReLU), or auto")
     value("sigma_estimator", "NAME", "corrected, or as_printed in the paper")
+    value("threshold", "NAME", "exact, or predicted from the gradients of the last few steps")
     value("backend", "NAME", ", ".join(("auto", *registered_backends())))
 
     group = parser.add_argument_group("optimisation")

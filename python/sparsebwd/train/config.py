@@ -12,7 +12,7 @@ import torch
 
 from .. import data, models
 from ..backends import get_backend
-from ..functional import check_backend, check_percentile, check_placement, check_sigma_estimator
+from ..functional import check_backend, check_percentile, check_placement, check_sigma_estimator, check_threshold
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SCHEDULES = ("step", "cosine")
@@ -28,7 +28,7 @@ class TrainConfig:
     """All options of a run.
 
     percentile: in [50, 100), or None: nothing is pruned, only exact zeros are skipped.
-    placement: "auto", "output" or "input"; backend, sigma_estimator: see `sparsebwd.convert`.
+    placement: "auto", "output" or "input"; backend, sigma_estimator, threshold: see `sparsebwd.convert`.
     compare: train the dense twin too, from the same weights, on the same batches, in turns.
     batch_size: images per step, over all processes.
     learning_rate: None takes the paper's, 0.05 for AlexNet and 0.1 for the others.
@@ -51,6 +51,7 @@ class TrainConfig:
     percentile: float | None = 90.0
     placement: str = "auto"
     sigma_estimator: str = "corrected"
+    threshold: str = "exact"
     backend: str = "auto"
     compare: bool = False
     epochs: int = 300
@@ -85,6 +86,7 @@ class TrainConfig:
         _among("device", self.device, ("auto", "cpu", "cuda"))
         check_percentile(self.percentile)
         check_sigma_estimator(self.sigma_estimator)
+        check_threshold(self.threshold)
         check_backend(self.backend)
         if self.backend != "auto" and (reason := get_backend(self.backend).available()):
             raise RuntimeError(f"backend: {self.backend!r} cannot run: {reason}")

@@ -121,6 +121,8 @@ class Trainer:
         for twin in self.twins:
             saved = state["twins"][twin.name]
             twin.model.load_state_dict(saved["model"])
+            for name, history in saved.get("sigma_histories", {}).items():
+                twin.model.get_buffer(name).copy_(history)
             twin.optimizer.load_state_dict(saved["optimizer"])
             twin.tally = EpochTally(**saved["tally"])
         self._step, self._history = state["step"], state["history"]
@@ -200,6 +202,7 @@ class Trainer:
                 placement=config.placement,
                 backend=config.backend,
                 sigma_estimator=config.sigma_estimator,
+                threshold=config.threshold,
             )
         for warning in caught:
             self.reporter.warn(str(warning.message))
@@ -301,6 +304,9 @@ class Trainer:
         twins = {
             twin.name: {
                 "model": twin.model.state_dict(),
+                "sigma_histories": {
+                    name: buffer for name, buffer in twin.model.named_buffers() if name.endswith("sigma_history")
+                },
                 "optimizer": twin.optimizer.state_dict(),
                 "tally": asdict(twin.tally),
             }

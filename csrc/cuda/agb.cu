@@ -49,7 +49,7 @@ struct Plan {
   int64_t steps;     // of all strips
   int warp_steps;    // of a warp, at most
   int tile_blocks;   // blocks for a tile of channels
-  bool in_step;      // the warps of a block start each row together
+  int alone;         // the warps of a block wait for each other at turns that have none of these bits
 };
 
 // Weights are packed as float32 [tile of channels][k][...]: the kWeights of each lane, tap by tap, four
@@ -146,24 +146,24 @@ agb_kernel(Plan plan, const typename F::T* __restrict__ grad_output,
   const int tile = blockIdx.x / plan.tile_blocks;
   packed += int64_t(tile) * plan.k * F::kPack;
   const int64_t part = int64_t(blockIdx.x % plan.tile_blocks) * kWarps + threadIdx.x / 32;
-  int64_t step = part * plan.warp_steps;
-  const int64_t last_step = min(step + plan.warp_steps, plan.steps);
+  const int64_t first_step = part * plan.warp_steps;
+  int left = static_cast<int>(max(min(int64_t(plan.warp_steps), plan.steps - first_step), int64_t(0)));
+  int strip = static_cast<int>(first_step / plan.strip_steps);
+  int first_p = static_cast<int>(first_step % plan.strip_steps);
 
   typename F::Sums sums;
-  int p = 0, first_p = 0, last_p = 0;  // row of gradients; those that complete rows of this warp
-  int pixel = -1, to = -1;             // lane = gradient pixel, lane = column: in row 0, or -1
+  int p = 0, last_p = 0;    // row of gradients; those from first_p to last_p - 1 complete rows
+  int pixel = -1, to = -1;  // lane = gradient pixel, lane = column: in row 0, or -1
   for (int turn = 0; turn < plan.warp_steps + F::kLead; ++turn) {
-    if (plan.in_step) __syncthreads();
-    if (step >= last_step) continue;
+    if ((turn & plan.alone) == 0) __syncthreads();
+    if (left == 0) continue;
     if (p == last_p) {  // a new strip
-      const int64_t strip = step / plan.strip_steps;
-      first_p = static_cast<int>(step - strip * plan.strip_steps);
-      last_p = static_cast<int>(min(int64_t(plan.strip_steps), first_p + last_step - step));
+      last_p = min(plan.strip_steps, first_p + left);
       p = max(first_p - F::kLead, 0);
-      const int column = static_cast<int>(strip) * F::kColumns + lane;
+      const int column = strip * F::kColumns + lane;
       int n = column / plan.image_columns, at = column - n * plan.image_columns;
       to = lane < F::kColumns && n < plan.n && at < plan.w ? n * plan.h * plan.w + at : -1;
-      const int seen = static_cast<int>(strip) * (F::kColumns / F::kStride) + lane - F::kBefore;
+      const int seen = strip * (F::kColumns / F::kStride) + lane - F::kBefore;
       n = seen < 0 ? 0 : seen / plan.image_pixels, at = seen - n * plan.image_pixels;
       const bool inside = lane < F::kPixels && at >= 0 && n < plan.n && at < plan.q;
       pixel = inside ? n * plan.p * plan.q + at : -1;
@@ -204,7 +204,7 @@ agb_kernel(Plan plan, const typename F::T* __restrict__ grad_output,
           }
         }
       }
-      ++step;
+      --left;
     }
 #pragma unroll
     for (int r = 0; r < F::kRows; ++r)
@@ -215,7 +215,7 @@ agb_kernel(Plan plan, const typename F::T* __restrict__ grad_output,
           sums[r][column][i] = r + F::kStride < F::kRows
                                    ? sums[(r + F::kStride) % F::kRows][column][i]
                                    : 0.0f;
-    ++p;
+    if (++p == last_p) ++strip, first_p = 0;
   }
 }
 
@@ -261,7 +261,7 @@ Plan make_plan(const ConvProblem& problem, const Device& device) {
   plan.warp_steps = static_cast<int>(ceil_div(plan.steps, tile_blocks(waves) * kWarps));
   plan.tile_blocks = static_cast<int>(ceil_div(plan.steps, int64_t(plan.warp_steps) * kWarps));
   const int64_t bytes = int64_t(plan.k) * F::kPack * 4;
-  plan.in_step = bytes > 2 * int64_t(device.shared_per_multiprocessor);
+  plan.alone = bytes > 2 * int64_t(device.shared_per_multiprocessor) ? 0 : ~0;
   return plan;
 }
 

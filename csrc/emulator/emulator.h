@@ -1,0 +1,476 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs CUDA kernels on a CPU, to test them where there is no GPU. device.cuh includes this file in
+// place of CUDA's headers; the kernels are then plain C++ for any compiler.
+//
+// How it works. Each CUDA thread is a fibre: a stack of its own, that gives way to another at
+// barriers and warp intrinsics, never elsewhere. The next one to run is drawn at random from a seed
+// (set_seed), so that what a missing barrier leaves open goes one way and the other. Blocks of an
+// ordinary launch run one after another, in random order; those of a cooperative launch are all
+// alive at once. A launch has ended when it returns.
+//
+// What it checks, besides giving results. Every rule that the CUDA manual states for the calls
+// below: masks that name the caller, lanes that are there and call the same, barriers that all
+// threads reach, copies waited for, limits of launches. What breaks one ends the launch with an
+// exception that names kernel, block, thread and place. If no thread can go on, that is a deadlock
+// and reported as one. Shared memory is as large as asked, filled with NaNs before each block.
+//
+// The checked build (see tests/emulation.py) compiles kernels with -fsanitize=thread,undefined but
+// links neither library: the runtime defines the functions that instrumented code calls
+// (checks.cpp), and so sees each memory access. It refuses those that are outside the operands, the
+// block's shared memory and the thread's own stack, misaligned, of memory that nothing was written
+// to, or that race: two threads, one of them writing, no barrier between. Undefined arithmetic is
+// refused too.
+//
+// What is not emulated: wgmma, TMA, clusters, textures, memory order weaker than sequential
+// consistency, time. Tensor cores sum exactly and then round towards zero; the hardware may drop a
+// few more bits. A launch needs as many registers as it likes.
+#pragma once
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <cmath>
+#include <tuple>
+#include <type_traits>
+
+#include "cuda_runtime_api.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __constant__
+#define __grid_constant__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
+
+// ---- vectors
+
+#define SPARSEBWD_VECTOR(type, name)                                                          \
+  struct name##1 { type x; };                                                                 \
+  struct alignas(2 * sizeof(type)) name##2 { type x, y; };                                    \
+  struct name##3 { type x, y, z; };                                                           \
+  struct alignas(sizeof(type) < 4 ? 4 * sizeof(type) : 16) name##4 { type x, y, z, w; };      \
+  inline name##1 make_##name##1(type x) { return {x}; }                                       \
+  inline name##2 make_##name##2(type x, type y) { return {x, y}; }                            \
+  inline name##3 make_##name##3(type x, type y, type z) { return {x, y, z}; }                 \
+  inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
+SPARSEBWD_VECTOR(signed char, char)
+SPARSEBWD_VECTOR(unsigned char, uchar)
+SPARSEBWD_VECTOR(short, short)
+SPARSEBWD_VECTOR(unsigned short, ushort)
+SPARSEBWD_VECTOR(int, int)
+SPARSEBWD_VECTOR(unsigned, uint)
+SPARSEBWD_VECTOR(long long, longlong)
+SPARSEBWD_VECTOR(unsigned long long, ulonglong)
+SPARSEBWD_VECTOR(float, float)
+SPARSEBWD_VECTOR(double, double)
+#undef SPARSEBWD_VECTOR
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+// Variables that the runtime sets when another fibre goes on; constants to kernels.
+#ifndef SPARSEBWD_EMULATOR_RUNTIME
+extern const uint3 threadIdx, blockIdx;
+extern const dim3 blockDim, gridDim;
+#endif
+constexpr int warpSize = 32;
+
+// ---- what the runtime offers (runtime.cpp)
+
+namespace sparsebwd::cuda::emulator {
+
+// T, where the compiler is not to deduce it.
+template <class T>
+using Same = std::common_type_t<T>;
+
+// Where in the source a call is.
+struct Site {
+  const char* file;
+  int line;
+  static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return {file, line};
+  }
+};
+
+// The emulated device.
+struct Limits {
+  int multiprocessors;
+  int shared_per_block;
+  int shared_per_multiprocessor;
+};
+Limits& device();
+
+// The order of threads and blocks in all launches from here on follows from the seed.
+void set_seed(uint64_t seed);
+
+// Memory that kernels may access in the checked build, until clear_buffers().
+void add_buffer(const void* begin, size_t bytes, const char* name, bool writable, bool initialised);
+void clear_buffers();
+
+// Ends the launch with an exception.
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+unsigned char* shared_memory();
+
+struct Votes {
+  int count, any, all;
+};
+Votes block_barrier(bool predicate, Site site);
+void group_barrier(int id, int threads, Site site);
+void grid_barrier(Site site);
+void fence();
+void pause();
+
+enum class WarpCall {
+  kSync, kShuffle, kShuffleUp, kShuffleDown, kShuffleXor, kBallot, kMatchAny, kMatchAll,
+  kAddUnsigned, kMinUnsigned, kMaxUnsigned, kMinSigned, kMaxSigned, kAnd, kOr, kXor,
+  kMmaTf32, kMmaBFloat16, kMmaFloat16,
+};
+struct Lane {
+  uint64_t value;                // operand, then result
+  int argument = 0, width = 32;  // of shuffles
+  float* d = nullptr;            // of mma
+  const uint32_t *a = nullptr, *b = nullptr;
+};
+// The lanes of the mask exchange what they bring.
+uint64_t warp_call(WarpCall call, uint32_t mask, Lane lane, Site site);
+unsigned lane_number();
+
+enum class AtomicCall { kAdd, kExchange, kMin, kMax, kAnd, kOr, kXor, kIncrement, kDecrement, kCompareAndSwap };
+template <class T>
+T atomic(AtomicCall call, T* address, T value, T compare = T());
+
+void copy_async(void* shared, const void* global, int bytes, Site site);
+void commit_copies();
+void wait_for_copies(int groups);
+
+// A launch, its arguments still with their types inside `call`.
+struct Launch {
+  const void* kernel;
+  dim3 grid, block;
+  size_t shared;
+  bool cooperative;
+  void (*call)(const void* arguments);
+  const void* arguments;
+  size_t argument_bytes;
+};
+cudaError_t run(const Launch& launch);
+cudaError_t resident_blocks(int threads, size_t shared, int* blocks);
+
+template <class... Parameters, class Shape, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), const Shape& shape, cudaStream_t,
+                   Arguments... arguments) {
+  using Call = std::tuple<void (*)(Parameters...), Parameters...>;
+  const Call call(kernel, static_cast<Parameters>(arguments)...);
+  const auto apply = [](const void* call) {
+    std::apply([](auto kernel, const auto&... values) { kernel(values...); },
+               *static_cast<const Call*>(call));
+  };
+  return run({reinterpret_cast<const void*>(kernel), shape.grid, shape.block, shape.shared,
+              shape.cooperative, apply, &call, sizeof call});
+}
+
+template <class... Parameters>
+cudaError_t resident_blocks(void (*)(Parameters...), int threads, size_t shared, int* blocks) {
+  return resident_blocks(threads, shared, blocks);
+}
+
+template <class To, class From>
+inline To bits_as(From value) {
+  static_assert(sizeof(From) <= sizeof(To) && std::is_trivially_copyable_v<From>);
+  To result = {};
+  memcpy(&result, &value, sizeof value);
+  return result;
+}
+
+template <class T>
+inline T low_bits_as(uint64_t bits) {
+  T result;
+  memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+template <class T>
+inline T shuffle(WarpCall call, unsigned mask, T value, int argument, int width, Site site) {
+  return low_bits_as<T>(warp_call(call, mask, {bits_as<uint64_t>(value), argument, width}, site));
+}
+
+}  // namespace sparsebwd::cuda::emulator
+
+// ---- the names of device.cuh
+
+namespace sparsebwd::cuda {
+
+inline unsigned char* dynamic_shared() { return emulator::shared_memory(); }
+
+inline void grid_sync(emulator::Site site = emulator::Site::here()) { emulator::grid_barrier(site); }
+
+inline void named_barrier(int id, int threads, emulator::Site site = emulator::Site::here()) {
+  emulator::group_barrier(id, threads, site);
+}
+
+inline void cp_async16(void* shared, const void* global, int bytes = 16,
+                       emulator::Site site = emulator::Site::here()) {
+  emulator::copy_async(shared, global, bytes, site);
+}
+
+inline void cp_async_commit() { emulator::commit_copies(); }
+
+template <int Groups>
+inline void cp_async_wait() {
+  emulator::wait_for_copies(Groups);
+}
+
+inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                             emulator::Site site = emulator::Site::here()) {
+  emulator::warp_call(emulator::WarpCall::kMmaTf32, ~0u, {0, 0, 32, d, a, b}, site);
+}
+
+inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                              emulator::Site site = emulator::Site::here()) {
+  emulator::warp_call(emulator::WarpCall::kMmaBFloat16, ~0u, {0, 0, 32, d, a, b}, site);
+}
+
+inline void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                             emulator::Site site = emulator::Site::here()) {
+  emulator::warp_call(emulator::WarpCall::kMmaFloat16, ~0u, {0, 0, 32, d, a, b}, site);
+}
+
+}  // namespace sparsebwd::cuda
+
+// ---- the names of CUDA C++
+
+#define SPARSEBWD_SITE \
+  sparsebwd::cuda::emulator::Site site = sparsebwd::cuda::emulator::Site::here()
+
+inline void __syncthreads(SPARSEBWD_SITE) { sparsebwd::cuda::emulator::block_barrier(true, site); }
+inline int __syncthreads_count(int predicate, SPARSEBWD_SITE) {
+  return sparsebwd::cuda::emulator::block_barrier(predicate, site).count;
+}
+inline int __syncthreads_or(int predicate, SPARSEBWD_SITE) {
+  return sparsebwd::cuda::emulator::block_barrier(predicate, site).any;
+}
+inline int __syncthreads_and(int predicate, SPARSEBWD_SITE) {
+  return sparsebwd::cuda::emulator::block_barrier(predicate, site).all;
+}
+
+inline void __threadfence_block() { sparsebwd::cuda::emulator::fence(); }
+inline void __threadfence() { sparsebwd::cuda::emulator::fence(); }
+inline void __threadfence_system() { sparsebwd::cuda::emulator::fence(); }
+inline void __nanosleep(unsigned) { sparsebwd::cuda::emulator::pause(); }
+[[noreturn]] inline void __trap() { sparsebwd::cuda::emulator::fail("__trap()"); }
+
+inline void __syncwarp(unsigned mask = ~0u, SPARSEBWD_SITE) {
+  using namespace sparsebwd::cuda::emulator;
+  warp_call(WarpCall::kSync, mask, {0}, site);
+}
+// Which lanes run together is up to the hardware; here each runs alone.
+inline unsigned __activemask() { return 1u << sparsebwd::cuda::emulator::lane_number(); }
+
+template <class T>
+inline T __shfl_sync(unsigned mask, T value, int lane, int width = 32, SPARSEBWD_SITE) {
+  using namespace sparsebwd::cuda::emulator;
+  return shuffle(WarpCall::kShuffle, mask, value, lane, width, site);
+}
+template <class T>
+inline T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, SPARSEBWD_SITE) {
+  using namespace sparsebwd::cuda::emulator;
+  return shuffle(WarpCall::kShuffleUp, mask, value, static_cast<int>(delta), width, site);
+}
+template <class T>
+inline T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, SPARSEBWD_SITE) {
+  using namespace sparsebwd::cuda::emulator;
+  return shuffle(WarpCall::kShuffleDown, mask, value, static_cast<int>(delta), width, site);
+}
+template <class T>
+inline T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, SPARSEBWD_SITE) {
+  using namespace sparsebwd::cuda::emulator;
+  return shuffle(WarpCall::kShuffleXor, mask, value, lanes, width, site);
+}
+
+inline unsigned __ballot_sync(unsigned mask, int predicate, SPARSEBWD_SITE) {
+  using namespace sparsebwd::cuda::emulator;
+  return static_cast<unsigned>(warp_call(WarpCall::kBallot, mask, {predicate != 0}, site));
+}
+inline int __any_sync(unsigned mask, int predicate, SPARSEBWD_SITE) {
+  return __ballot_sync(mask, predicate, site) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate, SPARSEBWD_SITE) {
+  return __ballot_sync(mask, predicate, site) == mask;
+}
+template <class T>
+inline unsigned __match_any_sync(unsigned mask, T value, SPARSEBWD_SITE) {
+  using namespace sparsebwd::cuda::emulator;
+  return static_cast<unsigned>(warp_call(WarpCall::kMatchAny, mask, {bits_as<uint64_t>(value)}, site));
+}
+template <class T>
+inline unsigned __match_all_sync(unsigned mask, T value, int* same, SPARSEBWD_SITE) {
+  using namespace sparsebwd::cuda::emulator;
+  const auto lanes = static_cast<unsigned>(warp_call(WarpCall::kMatchAll, mask, {bits_as<uint64_t>(value)}, site));
+  *same = lanes != 0;
+  return lanes;
+}
+
+#define SPARSEBWD_REDUCE(name, type, call)                                               \
+  inline type name(unsigned mask, type value, SPARSEBWD_SITE) {                          \
+    using namespace sparsebwd::cuda::emulator;                                           \
+    return static_cast<type>(warp_call(WarpCall::call, mask, {bits_as<uint64_t>(value)}, site)); \
+  }
+SPARSEBWD_REDUCE(__reduce_add_sync, unsigned, kAddUnsigned)
+SPARSEBWD_REDUCE(__reduce_add_sync, int, kAddUnsigned)
+SPARSEBWD_REDUCE(__reduce_min_sync, unsigned, kMinUnsigned)
+SPARSEBWD_REDUCE(__reduce_min_sync, int, kMinSigned)
+SPARSEBWD_REDUCE(__reduce_max_sync, unsigned, kMaxUnsigned)
+SPARSEBWD_REDUCE(__reduce_max_sync, int, kMaxSigned)
+SPARSEBWD_REDUCE(__reduce_and_sync, unsigned, kAnd)
+SPARSEBWD_REDUCE(__reduce_or_sync, unsigned, kOr)
+SPARSEBWD_REDUCE(__reduce_xor_sync, unsigned, kXor)
+#undef SPARSEBWD_REDUCE
+#undef SPARSEBWD_SITE
+
+// The second operand has the type of the first, as where CUDA has no templates.
+#define SPARSEBWD_ATOMIC(name, call)                                                    \
+  template <class T>                                                                    \
+  inline T name(T* address, sparsebwd::cuda::emulator::Same<T> value) {                              \
+    using namespace sparsebwd::cuda::emulator;                                          \
+    return atomic<T>(AtomicCall::call, address, value);                                 \
+  }
+SPARSEBWD_ATOMIC(atomicAdd, kAdd)
+SPARSEBWD_ATOMIC(atomicExch, kExchange)
+SPARSEBWD_ATOMIC(atomicMin, kMin)
+SPARSEBWD_ATOMIC(atomicMax, kMax)
+SPARSEBWD_ATOMIC(atomicAnd, kAnd)
+SPARSEBWD_ATOMIC(atomicOr, kOr)
+SPARSEBWD_ATOMIC(atomicXor, kXor)
+SPARSEBWD_ATOMIC(atomicInc, kIncrement)
+SPARSEBWD_ATOMIC(atomicDec, kDecrement)
+#undef SPARSEBWD_ATOMIC
+template <class T>
+inline T atomicSub(T* address, sparsebwd::cuda::emulator::Same<T> value) {
+  return atomicAdd(address, static_cast<T>(-value));
+}
+template <class T>
+inline T atomicCAS(T* address, sparsebwd::cuda::emulator::Same<T> compare, sparsebwd::cuda::emulator::Same<T> value) {
+  using namespace sparsebwd::cuda::emulator;
+  return atomic<T>(AtomicCall::kCompareAndSwap, address, value, compare);
+}
+
+// Hints to caches.
+#define SPARSEBWD_LOAD(name)          \
+  template <class T>                  \
+  inline T name(const T* address) {   \
+    return *address;                  \
+  }
+SPARSEBWD_LOAD(__ldg)
+SPARSEBWD_LOAD(__ldcg)
+SPARSEBWD_LOAD(__ldca)
+SPARSEBWD_LOAD(__ldcs)
+SPARSEBWD_LOAD(__ldlu)
+SPARSEBWD_LOAD(__ldcv)
+#undef SPARSEBWD_LOAD
+#define SPARSEBWD_STORE(name)                                      \
+  template <class T>                                               \
+  inline void name(T* address, sparsebwd::cuda::emulator::Same<T> value) {      \
+    *address = value;                                              \
+  }
+SPARSEBWD_STORE(__stwb)
+SPARSEBWD_STORE(__stcg)
+SPARSEBWD_STORE(__stcs)
+SPARSEBWD_STORE(__stwt)
+#undef SPARSEBWD_STORE
+
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline int __popcll(unsigned long long value) { return __builtin_popcountll(value); }
+inline int __ffs(int value) { return __builtin_ffs(value); }
+inline int __ffsll(long long value) { return __builtin_ffsll(value); }
+inline int __clz(int value) { return value ? __builtin_clz(static_cast<unsigned>(value)) : 32; }
+inline int __clzll(long long value) {
+  return value ? __builtin_clzll(static_cast<unsigned long long>(value)) : 64;
+}
+inline unsigned long long __brevll(unsigned long long value) {
+  unsigned long long result = 0;
+  for (int i = 0; i < 64; ++i) result |= (value >> i & 1) << (63 - i);
+  return result;
+}
+inline unsigned __brev(unsigned value) { return static_cast<unsigned>(__brevll(value) >> 32); }
+// The n-th set bit (n > 0) at or after `base`, (n < 0) at or before it, or ~0.
+inline unsigned __fns(unsigned mask, unsigned base, int n) {
+  if (n == 0) return mask >> base & 1 ? base : ~0u;
+  for (int i = static_cast<int>(base), left = n < 0 ? -n : n; i >= 0 && i < 32; i += n < 0 ? -1 : 1)
+    if (mask >> i & 1 && --left == 0) return static_cast<unsigned>(i);
+  return ~0u;
+}
+inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
+  return static_cast<unsigned>(((static_cast<uint64_t>(high) << 32 | low) << (shift & 31)) >> 32);
+}
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+  return static_cast<unsigned>((static_cast<uint64_t>(high) << 32 | low) >> (shift & 31));
+}
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i)
+    result |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  return result;
+}
+inline unsigned __umulhi(unsigned a, unsigned b) {
+  return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
+}
+inline int __mulhi(int a, int b) { return static_cast<int>(static_cast<int64_t>(a) * b >> 32); }
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+  return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
+}
+
+inline float __uint_as_float(unsigned bits) { return sparsebwd::cuda::emulator::bits_as<float>(bits); }
+inline unsigned __float_as_uint(float value) { return sparsebwd::cuda::emulator::bits_as<unsigned>(value); }
+inline float __int_as_float(int bits) { return sparsebwd::cuda::emulator::bits_as<float>(bits); }
+inline int __float_as_int(float value) { return sparsebwd::cuda::emulator::bits_as<int>(value); }
+inline double __longlong_as_double(long long bits) { return sparsebwd::cuda::emulator::bits_as<double>(bits); }
+inline long long __double_as_longlong(double value) {
+  return sparsebwd::cuda::emulator::bits_as<long long>(value);
+}
+
+// Compiled without contraction, C++ rounds each operation as these do.
+inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float a) { return sqrtf(a); }
+inline double __fma_rn(double a, double b, double c) { return fma(a, b, c); }
+inline double __dmul_rn(double a, double b) { return a * b; }
+inline double __dadd_rn(double a, double b) { return a + b; }
+inline double __dsub_rn(double a, double b) { return a - b; }
+inline double __ddiv_rn(double a, double b) { return a / b; }
+inline double __dsqrt_rn(double a) { return sqrt(a); }
+inline float __double2float_rn(double a) { return static_cast<float>(a); }
+inline float __int2float_rn(int a) { return static_cast<float>(a); }
+inline float __uint2float_rn(unsigned a) { return static_cast<float>(a); }
+inline float __ll2float_rn(long long a) { return static_cast<float>(a); }
+inline double __ll2double_rn(long long a) { return static_cast<double>(a); }
+inline int __float2int_rz(float a) { return static_cast<int>(a); }
+inline int __float2int_rn(float a) { return static_cast<int>(rintf(a)); }
+inline float __saturatef(float a) { return a > 0 ? (a < 1 ? a : 1) : 0; }  // of a NaN, 0
+
+template <class A, class B, class T = std::common_type_t<A, B>>
+inline std::enable_if_t<std::is_arithmetic_v<T>, T> min(A left, B right) {
+  const T a = static_cast<T>(left), b = static_cast<T>(right);
+  if constexpr (std::is_floating_point_v<T>)
+    return std::fmin(a, b);
+  else
+    return b < a ? b : a;
+}
+template <class A, class B, class T = std::common_type_t<A, B>>
+inline std::enable_if_t<std::is_arithmetic_v<T>, T> max(A left, B right) {
+  const T a = static_cast<T>(left), b = static_cast<T>(right);
+  if constexpr (std::is_floating_point_v<T>)
+    return std::fmax(a, b);
+  else
+    return a < b ? b : a;
+}

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the CUDA kernels for a CPU (csrc/emulator) and calls them on PyTorch's CPU tensors; see docs/emulator.md."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import importlib.machinery
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pybind11
+import torch
+
+from sparsebwd.problem import ConvProblem
+
+ROOT = Path(__file__).resolve().parent.parent
+EMULATOR = ROOT / "csrc" / "emulator"
+CUDA = ROOT / "csrc" / "cuda"
+RUNTIME = [EMULATOR / name for name in ("runtime.cpp", "checks.cpp", "symbols.cpp")]
+
+# fast: optimised. checked: each memory access of a kernel is seen by the runtime (csrc/emulator/checks.cpp).
+Variant = Literal["fast", "checked"]
+# Kernels may read memory as other types than it was written as: nvcc has no rule against that.
+FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-strict-aliasing -U_FORTIFY_SOURCE -Wall -Wextra"
+OPTIMISED = "-O2"
+KERNELS = {"fast": "-O2", "checked": "-O1 -g1 -fsanitize=thread,undefined -fno-sanitize=vptr"}
+RUNTIME_FLAGS = {"fast": "-O2", "checked": "-O2 -DSPARSEBWD_EMULATOR_CHECKED"}
+
+
+def _compile(source: Path, variant: Variant, name: str) -> str:
+    """The flags for one source."""
+    includes = [CUDA, ROOT / "csrc" / "include", EMULATOR]
+    if source.suffix == ".cu":
+        own = f"-x c++ -Wno-unknown-pragmas -Wno-unused-parameter {KERNELS[variant]}"
+    else:
+        own = RUNTIME_FLAGS[variant]
+        if "PYBIND11_MODULE" in source.read_text("utf-8"):
+            includes += [Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
+            own += f" -DSPARSEBWD_MODULE={name}"
+    return " ".join([FLAGS, "-DSPARSEBWD_EMULATOR", own, *(f"-I{path}" for path in includes)])
+
+
+def _ninja(folder: Path, edges: list[str], targets: list[Path]) -> None:
+    rules = [
+        "rule compile",
+        "  command = $cxx $flags -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        "  command = $cxx -shared -Wl,-z,now -o $out.new $in -ldl && mv -f $out.new $out",
+    ]
+    (folder / "build.ninja").write_text("\n".join([f"cxx = {os.environ.get('CXX', 'g++')}", *rules, *edges, ""]))
+    command = [sys.executable, "-m", "ninja", "-C", str(folder), "-k", "0", *map(str, targets)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the emulator does not compile:\n{done.stdout}{done.stderr}")
+
+
+def _edges(folder: Path, sources: list[Path], variant: Variant, name: str) -> tuple[list[str], list[Path]]:
+    edges, built = [], []
+    for source in sources:
+        target = folder / f"{source.parent.name}-{source.name}.o"
+        edges += [f"build {target}: compile {source}", f"  flags = {_compile(source, variant, name)}"]
+        built.append(target)
+    return edges, built
+
+
+def _sources() -> list[Path]:
+    return [*sorted(CUDA.glob("*.cu")), *sorted(CUDA.glob("*.cpp")), *RUNTIME]
+
+
+class _Folder:
+    """A folder for build outputs, locked: several test runs may share it."""
+
+    def __init__(self, name: str):
+        self.path = ROOT / "build" / name
+
+    def __enter__(self) -> Path:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.path / "lock", "w")
+        fcntl.flock(self.lock, fcntl.LOCK_EX)
+        return self.path
+
+    def __exit__(self, *_) -> None:
+        self.lock.close()
+
+
+def objects(variant: Variant = "fast") -> list[Path]:
+    """Compile all kernels, their host code and the emulator's runtime: object files to link into a library.
+
+    Raises RuntimeError with the compiler's messages.
+    """
+    with _Folder(f"emulator-{variant}") as folder:
+        edges, built = _edges(folder, _sources(), variant, "")
+        _ninja(folder, edges, built)
+    return built
+
+
+def build(name: str, sources: list[Path], variant: Variant = "fast") -> ModuleType:
+    """Compile kernels (.cu) and a pybind11 module (.cpp, ``PYBIND11_MODULE(SPARSEBWD_MODULE, m)``) with the runtime.
+
+    Returns the module, imported. What is up to date is not compiled again. Raises RuntimeError with the compiler's
+    messages.
+    """
+    name = f"{name}_{variant}"
+    with _Folder(f"emulator-{variant}") as folder:
+        edges, built = _edges(folder, [*sources, *RUNTIME], variant, name)
+        library = folder / f"{name}.so"
+        try:
+            _ninja(folder, edges, built)
+        except RuntimeError as error:  # other kernels can be tested all the same
+            print(error, file=sys.stderr)
+            built = [target for target in built if target.exists()]
+        _ninja(folder, [*edges, f"build {library}: link {' '.join(map(str, built))}"], [library])
+        loader = importlib.machinery.ExtensionFileLoader(name, str(library))
+        module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+        loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def _module(variant: Variant) -> ModuleType:
+    return build("emulator", [*(s for s in _sources() if s not in RUNTIME), EMULATOR / "bindings.cpp"], variant)
+
+
+class Device(NamedTuple):
+    """What launch shapes depend on."""
+
+    multiprocessors: int = 4
+    shared_per_block: int = 227 * 1024  # bytes
+    shared_per_multiprocessor: int = 228 * 1024
+
+
+@dataclass
+class Pruning:
+    """How to prune, as struct Pruning of kernels.h.
+
+    key: int64 [2]. sigma_history: None, or int32 [1 + kSigmaHistory], updated in place.
+    """
+
+    key: torch.Tensor
+    sigma_coefficient: float
+    quantile: float
+    sigma_history: torch.Tensor | None = None
+
+
+class Pruned(NamedTuple):
+    """values: like g, or None. nonzeros: uint32 [n * h * w, ceil(c / 32)], or None. stats: float32 tau, sigma, density."""
+
+    values: torch.Tensor | None
+    nonzeros: torch.Tensor | None
+    stats: torch.Tensor
+
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _array(tensor: torch.Tensor | None) -> np.ndarray | None:
+    """The same memory; NumPy has no bfloat16, so that elements of 16 bits are integers there."""
+    if tensor is None:
+        return None
+    tensor = tensor.detach()
+    return (tensor.view(torch.int16) if tensor.element_size() == 2 else tensor).numpy()
+
+
+def nonzeros_of(g: torch.Tensor) -> torch.Tensor:
+    """The bits that pruning emits beside g [n, c, h, w]: uint32 [n * h * w, ceil(c / 32)]; a NaN is no non-zero."""
+    n, c, h, w = g.shape
+    bits = torch.zeros(n * h * w, -(-c // 32) * 32, dtype=torch.bool)
+    bits[:, :c] = ((g != 0) & ~g.isnan()).permute(0, 2, 3, 1).reshape(n * h * w, c)
+    words = np.packbits(bits.numpy().reshape(n * h * w, -1, 32), axis=-1, bitorder="little")
+    return torch.from_numpy(words.view(np.uint32)[..., 0].copy())
+
+
+class Emulator:
+    """The kernels of csrc/cuda on a CPU.
+
+    ``seed``: what the order of threads and blocks follows from; each launch advances it. ``device``: the emulated GPU.
+    A rule that a kernel breaks, and an error that a launch returns, is a RuntimeError.
+    """
+
+    def __init__(self, variant: Variant = "fast", seed: int = 0, device: Device = Device()):  # noqa: B008
+        self._module = _module(variant)
+        self.seed = seed
+        self.device = device
+
+    @property
+    def device(self) -> Device:
+        return self._device
+
+    @device.setter
+    def device(self, device: Device) -> None:
+        self._device = device
+
+    def _call(self, function: str, *arguments):
+        self._module.set_seed(self.seed)
+        self._module.set_device(*self.device)
+        self.seed += 16
+        return readable(self._module, getattr(self._module, function), *arguments)
+
+    def prune(
+        self,
+        g: torch.Tensor,
+        pruning: Pruning | None,
+        *,
+        channels_last: bool,
+        values: bool = True,
+        nonzeros: bool = False,
+        out: torch.Tensor | None = None,
+    ) -> Pruned:
+        """Prune g [n, c, h, w], dense in the named layout; None as pruning copies it.
+
+        values, nonzeros: whether these are wanted. out: where values go (g itself: in place), else a new tensor.
+        """
+        n, c, h, w = g.shape
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        if not g.is_contiguous(memory_format=memory_format):
+            raise ValueError(f"g: got strides {g.stride()}; accepted: dense with channels_last={channels_last}")
+        if out is None and values:
+            out = torch.full_like(g, torch.nan)
+        words = torch.full((n * h * w, -(-c // 32)), 0x5A5A5A5A, dtype=torch.int32).view(torch.uint32)
+        stats = torch.full((3,), torch.nan)
+        settings = (None, 0.0, 0.0, None)
+        if pruning is not None:
+            settings = (_array(pruning.key), pruning.sigma_coefficient, pruning.quantile, _array(pruning.sigma_history))
+        words = words if nonzeros else None
+        self._call(
+            "prune", _array(g), _DTYPES[g.dtype], g.shape, channels_last, *settings, _array(out), _array(words), _array(stats)
+        )
+        return Pruned(out, words, stats)
+
+    def agb(
+        self,
+        problem: ConvProblem,
+        grad_output: torch.Tensor,
+        weight: torch.Tensor,
+        nonzeros: torch.Tensor | None = None,
+        *,
+        channels_last: bool = True,
+        result: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The gradient of the input, into `result` or a new tensor of that layout. Operands may have any strides."""
+        return self._convolution("agb", problem, grad_output, weight, nonzeros, problem.input_size, channels_last, result)
+
+    def wgc(
+        self,
+        problem: ConvProblem,
+        grad_output: torch.Tensor,
+        input: torch.Tensor,
+        nonzeros: torch.Tensor | None = None,
+        *,
+        channels_last: bool = True,
+        result: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The gradient of the weight, into `result` or a new tensor of that layout. Operands may have any strides."""
+        return self._convolution("wgc", problem, grad_output, input, nonzeros, problem.weight_size, channels_last, result)
+
+    def _convolution(self, function, problem, grad_output, operand, nonzeros, size, channels_last, result):
+        if result is None:
+            memory_format = torch.channels_last if channels_last else torch.contiguous_format
+            result = torch.empty(size, dtype=grad_output.dtype, memory_format=memory_format)
+        result.fill_(torch.nan)
+        arrays = (_array(grad_output), _array(nonzeros), _array(operand), _array(result))
+        self._call(function, _numbers(problem), _DTYPES[grad_output.dtype], *arrays)
+        return result
+
+    def agb_refusal(self, problem: ConvProblem, dtype: torch.dtype) -> str | None:
+        return self._module.agb_refusal(_numbers(problem), _DTYPES[dtype])
+
+    def wgc_refusal(self, problem: ConvProblem, dtype: torch.dtype) -> str | None:
+        return self._module.wgc_refusal(_numbers(problem), _DTYPES[dtype])
+
+
+def _numbers(p: ConvProblem) -> tuple[int, ...]:
+    return (p.n, p.c, p.h, p.w, p.k, p.r, p.s, *p.stride, *p.padding, *p.dilation, p.groups)
+
+
+def readable(module: ModuleType, function, *arguments):
+    """Call a function of a built module; places in the code, {code 0x...} in messages, become file and line."""
+    try:
+        return function(*arguments)
+    except RuntimeError as error:
+        message = re.sub(r"\{code (0x[0-9a-f]+)\}", lambda m: _line(module.__spec__.origin, m[1]), str(error))
+        raise RuntimeError(message) from None
+
+
+def _line(library: str, offset: str) -> str:
+    """File and line of a call that returns to `offset` of the library."""
+    call = hex(int(offset, 16) - 1)
+    try:
+        done = subprocess.run(["addr2line", "-e", library, call], capture_output=True, text=True)
+    except FileNotFoundError:
+        return f"{library}+{call}"
+    return Path(done.stdout.split(" ")[0].strip()).name

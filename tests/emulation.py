@@ -26,6 +26,8 @@ from sparsebwd.problem import ConvProblem
 ROOT = Path(__file__).resolve().parent.parent
 EMULATOR = ROOT / "csrc" / "emulator"
 CUDA = ROOT / "csrc" / "cuda"
+# Comes first in what is linked: of inline functions that it shares with kernels, the linker then takes the runtime's,
+# which are not instrumented.
 RUNTIME = [EMULATOR / name for name in ("runtime.cpp", "checks.cpp", "symbols.cpp")]
 
 # fast: optimised. checked: each memory access of a kernel is seen by the runtime (csrc/emulator/checks.cpp).
@@ -76,7 +78,7 @@ def _edges(folder: Path, sources: list[Path], variant: Variant, name: str) -> tu
 
 
 def _sources() -> list[Path]:
-    return [*sorted(CUDA.glob("*.cu")), *sorted(CUDA.glob("*.cpp")), *RUNTIME]
+    return [*RUNTIME, *sorted(CUDA.glob("*.cu")), *sorted(CUDA.glob("*.cpp"))]
 
 
 class _Folder:
@@ -114,7 +116,7 @@ def build(name: str, sources: list[Path], variant: Variant = "fast") -> ModuleTy
     """
     name = f"{name}_{variant}"
     with _Folder(f"emulator-{variant}") as folder:
-        edges, built = _edges(folder, [*sources, *RUNTIME], variant, name)
+        edges, built = _edges(folder, [*RUNTIME, *sources], variant, name)
         library = folder / f"{name}.so"
         try:
             _ninja(folder, edges, built)
@@ -174,10 +176,10 @@ def _array(tensor: torch.Tensor | None) -> np.ndarray | None:
 
 
 def nonzeros_of(g: torch.Tensor) -> torch.Tensor:
-    """The bits that pruning emits beside g [n, c, h, w]: uint32 [n * h * w, ceil(c / 32)]; a NaN is no non-zero."""
+    """The bits that pruning emits beside g [n, c, h, w]: uint32 [n * h * w, ceil(c / 32)]; a NaN is a non-zero."""
     n, c, h, w = g.shape
     bits = torch.zeros(n * h * w, -(-c // 32) * 32, dtype=torch.bool)
-    bits[:, :c] = ((g != 0) & ~g.isnan()).permute(0, 2, 3, 1).reshape(n * h * w, c)
+    bits[:, :c] = (g != 0).permute(0, 2, 3, 1).reshape(n * h * w, c)
     words = np.packbits(bits.numpy().reshape(n * h * w, -1, 32), axis=-1, bitorder="little")
     return torch.from_numpy(words.view(np.uint32)[..., 0].copy())
 

@@ -47,7 +47,7 @@ struct PruneCall {
   const Pruning* pruning;  // null: nothing is pruned, g is copied
   void* out;               // pruned g; same dtype and layout; may be g; null: not wanted
   // Null or, channels-last only, [n * h * w][ceil(c / 32)]: bit c % 32 of word c / 32 says whether
-  // the (pruned) element is not zero; a NaN is not. Bits from c on are 0.
+  // the (pruned) element is not zero, which holds for a NaN. Bits from c on are 0.
   uint32_t* nonzeros;
   float* stats;            // three, in device memory: tau, sigma (of this gradient), density
   void* workspace;

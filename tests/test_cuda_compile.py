@@ -37,12 +37,16 @@ class Skipping(NamedTuple):
     cases: int
 
 
-# By regular expressions that match names of kernels from their start.
-SKIP_ZEROS = {
-    # 8 channels of a warp x 4 columns that take turns; of each lane 9 taps x 2 input channels, or 8 input channels
-    r"wgc_kernel<Kernel<\w+, 3, [12]>": Skipping(run=18, cases=32),
-    r"wgc_kernel<Kernel<\w+, 1, 1>": Skipping(run=8, cases=32),
+# By regular expressions that match names of kernels from their start; their groups are numbers.
+SKIP_ZEROS: dict[str, Callable[..., Skipping]] = {
+    # A non-zero gives all taps of the lane's channels a product. Its place is its pixel among those of a strip.
+    r"agb_kernel<Form<\w+, (\d+), (\d+), (\d+), (\d+)>": lambda taps, stride, columns, lane: Skipping(
+        run=taps * taps * lane, cases=columns // stride
+    ),
+    # Its place is its channel, of 8 of a warp, and the registers, of 4 that take turns, where its column begins.
+    r"wgc_kernel<Kernel<\w+, (\d+), \d+>": lambda taps: Skipping(run=18 if taps == 3 else 8, cases=32),
 }
+# By the same: channels-last gradients, where channels make whole vectors.
 LOAD_16_BYTES = [r"prune_kernel<ChannelsLast<(float|BFloat16|Float16), true>"]
 
 
@@ -125,13 +129,18 @@ def test_kernels_keep_to_registers_and_to_their_launch_bounds(compiled, source):
     refuse(faults, compiled[source].result())
 
 
-@pytest.mark.parametrize("name", SKIP_ZEROS)
+@pytest.mark.parametrize("name", SKIP_ZEROS, ids=lambda name: name.partition("<")[0])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_zeros_are_branched_around(kernels, name, architecture):
-    refuse(lambda kernel: skipping_faults(kernel, SKIP_ZEROS[name]), named(kernels, name, architecture))
+
+    def faulty(kernel: Kernel) -> list[str]:
+        numbers = map(int, re.match(name, kernel.name).groups())
+        return skipping_faults(kernel, SKIP_ZEROS[name](*numbers))
+
+    refuse(faulty, named(kernels, name, architecture))
 
 
-@pytest.mark.parametrize("name", LOAD_16_BYTES)
+@pytest.mark.parametrize("name", LOAD_16_BYTES, ids=lambda name: name.partition("<")[0])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gradients_are_read_16_bytes_at_a_time(kernels, name, architecture):
     refuse(loading_faults, named(kernels, name, architecture))

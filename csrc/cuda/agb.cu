@@ -42,6 +42,7 @@ struct Form {
 // How the work is cut, from the host.
 struct Plan {
   int n, c, h, w, k, p, q;
+  uint32_t pixel_bytes;
   int words;         // of the mask of a pixel
   int image_columns; // from the first column of an image to that of the next, gap included
   int image_pixels;  // the same in columns of grad_output
@@ -72,18 +73,21 @@ pack_kernel(Plan plan, const typename F::T* weight, Strides strides, float* pack
                              : 0.0f;
 }
 
+// What lane `lane` has of row `row` of the packed weights.
 template <class F>
 __device__ __forceinline__ void load_weights(float (&weights)[F::kWeights], const float* packed,
-                                             int lane) {
+                                             uint32_t row, int lane) {
   constexpr int kFours = F::kWeights / 4;
+  const char* of_lane = reinterpret_cast<const char*>(packed + 4 * lane) +
+                        uint64_t(row) * uint32_t(F::kPack * sizeof(float));
 #pragma unroll
   for (int i = 0; i < kFours; ++i) {
-    const float4 four = reinterpret_cast<const float4*>(packed)[i * 32 + lane];
+    const float4 four = reinterpret_cast<const float4*>(of_lane)[32 * i];
     weights[4 * i] = four.x, weights[4 * i + 1] = four.y;
     weights[4 * i + 2] = four.z, weights[4 * i + 3] = four.w;
   }
   if constexpr (F::kWeights % 4 != 0) {
-    const float2 two = reinterpret_cast<const float2*>(packed + kFours * 128)[lane];
+    const float2 two = *(reinterpret_cast<const float2*>(of_lane) - lane + 64 * kFours);
     weights[4 * kFours] = two.x, weights[4 * kFours + 1] = two.y;
   }
 }
@@ -95,25 +99,31 @@ __device__ __forceinline__ void add_row(typename F::Sums& sums, const Plan& plan
                                         const typename F::T* __restrict__ grad_output,
                                         const uint32_t* __restrict__ nonzeros,
                                         const float* __restrict__ packed, int pixel) {
+  using T = typename F::T;
   const int lane = threadIdx.x % 32;
   const uint32_t* words = nonzeros + int64_t(max(pixel, 0)) * plan.words;
   uint32_t next = pixel < 0 || plan.words == 0 ? 0 : words[0];
   for (int word = 0; word < plan.words; ++word) {
     const uint32_t bits = next;  // lane = pixel, bit = k
     if (pixel >= 0 && word + 1 < plan.words) next = words[word + 1];
+    const char* first = reinterpret_cast<const char*>(grad_output + word * 32 + lane);
     float value[F::kPixels];  // lane = k
 #pragma unroll
     for (int j = 0; j < F::kPixels; ++j) {
       const uint32_t of_pixel = __shfl_sync(kAll, bits, j);
-      const int64_t from = __shfl_sync(kAll, pixel, j);
+      const uint32_t from = __shfl_sync(kAll, pixel, j);
       value[j] = 0;
-      if (of_pixel >> lane & 1) value[j] = to_float(grad_output[from * plan.k + word * 32 + lane]);
+      if (of_pixel >> lane & 1)
+        value[j] = to_float(*reinterpret_cast<const T*>(first + uint64_t(from) * plan.pixel_bytes));
     }
-    for (uint32_t left = __reduce_or_sync(kAll, bits); left != 0; left &= left - 1) {
-      const int k = __ffs(left) - 1;
-      const uint32_t pixels = __ballot_sync(kAll, bits >> k & 1);
+    uint32_t left = __reduce_or_sync(kAll, bits);
+    while (left != 0) {
+      const uint32_t bit = left & -left;
+      const int k = 31 - __clz(bit);
+      left ^= bit;
+      const uint32_t pixels = __ballot_sync(kAll, (bits & bit) != 0);
       float weights[F::kWeights];
-      load_weights<F>(weights, packed + int64_t(word * 32 + k) * F::kPack, lane);
+      load_weights<F>(weights, packed, word * 32 + k, lane);
 #pragma unroll
       for (int j = 0; j < F::kPixels; ++j) {
         if (pixels >> j & 1) {
@@ -145,7 +155,9 @@ agb_kernel(Plan plan, const typename F::T* __restrict__ grad_output,
   const int lane = threadIdx.x % 32;
   const int tile = blockIdx.x / plan.tile_blocks;
   packed += int64_t(tile) * plan.k * F::kPack;
-  const int64_t part = int64_t(blockIdx.x % plan.tile_blocks) * kWarps + threadIdx.x / 32;
+  // The shuffle tells the compiler that whole warps branch alike.
+  const int warp = __shfl_sync(kAll, threadIdx.x / 32, 0);
+  const int64_t part = int64_t(blockIdx.x % plan.tile_blocks) * kWarps + warp;
   const int64_t first_step = part * plan.warp_steps;
   int left = static_cast<int>(max(min(int64_t(plan.warp_steps), plan.steps - first_step), int64_t(0)));
   int strip = static_cast<int>(first_step / plan.strip_steps);
@@ -244,6 +256,7 @@ Plan make_plan(const ConvProblem& problem, const Device& device) {
   plan.h = static_cast<int>(problem.h), plan.w = static_cast<int>(problem.w);
   plan.k = static_cast<int>(problem.k);
   plan.p = static_cast<int>(problem.p()), plan.q = static_cast<int>(problem.q());
+  plan.pixel_bytes = static_cast<uint32_t>(problem.k * sizeof(typename F::T));
   plan.words = static_cast<int>(ceil_div(plan.k, 32));
   plan.image_pixels = static_cast<int>(ceil_div(plan.w + F::kPad, F::kStride));
   plan.image_columns = plan.image_pixels * F::kStride;

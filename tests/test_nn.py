@@ -109,7 +109,7 @@ def test_constructor_takes_what_conv2d_takes():
     assert isinstance(layer, nn.Conv2d)
     assert torch.equal(layer.weight, conv.weight) and layer.bias is None
     assert layer.percentile == 95.0 and layer.placement == "output" and layer.backend == "auto"
-    assert layer.sigma_estimator == "corrected"
+    assert layer.sigma_estimator == "corrected" and layer.threshold == "exact"
     for name in inspect.signature(nn.Conv2d).parameters:
         if name not in ("kernel_size", "device", "dtype", "bias"):
             assert getattr(layer, name) == getattr(conv, name)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -181,6 +182,7 @@ def test_a_seed_reproduces_a_run(tmp_path):
         ["--no-channels-last"],
         ["--placement", "input"],
         ["--sigma-estimator", "as_printed"],
+        ["--threshold", "predicted"],
         ["--backend", "dense"],
         ["--threads", "1"],
         ["--no-augment"],
@@ -281,6 +283,29 @@ def test_resume_after_a_stop(tmp_path, stop):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     records = [json.loads((tmp_path / name / log.JSON_FILE).read_text()) for name in ("whole", "parts")]
     assert without_times(records[0]["epochs"]) == without_times(records[1]["epochs"])
+
+
+def test_resume_with_predicted_thresholds(tmp_path, capsys):
+    """They depend on earlier steps, too."""
+    options = ["--threshold", "predicted"]
+    train(tmp_path / "whole", *options)
+    assert "percentile 90 with predicted thresholds" in capsys.readouterr().out
+    train(tmp_path / "parts", *options, "--max-steps", "5")
+    train(tmp_path / "parts", *options, "--resume")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    histories = [saved_state(tmp_path / name)["twins"]["sparse"]["sigma_histories"] for name in ("whole", "parts")]
+    assert histories[0].keys() == {"0.sigma_history", "3.sigma_history"}
+    for name, history in histories[0].items():
+        assert history[0] == 12 and torch.equal(history, histories[1][name])
+
+
+def test_resume_from_before_an_option_existed(tmp_path):
+    config = TrainConfig()
+    saved = asdict(config)
+    del saved["threshold"]
+    assert config.differences(saved) == []
+    predicted = TrainConfig(threshold="predicted")
+    assert predicted.differences(saved) == ["threshold is 'exact' in the checkpoint and 'predicted' here"]
 
 
 def test_resume_of_a_finished_run(tmp_path, capsys):
@@ -447,6 +472,7 @@ def test_a_replaced_run_cannot_be_resumed(tmp_path, monkeypatch):
         (["--backend", "abacus"], "backend: got 'abacus'"),
         (["--backend", "triton"], "backend: 'triton' cannot run: this version has no Triton kernels yet"),
         (["--sigma-estimator", "guess"], "sigma_estimator: got 'guess'"),
+        (["--threshold", "guess"], "threshold: got 'guess'; accepted: 'exact', 'predicted'"),
         (["--dtype", "int8"], "dtype: got 'int8', accepted are float32, bfloat16"),
         (["--schedule", "random"], "schedule: got 'random', accepted are step, cosine"),
         (["--device", "tpu"], "device: got 'tpu', accepted are auto, cpu, cuda"),

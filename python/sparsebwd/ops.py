@@ -171,7 +171,9 @@ def _prune(
     sigma_history: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     chosen = choose_backend(backend, None, grad.device.type, grad.dtype)
-    values, tau, sigma, density = chosen.prune(_dense(grad), key, percentile, sigma_estimator, _unversioned(sigma_history))
+    values, tau, sigma, density = chosen.prune(
+        _dense(grad), key, percentile, sigma_estimator, _unversioned(sigma_history)
+    )
     return values.contiguous(memory_format=memory_format(grad)), tau, sigma, density
 
 

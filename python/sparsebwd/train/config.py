@@ -128,10 +128,12 @@ class TrainConfig:
         """How the options of a checkpoint differ from these, where a resumed run must have the same."""
         free = _FREE | _LENGTH if self.schedule == "step" else _FREE
         mine = asdict(self)
+        # An option younger than the checkpoint had what is its default now.
+        saved = {**{field.name: field.default for field in fields(self)}, **saved}
         return [
-            f"{field.name} is {saved.get(field.name)!r} in the checkpoint and {mine[field.name]!r} here"
+            f"{field.name} is {saved[field.name]!r} in the checkpoint and {mine[field.name]!r} here"
             for field in fields(self)
-            if field.name not in free and saved.get(field.name) != mine[field.name]
+            if field.name not in free and saved[field.name] != mine[field.name]
         ]
 
 

@@ -67,13 +67,13 @@ struct Kernel {
 
   struct Shared {
     size_t masks, values, bytes;
-    int mask_pitch;  // bytes of the mask of a row for one warp: four zeros end it
+    int mask_pitch;  // bytes of the mask of a row for one warp: two words of zeros end it
     int mask_bytes;  // of a step
     int value_bytes;
   };
   static __host__ __device__ Shared shared(const Plan& plan) {
     Shared s;
-    s.mask_pitch = plan.strip + kRun;
+    s.mask_pitch = plan.strip + 2 * kRun;
     s.mask_bytes = plan.step_rows * s.mask_pitch * kWarps;
     s.value_bytes = plan.step_rows * plan.strip * kTileK * static_cast<int>(sizeof(T));
     s.values = static_cast<size_t>(plan.ring_rows) * plan.columns * kPixelBytes;
@@ -144,10 +144,14 @@ class Walk {
     p_ = stage_p_ = static_cast<int>(row % plan.p);
     stage_row_ = p_ * plan.stage_stride;
     const int c = c0_ + static_cast<int>(threadIdx.x) % kInputChunks * K::kChunk;
-    column_ = threadIdx.x / kInputChunks;
-    input_column_ = (q0 * K::kStride + column_) * plan.column_step - plan.pad_w;
-    in_channels_ = c < plan.c;
-    image_ = x + (row / plan.p * plan.h * plan.w + input_column_) * plan.c + c;
+    const int first = threadIdx.x / kInputChunks, columns = (width_ - 1) * K::kStride + K::kTaps;
+    const int input_column = (q0 * K::kStride + first) * plan.column_step - plan.pad_w;
+    for (int pass = 0; first + pass * kInputColumns < columns; ++pass) {
+      const int at = input_column + pass * kInputColumns * plan.column_step;
+      (at >= 0 && at < plan.w && c < plan.c ? inside_ : outside_) |= 1u << pass;
+    }
+    pass_bytes_ = kInputColumns * plan.column_step * plan.c * kBytes;
+    image_ = x + (row / plan.p * plan.h * plan.w + input_column) * plan.c + c;
   }
 
   __device__ int64_t range() const { return range_; }
@@ -176,6 +180,10 @@ class Walk {
  private:
   static constexpr int kValueChunks = kTileK / K::kChunk;  // 16 bytes each, of a pixel
   static constexpr int kInputChunks = K::kPixelBytes / 16;
+  static constexpr int kInputColumns = kThreads / kInputChunks;  // copied in a pass
+  static constexpr int kInputPasses =                            // at most, of a row
+      ((kMostStrip - 1) * K::kStride + K::kTaps + kInputColumns - 1) / kInputColumns;
+  static_assert(kInputPasses <= 32, "a bit for each");
 
   static __device__ int warp() { return threadIdx.x / 32; }
   static __device__ int lane() { return threadIdx.x % 32; }
@@ -195,6 +203,7 @@ class Walk {
     stage_masks(buffer, mask);
     stage_values(buffer, mask);
     const int rows = left < plan_.step_rows ? left : plan_.step_rows;
+#pragma unroll 1
     for (int i = 0; i < rows; ++i) stage_input();
     cp_async_commit();
   }
@@ -208,24 +217,21 @@ class Walk {
       to[w * (shared_.mask_bytes / kWarps)] = static_cast<unsigned char>(mask >> (8 * w));
   }
 
-  // A warp copies the values of its lanes' pixels, for all warps. Chunks that have no set bit are not
-  // read: they become zeros if the warp that they are for reads beside them, else nothing.
+  // A warp copies the values of its lanes' pixels, for all warps. A group that has no set bit is not
+  // read.
   __device__ __forceinline__ void stage_values(int buffer, uint32_t mask) {
     unsigned char* const to = dynamic_shared() + shared_.values + buffer * shared_.value_bytes +
                               (threadIdx.x - lane()) * (kTileK * kBytes) + lane() * 16;
     const int pixel_bytes = plan_.k * kBytes;
-    const int bit = lane() % kValueChunks * K::kChunk;  // the first of this lane's chunk
-    const uint32_t chunk_bits = ((1u << K::kChunk) - 1) << bit;
-    const uint32_t group_bits = ((1u << kGroup) - 1) << (bit / kGroup * kGroup);
+    const uint32_t group = 255u << (lane() % kValueChunks * K::kChunk / kGroup * kGroup);
 #pragma unroll
     for (int pass = 0; pass < kValueChunks; ++pass) {
       const int owner = pass * (32 / kValueChunks) + lane() / kValueChunks;
       const uint32_t bits = __shfl_sync(~0u, mask, owner);
       const int offset = __shfl_sync(~0u, pixel_offset_, owner);
-      if (bits & group_bits)
-        cp_async16(to + pass * 512,
-                   reinterpret_cast<const unsigned char*>(g_) + static_cast<int64_t>(offset) * pixel_bytes,
-                   bits & chunk_bits ? 16 : 0);
+      if (bits & group)
+        cp_async16(to + pass * 512, reinterpret_cast<const unsigned char*>(g_) +
+                                        static_cast<int64_t>(offset) * pixel_bytes);
     }
     g_ += plan_.step_rows * static_cast<int64_t>(plan_.q) * plan_.k;
   }
@@ -233,22 +239,24 @@ class Walk {
   // The rows of the input that the next row of grad_output sees and the one before did not. Outside
   // of the image the input is zeros.
   __device__ __forceinline__ void stage_input() {
-    constexpr int kColumns = kThreads / kInputChunks;  // copied at once
-    const int columns = (width_ - 1) * K::kStride + K::kTaps;
-    const int64_t from_step = static_cast<int64_t>(kColumns * plan_.column_step) * plan_.c;
+#pragma unroll 1
     for (const int end = stage_p_ * plan_.stage_stride + K::kTaps; stage_row_ < end; ++stage_row_) {
       const int y = stage_row_ * plan_.row_step - plan_.pad_h;
-      const bool inside = in_channels_ && y >= 0 && y < plan_.h;
-      const T* from = image_ + static_cast<int64_t>(y) * plan_.w * plan_.c;
-      unsigned char* to =
+      const bool inside = y >= 0 && y < plan_.h;
+      const uint32_t copied = inside ? inside_ : 0, cleared = inside ? outside_ : inside_ | outside_;
+      const unsigned char* const from =
+          reinterpret_cast<const unsigned char*>(image_ + static_cast<int64_t>(y) * plan_.w * plan_.c);
+      unsigned char* const to =
           dynamic_shared() + stage_slot_ * plan_.columns * K::kPixelBytes + threadIdx.x * 16;
-      int input_column = input_column_;
-      for (int j = column_; j < columns; j += kColumns) {
-        const bool seen = inside && input_column >= 0 && input_column < plan_.w;
-        cp_async16(to, from, seen ? 16 : 0);
-        input_column += kColumns * plan_.column_step;
-        from += from_step;
-        to += kThreads * 16;
+#pragma unroll
+      for (int pass = 0; pass < kInputPasses; ++pass)
+        if (copied >> pass & 1u)
+          cp_async16(to + pass * kThreads * 16, from + static_cast<int64_t>(pass_bytes_) * pass);
+      // Not by cp.async, which could: with a size that varies it is four instructions.
+      if (cleared != 0) {
+        for (int pass = 0; pass < kInputPasses; ++pass)
+          if (cleared >> pass & 1u)
+            *reinterpret_cast<Vector<uint32_t, 4>*>(to + pass * kThreads * 16) = {};
       }
       if (++stage_slot_ == plan_.ring_rows) stage_slot_ = 0;
     }
@@ -286,30 +294,32 @@ class Walk {
                                               const unsigned char* (&input)[K::kTaps],
                                               typename K::Sums& sums) const {
     typename K::Column columns[K::kColumns];
+    float value[2][kGroup];
     const uint32_t lane_bit = 1u << lane();
     // All lanes read the same word. Voting on it bit by bit tells the compiler that they do, so that
     // it branches without caring for lanes that might go another way.
-    uint32_t before = 0, mask = __ballot_sync(~0u, masks[0] & lane_bit);
+    uint32_t before = 0, mask = __ballot_sync(~0u, masks[0] & lane_bit), loaded = masks[1];
     for (int run = 0; run < plan_.strip / kRun; ++run) {
-      const uint32_t after = __ballot_sync(~0u, masks[run + 1] & lane_bit);
+      const uint32_t after = __ballot_sync(~0u, loaded & lane_bit);
+      loaded = masks[run + 2];
       if (mask != 0) {
 #pragma unroll
         for (int i = 0; i < kRun; ++i) {
           if ((mask >> (8 * i) & 255u) == 0) continue;
           if (((i == 0 ? before >> 24 : mask >> (8 * (i - 1))) & 255u) == 0) {
+            load_values<K>(value[i % 2], values + i * kTileK * kBytes);
 #pragma unroll
             for (int s = 0; s < K::kTaps; ++s)
               load_column<K>(columns[(i * K::kStride + s) % K::kColumns], input, i * K::kStride + s);
           }
           if (((i + 1 == kRun ? after : mask >> (8 * (i + 1))) & 255u) != 0) {
+            load_values<K>(value[(i + 1) % 2], values + (i + 1) * kTileK * kBytes);
 #pragma unroll
             for (int s = 0; s < K::kStride; ++s) {
               const int index = i * K::kStride + K::kTaps + s;
               load_column<K>(columns[index % K::kColumns], input, index);
             }
           }
-          float value[kGroup];
-          load_values<K>(value, values + i * kTileK * kBytes);
 #pragma unroll
           for (int k = 0; k < kGroup; ++k) {
             if (mask >> (8 * i + k) & 1u) {
@@ -320,7 +330,7 @@ class Walk {
 #pragma unroll
                   for (int c = 0; c < K::kLane; ++c)
                     sums[k][r][s][c] =
-                        fmaf(value[k], columns[(i * K::kStride + s) % K::kColumns].x[r][c],
+                        fmaf(value[i % 2][k], columns[(i * K::kStride + s) % K::kColumns].x[r][c],
                              sums[k][r][s][c]);
             }
           }
@@ -343,10 +353,12 @@ class Walk {
   const uint32_t* mask_;  // where the next one is
   int64_t mask_step_;
   const T* g_;  // first pixel of the next step to stage, this lane's channels
-  // The next input row to stage: by which row of an image it is seen, its place in the image and in
-  // the ring. This thread's channels from column_ on, which is input_column_ of the input.
-  int stage_p_, stage_row_, stage_slot_ = 0, column_, input_column_;
-  bool in_channels_;
+  // The next input row to stage: which row of an image sees it first, its place in the image and in
+  // the ring. This thread stages 16 bytes of a row in each of its passes: which ones copy them, as
+  // they are inside the image, and which clear them.
+  int stage_p_, stage_row_, stage_slot_ = 0;
+  uint32_t inside_ = 0, outside_ = 0;
+  int pass_bytes_;  // from what it copies in a pass to what it does in the next
   const T* image_;
   int p_, slot_ = 0;  // the next row to compute: its place in its image, the ring row that it sees first
 };
@@ -515,8 +527,8 @@ const char* wgc_refusal(const ConvProblem& problem, DType dtype) {
     return dtype == DType::kFloat32 ? "the numbers of channels are not multiples of 4"
                                     : "the numbers of channels are not multiples of 8";
   constexpr int64_t kMost = 1 << 24;
-  for (const int64_t size : {problem.c, problem.k, problem.h + 2 * problem.pad_h,
-                             problem.w + 2 * problem.pad_w, problem.stride_h, problem.stride_w})
+  for (const int64_t size : {problem.c * problem.stride_w, problem.k, problem.stride_h,
+                             problem.h + 2 * problem.pad_h, problem.w + 2 * problem.pad_w})
     if (size > kMost) return "a size is above 16777216";
   return nullptr;
 }

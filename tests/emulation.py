@@ -180,7 +180,7 @@ def nonzeros_of(g: torch.Tensor) -> torch.Tensor:
     n, c, h, w = g.shape
     bits = torch.zeros(n * h * w, -(-c // 32) * 32, dtype=torch.bool)
     bits[:, :c] = (g != 0).permute(0, 2, 3, 1).reshape(n * h * w, c)
-    words = np.packbits(bits.numpy().reshape(n * h * w, -1, 32), axis=-1, bitorder="little")
+    words = np.packbits(bits.numpy().reshape(n * h * w, -(-c // 32), 32), axis=-1, bitorder="little")
     return torch.from_numpy(words.view(np.uint32)[..., 0].copy())
 
 

@@ -1,0 +1,372 @@
+# SPDX-License-Identifier: Apache-2.0
+"""tools/gpu_check.py as far as it goes without a GPU: plans, commands, limits, what is made of results."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from test_bench import CudaOnCpu
+from test_bench_reports import make_row
+from typer.testing import CliRunner
+
+from sparsebwd.bench import cli, devices, suites
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import gpu_check  # noqa: E402
+import gpu_workload  # noqa: E402
+
+GPU = {"name": "Some GPU 80GB", "capability": "9.0", "memory_bytes": 80 * 2**30, "devices": 1, "torch": "2.11.0",
+       "cuda": "13.0", "cudnn": 91000, "shared_bytes": 30_000_000}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_check, "WORK", tmp_path / "work")
+    monkeypatch.setattr(gpu_check, "SITE", tmp_path / "site")
+    monkeypatch.setattr(gpu_check, "clocks", lambda: {"clocks.sm": "1980 MHz"})
+    monkeypatch.setattr(gpu_check, "nvcc_release", lambda: "13.0")
+    monkeypatch.setattr(gpu_check, "find_gpu", lambda: dict(GPU))
+
+
+# ---- plans
+
+
+def test_units_are_the_layers_of_the_network_but_the_first():
+    for suite, gmacs in gpu_check._GMACS.items():
+        first, *others = suites.load(suite, 1)
+        assert (first.name, [layer.name for layer in others]) == ("stem.0", gpu_check.STAGES)
+        assert sum(layer.problem.macs for layer in others) == pytest.approx(gmacs * 1e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("unit", gpu_check.UNITS, ids=lambda unit: unit.title)
+def test_benchmark_understands_the_commands(unit, tmp_path, monkeypatch):
+    """Nothing is measured: rows are asked for, and there are none."""
+    monkeypatch.setitem(devices.DEVICES, "cuda", CudaOnCpu())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cli, "peaks", lambda plan: {"peak_gflops": {}})
+    monkeypatch.setattr(cli, "run", lambda *_: iter(()))
+    command = [str(word) for word in unit.command(5, 2, 7.5, tmp_path / "rows.json")]
+    arguments = [word.replace("cuda", "dense") if word.startswith("cuda,") else word for word in command[3:]]
+    arguments = [word if place == 0 or arguments[place - 1] != "--backend" else word.replace("cuda", "dense")
+                 for place, word in enumerate(arguments)]  # fmt: skip
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    # "prune" has a row of plain PyTorch operations beside each.
+    of_torch = len(unit.layers) * len(unit.modes) if "prune" in unit.operations else 0
+    assert f"{unit.rows + of_torch} rows, 5 samples each" in result.output
+
+
+def test_samples_and_units_are_what_fits():
+    units = gpu_check.UNITS
+    assert gpu_check.choose_batch(60, 80 * 2**30) == 256
+    assert gpu_check.choose_batch(60, 10 * 2**30) == 128  # memory
+    assert gpu_check.choose_batch(0.1, 80 * 2**30) == gpu_check.BATCHES[-1]
+    plenty = 1.01 * sum(unit.seconds(15, 256) for unit in units)
+    assert gpu_check.choose_repeats(units, 256, plenty) == 15
+    assert gpu_check.choose_repeats(units, 256, plenty, scale=2.0) < 15
+    assert gpu_check.choose_repeats(units, 256, plenty / 3) == gpu_check.REPEATS[-1]
+    assert gpu_check.choose_repeats(units, 256, gpu_check._LEAST_SECONDS - 1) is None
+    # One alone may take all that is left.
+    assert gpu_check.choose_repeats(units[-2:-1], 256, 1.01 * units[-2].seconds(15, 256)) == 15
+
+
+def test_dry_run(capsys):
+    assert gpu_check.main(["--dry-run", "--minutes", "4"]) == 0
+    said = capsys.readouterr().out
+    for name in gpu_check.PARTS:
+        assert f"== {name}, at most 4 minutes" in said
+    for unit in gpu_check.UNITS:
+        assert said.count(unit.title) == 1
+    assert "pip install" in said and "pytest -q -m gpu" in said and "--tool racecheck" in said and "ncu " in said
+    minutes = [float(text) for text in re.findall(r"about ([\d.]+) minutes", said)]
+    assert 0 < sum(minutes) <= 4.5 and "left out: resnet18-cifar" in said
+    assert gpu_check.main(["--dry-run", "--parts", "tests"]) == 0
+    assert "bench" not in capsys.readouterr().out
+
+
+def test_no_gpu_is_said_in_one_sentence(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(gpu_check, "find_gpu", lambda: None)
+    assert gpu_check.main(["--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and "finds no NVIDIA GPU" in said.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_make_target_without_a_gpu():
+    done = subprocess.run(["make", "-s", "gpu-check", f"PYTHON={sys.executable}", "PARTS=tests bench"], cwd=ROOT,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 2 and "gpu-check: PyTorch of" in done.stderr and done.stdout == ""
+
+
+# ---- parts
+
+
+def failing(check):
+    check.record["parts"]["tests"] = {"ran": 3, "failed": ["one"], "skipped": {"no second device": 2}}
+    raise gpu_check.Failed("1 of 3 tests failed: one")
+
+
+def test_a_failing_part_does_not_stop_the_others(monkeypatch, tmp_path, capsys):
+    parts = {"build": lambda check: {"seconds": 1}, "tests": failing, "sanitizer": lambda check: {"fine": True}}
+    monkeypatch.setattr(gpu_check, "PARTS", parts)
+    assert gpu_check.main(["--output", str(tmp_path / "out")]) == 1
+    assert "tests: FAILED: 1 of 3 tests failed: one" in capsys.readouterr().out
+    path, text = sorted((tmp_path / "out").iterdir())
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d-some-gpu-80gb\.json", path.name) and text.name == path.stem + ".md"
+    record = json.loads(path.read_text())
+    assert record["results"] == {"build": "passed", "tests": "FAILED: 1 of 3 tests failed: one", "sanitizer": "passed"}
+    assert "| tests | FAILED: 1 of 3 tests failed: one |" in text.read_text()
+    assert "- 2 tests skipped: no second device" in text.read_text()
+    # Later on the same day, another part goes into the same files, and one that passes now has passed.
+    monkeypatch.setattr(gpu_check, "PARTS", parts | {"tests": lambda check: {"ran": 3, "failed": [], "skipped": {}}})
+    assert gpu_check.main(["--parts", "tests", "--output", str(tmp_path / "out")]) == 0
+    assert json.loads(path.read_text())["results"] == {"build": "passed", "tests": "passed", "sanitizer": "passed"}
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_what_is_missing_is_named():
+    with pytest.raises(gpu_check.Failed, match="missing: the Python module no_such_module, the program no-such-program"):
+        gpu_check.require(["json", "no_such_module"], ["sh", "no-such-program"])
+
+
+def commands() -> list[str]:
+    """Of all processes."""
+    return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+@pytest.mark.parametrize("show", [False, True])
+def test_processes_have_a_limit(tmp_path, show, capfd):
+    log = tmp_path / "log"
+    done = gpu_check.run([sys.executable, "-c", "print('out'); raise SystemExit(3)"], log, 60, show=show)
+    assert done.returncode == 3 and "out" in log.read_text() and ("out" in capfd.readouterr().out) == show
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)  # {tmp_path.name}'])"
+    start = time.monotonic()
+    with pytest.raises(gpu_check.Failed, match="stopped after 0.0 minutes"):
+        gpu_check.run([sys.executable, "-c", child], log, 1.0, show=show)
+    assert time.monotonic() - start < 30
+    deadline = time.monotonic() + 20
+    while any(tmp_path.name in command for command in commands()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    with pytest.raises(gpu_check.Failed, match="(?s)exit status 1 .* ends in.*no luck"):
+        gpu_check.checked([sys.executable, "-c", "raise SystemExit('no luck')"], log, 60)
+
+
+def test_outcomes_of_tests(tmp_path):
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n"
+        "def test_good(): pass\n"
+        "def test_bad(): assert False\n"
+        "@pytest.fixture\n"
+        "def broken(): raise ValueError\n"
+        "def test_broken(broken): pass\n"
+        "@pytest.mark.parametrize('x', [1, 2])\n"
+        "def test_skipped(x): pytest.skip('no device')\n"
+    )
+    subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml=report.xml", "test_some.py"],
+                   cwd=tmp_path, capture_output=True)  # fmt: skip
+    found = gpu_check.outcomes(tmp_path / "report.xml")
+    assert (found["ran"], found["skipped"]) == (3, {"no device": 2})
+    assert sorted(found["failed"]) == ["test_some::test_bad", "test_some::test_broken"]
+
+
+NCU = '''==PROF== Connected to process 12
+==PROF== Profiling "prune_kernel": 0%....100% - 30 passes
+"ID","Process ID","Kernel Name","Grid Size","gpu__time_duration.sum","dram__throughput.avg.pct_of_peak_sustained_elapsed","l1tex__t_sector_hit_rate.pct","launch__registers_per_thread","smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio","smsp__average_warps_issue_stalled_wait_per_issue_active.ratio","smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio","smsp__average_warps_issue_stalled_lg_throttle_per_issue_active.ratio"
+"","","","","ns","%","%","register/thread","inst","inst","inst","inst"
+"0","12","void sparsebwd::cuda::<unnamed>::prune_kernel<float, 2>(Args<T1>)","(132, 1, 1)","41,250","81.5","3.25","40","0.5","1.5","7.25","0.1"
+==PROF== Disconnected
+'''
+
+
+def test_counters_of_ncu():
+    (kernel,) = gpu_check.kernels_of(NCU)
+    assert (kernel["us"], kernel["DRAM %"], kernel["L1 hit %"], kernel["registers"]) == (41.25, 81.5, 3.25, 40)
+    assert kernel["FMA pipe %"] is None
+    assert kernel["stalls"] == {"long_scoreboard": 7.25, "wait": 1.5, "barrier": 0.5}
+    assert gpu_check._short(kernel["kernel"]) == "prune_kernel<float, 2>"
+    assert gpu_check.kernels_of("==ERROR== nothing\n") == []
+
+
+@pytest.fixture
+def check(tmp_path):
+    return gpu_check.Check(tmp_path / "out", dict(GPU), 8.0)
+
+
+@pytest.mark.parametrize("summary, status, clean", [
+    ("========= ERROR SUMMARY: 0 errors", 0, True), ("========= ERROR SUMMARY: 2 errors", 9, False), ("Aborted", 0, False),
+])  # fmt: skip
+def test_sanitizer_results(check, monkeypatch, summary, status, clean):
+    monkeypatch.setattr(gpu_check, "require", lambda *_: None)
+    monkeypatch.setattr(gpu_check, "run", lambda command, *_, **__: subprocess.CompletedProcess(command, status, summary))
+    assert check.part("sanitizer", gpu_check.sanitizer) == clean
+    assert {tool: found["clean"] for tool, found in check.record["parts"]["sanitizer"].items()} == dict.fromkeys(
+        ("memcheck", "racecheck"), clean
+    )
+
+
+def rows_of(unit, wrong: int = 0, speedup: float = 2.0) -> list[dict]:
+    """What the benchmark would measure."""
+    rows = []
+    layers = {layer.name: layer for layer in suites.load(unit.suite, 256)}
+    settings = [(None, 90.0)] if unit.pruning else [(density, None) for density in gpu_check.DENSITIES]
+    for name in unit.layers:
+        for op in unit.operations:
+            for mode in unit.modes:
+                for backend in unit.backends:
+                    for density, percentile in settings:
+                        row = make_row(
+                            suite=unit.suite, layer=name, problem=str(layers[name].problem), op=op,
+                            multiplicity=layers[name].multiplicity, density=density or 0.3, nominal_density=density,
+                            percentile=percentile, dtype="bfloat16" if mode == "bfloat16" else "float32",
+                            math=None if mode == "bfloat16" else mode, backend=backend, device="cuda", threads=None,
+                            sparse_ms=1.0, dense_ms=speedup, speedup=speedup, rel_error=3e-7, dense_rel_error=2e-7,
+                            bytes=3 * 4 * layers[name].problem.macs // 10**3,
+                            error="off by one" if len(rows) < wrong else None,
+                        )  # fmt: skip
+                        rows.append(asdict(row))
+    return rows
+
+
+@pytest.fixture
+def bench(check, monkeypatch):
+    """Runs the part with a benchmark that takes no time; `seconds` of a clock pass with each unit."""
+    clock = [0.0]
+    monkeypatch.setattr(gpu_check, "require", lambda *_: None)
+    monkeypatch.setattr(gpu_check.time, "monotonic", lambda: clock[0])
+    environment = {"gpu": {"sm_mhz": "1980"}, "peak_gflops": {"float32": {"strict": 5e4}}, "copy_gbs": {"strict": 3e3}}
+
+    def call(seconds: float, wrong: int = 0, rows: int | None = None, crashing: str = "") -> bool:
+        def run(command, log, limit, **_):
+            unit = next(unit for unit in gpu_check.UNITS if unit.command(0, 256)[6:13] == command[6:13]
+                        and unit.command(0, 256)[14:18] == command[14:18] and matches(unit, command))  # fmt: skip
+            clock[0] += seconds
+            if unit.title != crashing:
+                output = Path(command[command.index("--json") + 1])
+                output.parent.mkdir(parents=True, exist_ok=True)
+                output.write_text(json.dumps({"environment": environment, "rows": rows_of(unit, wrong)[:rows]}))
+            return subprocess.CompletedProcess(command, 0, "some last words\n")
+
+        def matches(unit, command) -> bool:
+            wanted = unit.command(0, 256)
+            return all(command[command.index(name) + 1] == wanted[wanted.index(name) + 1]
+                       for name in ("--dtype", "--backend", "--math") if name in wanted)  # fmt: skip
+
+        monkeypatch.setattr(gpu_check, "run", run)
+        return check.part("bench", gpu_check.bench)
+
+    return call
+
+
+def test_bench_part_fills_the_record(check, bench):
+    check.minutes = 60
+    assert bench(30.0)
+    found = check.record["parts"]["bench"]
+    assert found["left_out"] == [] and [unit["name"] for unit in found["units"]] == [u.title for u in gpu_check.UNITS]
+    assert len(check.record["rows"]) == sum(unit.rows for unit in gpu_check.UNITS)
+    assert all(unit["repeats"] == 15 for unit in found["units"])
+    # Measured again, rows take the place of the old ones.
+    assert bench(30.0) and len(check.record["rows"]) == sum(unit.rows for unit in gpu_check.UNITS)
+    assert json.loads(check.path.read_text())["rows"] == check.record["rows"]
+
+
+def test_bench_part_says_what_it_left_out(check, bench, capsys):
+    assert bench(70.0, rows=5)
+    found = check.record["parts"]["bench"]
+    assert len(found["units"]) == 7  # of 480 seconds
+    assert f"{gpu_check.UNITS[0].title}: {gpu_check.UNITS[0].rows - 5} of {gpu_check.UNITS[0].rows} rows: the time was over" in (
+        found["left_out"]
+    )
+    assert f"{gpu_check.UNITS[-1].title}: the time was over" in found["left_out"]
+    assert f"left out: {gpu_check.UNITS[-1].title}" in capsys.readouterr().out
+    assert f"- left out of the benchmark: {gpu_check.UNITS[-1].title}" in check.path.with_suffix(".md").read_text()
+
+
+def test_slow_units_are_followed_by_fewer_samples(check, bench):
+    check.minutes = 14
+    assert bench(60.0)
+    repeats = [unit["repeats"] for unit in check.record["parts"]["bench"]["units"]]
+    assert repeats[:2] == [gpu_check.REPEATS[0], gpu_check.REPEATS[-1]]
+
+
+def test_bench_part_fails_with_wrong_rows_and_crashes(check, bench):
+    title = gpu_check.UNITS[2].title
+    assert not bench(10.0, wrong=2, crashing=title)
+    result = check.record["results"]["bench"]
+    assert "2 rows are WRONG" in result and f"{title}: exit status 0 and no results" in result and "some last words" in result
+    assert len(check.record["parts"]["bench"]["units"]) == len(gpu_check.UNITS) - 1
+    assert check.path.with_suffix(".md").read_text().count("off by one") == 2 * (len(gpu_check.UNITS) - 1)
+
+
+# ---- the report
+
+
+def test_report_answers_the_questions(check):
+    rows = [row for unit in gpu_check.UNITS for row in rows_of(unit)]
+    for row in rows:
+        if row["op"] == "prune":
+            row["speedup"], row["dense_ms"] = 0.6, 0.6
+        if row["op"] == "agb" and row["nominal_density"] == 0.01:
+            row["sparse_ms"] = 0.1
+        if row["layer"] == "stages.0.0.conv1" and row["op"] == "wgc" and row["nominal_density"] == 0.4:
+            row["dense_ms"] = 10.0
+    check.record["rows"] = rows
+    check.record["parts"]["counters"] = {"kernels": gpu_check.kernels_of(NCU)}
+    text = gpu_check.report(check.record)
+    lines = text.splitlines()
+    # By hand: of the 19 convolutions 4 are stages.0.0.conv1. 2 of 1.0 ms each, 10 of 1.0 ms.
+    by_hand = (4 * 10 + 15 * 2) / 19
+    assert f"| strict | cuda | WGC | {by_hand:.2f} (world class) | 2.00 (ok) | 2.00 (ok) | 2.00 (below) | 2.00 (below) | 2.00 (below) |" in (
+        lines
+    )
+    assert "| strict | cuda | AGB | 2.00 (world class) | 2.00 (ok) | 2.00 (ok) | 2.00 (below) | 2.00 (below) | 20.00 (world class) |" in (
+        lines
+    )
+    assert "| strict | AGB | 1.6 / 1.9 | 1.6 / 2.1 | 1.7 / 2.6 | 2.5 / 3.6 | 4.5 / 6 | 12 / 15 |" in lines
+    assert any(line.startswith("| tf32 | auto | AGB | 2.00 (world class)") for line in lines)
+    assert any(line.startswith("| exact, beyond | 58% | 60% | 60% | 60% |") for line in lines)
+    assert any(line.startswith("| predicted | 85% | 200% |") for line in lines)
+    assert any(line.startswith("| strict | AGB | 3.0e-07 | 2.0e-07 | 1.50 |") for line in lines)
+    assert any(line.startswith("| prune_kernel<float, 2> | 41.25 | 81.5 | - |") for line in lines)
+    assert "compute capability 9.0, 80 GiB" in text and "clocks.sm 1980 MHz" in text
+    assert any(line.startswith("| resnet18-imagenet | strict | cuda | backward | 10 | 0.30 | 2.00 |") for line in lines)
+
+
+def test_report_of_layers_that_are_missing(check):
+    unit = next(unit for unit in gpu_check.UNITS if unit.operations == ("agb", "wgc"))
+    check.record["rows"] = [row for row in rows_of(unit) if row["layer"] != "stages.3.0.conv2"]
+    assert "2.00 (world class), 9 of 10 layers" in gpu_check.report(check.record)
+
+
+def test_report_of_nothing(check):
+    assert gpu_check.report(check.record).startswith("# GPU check: Some GPU 80GB, ")
+
+
+# ---- the workload of sanitizer and profiler
+
+
+def test_workload_runs(monkeypatch, stats):
+    """On the CPU, in the place of a GPU."""
+    monkeypatch.setattr(gpu_workload, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_workload, "BACKEND", "dense")
+    monkeypatch.setattr(gpu_workload, "LAYER", "n2c4h6w5k8r3s3p1")
+    calls = []
+    for name in ("synchronize", "profiler.start", "profiler.stop"):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda name=name: calls.append((name, len(stats))))
+    gpu_workload.layer()
+    assert calls == [("synchronize", 2), ("profiler.start", 2), ("synchronize", 4), ("profiler.stop", 4)]
+    stats.clear()
+    gpu_workload.small()
+    assert len(stats) == len(gpu_workload.SMALL) * 3 * 2 * 4
+    assert {stat.problem.stride for stat in stats} == {(1, 1), (2, 2)} and {stat.problem.groups for stat in stats} == {1, 3}

@@ -63,12 +63,14 @@ uint32_t place_of(const void* code) {
   return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(code) - module().base);
 }
 
-// tests/emulation.py turns this into file and line.
-std::string place_name(uint32_t place) {
-  char text[32];
-  snprintf(text, sizeof text, "{code 0x%x}", place);
+std::string hex(uint64_t value) {
+  char text[24];
+  snprintf(text, sizeof text, "0x%llx", static_cast<unsigned long long>(value));
   return text;
 }
+
+// tests/emulation.py turns this into file and line.
+std::string place_name(uint32_t place) { return "{code " + hex(place) + "}"; }
 
 const char* verb(Use use) {
   switch (use) {
@@ -152,28 +154,24 @@ void check_bytes(Shadow& shadow, size_t offset, const Checked& access, const std
     check_byte(shadow.bytes[offset + i], now, access, name);
 }
 
-// Where an address is that is in nothing that may be accessed.
+// Where an address is that is in nothing that may be accessed: the nearest that is.
 std::string describe(const Checked& access) {
-  char text[200];
-  const Block& block = *access.fibre.block;
-  const auto shared = reinterpret_cast<uintptr_t>(block.shared);
-  const auto near = [&](uintptr_t begin, uintptr_t end, const char* name) {
-    constexpr uintptr_t kNear = 1 << 20;
-    const uintptr_t last = access.address + access.bytes;
-    if (last > end && access.address < end + kNear && access.address >= begin)
-      snprintf(text, sizeof text, "at offset %zu of %s, which has %zu bytes", static_cast<size_t>(access.address - begin),
-               name, static_cast<size_t>(end - begin));
-    else if (access.address < begin && begin - access.address < kNear)
-      snprintf(text, sizeof text, "%zu bytes before %s", static_cast<size_t>(begin - access.address), name);
-    else
-      return false;
-    return true;
+  constexpr uintptr_t kNear = 1 << 20;
+  uintptr_t distance = kNear;
+  std::string nearest = "at address " + hex(access.address);
+  const auto consider = [&](uintptr_t begin, uintptr_t end, const std::string& name) {
+    const bool before = access.address < begin;
+    const uintptr_t away = before ? begin - access.address : access.address + access.bytes - end;
+    if (away > distance) return;
+    distance = away;
+    nearest = before ? std::to_string(away) + " bytes before " + name
+                     : "at offset " + std::to_string(access.address - begin) + " of " + name + ", which has " +
+                           std::to_string(end - begin) + " bytes,";
   };
-  if (near(shared, shared + state.launch.shared, "the block's shared memory")) return text;
-  for (const Buffer& buffer : buffers)
-    if (near(buffer.begin, buffer.end, buffer.name.c_str())) return text;
-  snprintf(text, sizeof text, "at address %p", reinterpret_cast<void*>(access.address));
-  return text;
+  for (const Buffer& buffer : buffers) consider(buffer.begin, buffer.end, buffer.name);
+  const auto shared = reinterpret_cast<uintptr_t>(access.fibre.block->shared);
+  consider(shared, shared + state.launch.shared, "the block's shared memory");
+  return nearest;
 }
 
 bool inside(const Checked& access, uintptr_t begin, uintptr_t end) {
@@ -243,8 +241,8 @@ namespace {
 void on_access(const void* pointer, size_t bytes, Use use, const void* code) {
   if (!state.current) return;
   if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0)
-    fail("%s %zu bytes at %s, at address %p, which is not a multiple of %zu", verb(use), bytes,
-         place_name(place_of(code)).c_str(), pointer, bytes);
+    fail("%s %zu bytes at address %p, which is not a multiple of that, at %s", verb(use), bytes, pointer,
+         place_name(place_of(code)).c_str());
   check_access(pointer, bytes, use, code);
 }
 

@@ -38,7 +38,12 @@ std::string symbol_at(const std::string& file, uint64_t offset) {
 std::string shortened(std::string name) {
   for (const std::string common : {"(anonymous namespace)::", "sparsebwd::cuda::", "void "})
     for (size_t at; (at = name.find(common)) != std::string::npos;) name.erase(at, common.size());
-  return name.substr(0, name.find('('));
+  int depth = 0;  // of < >, whose arguments may have parentheses
+  for (size_t i = 0; i < name.size(); ++i) {
+    depth += name[i] == '<' ? 1 : name[i] == '>' ? -1 : 0;
+    if (name[i] == '(' && depth == 0) return name.substr(0, i);
+  }
+  return name;
 }
 
 }  // namespace

@@ -1,0 +1,431 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The emulator itself: kernels that must give the right result, and kernels with a mistake that it must find."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import emulation
+import numpy as np
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+SOURCES = [HERE / "emulator_kernels.cu", HERE / "emulator_kernels.cpp"]
+SEEDS = range(4)
+DEVICE = emulation.Device()
+
+
+@pytest.fixture(scope="session", params=["fast", "checked"])
+def variant(request) -> emulation.Variant:
+    return request.param
+
+
+class Kernels:
+    def __init__(self, variant: emulation.Variant):
+        self.module = emulation.build("kernels", SOURCES, variant)
+
+    def run(
+        self,
+        name: str,
+        inputs,
+        out: np.ndarray,
+        n: int,
+        *,
+        grid=1,
+        block=256,
+        shared: int = 0,
+        cooperative: bool = False,
+        seed: int = 0,
+        initialised: bool = False,
+        device: emulation.Device = DEVICE,
+    ) -> np.ndarray:
+        """Launch a kernel; shared is in bytes. Returns `out`."""
+        self.module.set_seed(seed)
+        self.module.set_device(*device)
+        arguments = (name, _three(grid), _three(block), shared, cooperative, inputs, out, n, initialised)
+        emulation.readable(self.module, self.module.run, *arguments)
+        return out
+
+
+def _three(size) -> tuple[int, int, int]:
+    size = size if isinstance(size, tuple) else (size,)
+    return (*size, 1, 1)[:3]
+
+
+@pytest.fixture(scope="session")
+def kernels(variant) -> Kernels:
+    return Kernels(variant)
+
+
+@pytest.fixture(scope="session")
+def checked() -> Kernels:
+    return Kernels("checked")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20260801)
+
+
+def integers(rng, *shape) -> np.ndarray:
+    return rng.integers(-50, 50, shape, dtype=np.int32)
+
+
+def place(name: str) -> str:
+    """A pattern for where in emulator_kernels.cu a mistake is."""
+    text = (HERE / "emulator_kernels.cu").read_text("utf-8")
+    lines = [i for i, line in enumerate(text.splitlines(), 1) if name in line]
+    assert len(lines) == 1, name
+    return rf"emulator_kernels\.cu:{lines[0]}\b"
+
+
+# ---- right kernels
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_sums(kernels, rng, seed):
+    values = rng.integers(-9, 9, 1000).astype(np.float32)
+    out = np.full(1, np.nan, np.float32)
+    assert kernels.run("sum_by_shuffles", values, out, 1000, shared=32, seed=seed) == values.sum()
+    assert kernels.run("sum_in_shared", values, out, 200, shared=1024, seed=seed) == values[:200].sum()
+    zero = np.zeros(1, np.float32)
+    assert kernels.run("sum_by_atomics", values, zero, 1000, grid=3, block=96, seed=seed, initialised=True) == values.sum()
+    count = np.zeros(1, np.int32)
+    assert kernels.run("count", None, count, 0, grid=3, block=96, seed=seed, initialised=True) == 3 * 96
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("n", [1, 100, 256])
+def test_scan(kernels, rng, n, seed):
+    values = integers(rng, n)
+    out = np.zeros(n, np.int32)
+    np.testing.assert_array_equal(kernels.run("scan", values, out, n, shared=32, seed=seed), values.cumsum())
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_tiles(kernels, rng, seed):
+    values = integers(rng, 5, 256)
+    out = kernels.run("reverse_tiles", values, np.zeros_like(values), 5, shared=1024, seed=seed)
+    np.testing.assert_array_equal(out, values[:, ::-1])
+    out = kernels.run("reverse_tiles_async", values, np.zeros_like(values), 5, block=64, shared=2048, seed=seed)
+    np.testing.assert_array_equal(out, values[:, ::-1])
+    out = kernels.run("reverse_warps", values, np.zeros_like(values[0]), 0, shared=1024, seed=seed)
+    np.testing.assert_array_equal(out, values[0].reshape(8, 32)[:, ::-1].reshape(-1))
+
+
+@pytest.mark.parametrize("size", [0, 4, 12, 16])
+def test_asynchronous_copies_fill_with_zeros(kernels, rng, size):
+    values = integers(rng, 8)[:4]
+    aligned = np.zeros(8, np.int32)
+    start = -aligned.ctypes.data % 16 // 4
+    aligned[start : start + 4] = values
+    out = kernels.run("copy_part", aligned[start : start + 4], np.full(4, -1, np.int32), size, block=1, shared=16)
+    np.testing.assert_array_equal(out, np.where(np.arange(4) < size // 4, values, 0))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_named_barriers(kernels, rng, seed):
+    values = integers(rng, 6, 64)
+    out = kernels.run("hand_over", values, np.zeros_like(values), 6, block=128, shared=256, seed=seed)
+    np.testing.assert_array_equal(out, values[:, ::-1])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_votes(kernels, rng, seed):
+    values = rng.integers(-3, 4, 64, dtype=np.int32)
+    values[:32] = np.maximum(values[:32], 1)
+    names = "ballot match match_all sum least most and or xor any all count or_ and_ from_seven signed_least".split()
+    out = kernels.run("vote", values, np.zeros((64, 16), np.uint32), 0, block=64, seed=seed)
+    found = {name: out[:, i] for i, name in enumerate(names)}
+    lanes = values.reshape(2, 32)
+    bits = lanes.view(np.uint32)
+
+    def mask(which):
+        return (which.astype(np.uint64) << np.arange(32, dtype=np.uint64)).sum(-1).astype(np.uint32)
+
+    def for_each_lane(of_warp):
+        return np.repeat(np.asarray(of_warp).astype(np.uint32), 32)
+
+    expected = {
+        "ballot": for_each_lane(mask(lanes > 0)),
+        "match": np.concatenate([mask(warp[:, None] == warp) for warp in lanes]),
+        "match_all": for_each_lane([0, 0]),
+        "sum": for_each_lane(bits.sum(1, dtype=np.uint32)),
+        "least": for_each_lane(bits.min(1)),
+        "most": for_each_lane(bits.max(1)),
+        "and": for_each_lane(np.bitwise_and.reduce(bits, 1)),
+        "or": for_each_lane(np.bitwise_or.reduce(bits, 1)),
+        "xor": for_each_lane(np.bitwise_xor.reduce(bits, 1)),
+        "any": for_each_lane((lanes > 2).any(1)),
+        "all": for_each_lane((lanes > 0).all(1)),
+        "count": np.full(64, (values > 0).sum()),
+        "or_": np.full(64, (values > 2).any()),
+        "and_": np.full(64, (values > 0).all()),
+        "from_seven": np.repeat(values.reshape(8, 8)[:, 7], 8).view(np.uint32),
+        "signed_least": for_each_lane(lanes.min(1).view(np.uint32)),
+    }
+    for name in names:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+    same = kernels.run("vote", np.full(64, 7, np.int32), np.zeros((64, 16), np.uint32), 0, block=64, seed=seed)
+    assert (same[:, 2] == 0xFFFFFFFF).all()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_parts_of_warps(kernels, rng, seed):
+    values = integers(rng, 64)
+    out = kernels.run("sum_some_lanes", values, np.zeros(64, np.int32), 5, block=64, seed=seed)
+    expected = np.zeros((2, 32), np.int32)
+    expected[:, :5] = values.reshape(2, 32)[:, :5].sum(1, keepdims=True)
+    np.testing.assert_array_equal(out, expected.reshape(-1))
+    out = kernels.run("sum_halves", values, np.zeros(64, np.int32), 0, block=64, seed=seed)
+    np.testing.assert_array_equal(out, np.repeat(values.reshape(4, 16).sum(1), 16))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_threads_that_returned_are_not_waited_for(kernels, rng, seed):
+    values = integers(rng, 100)
+    out = kernels.run("some_return", values, np.zeros(100, np.int32), 100, shared=1024, seed=seed)
+    np.testing.assert_array_equal(out, values[::-1])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_polling(kernels, seed):
+    assert kernels.run("poll", None, np.zeros(1, np.uint32), 0, block=64, seed=seed, initialised=True) == 1
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_grids(kernels, rng, seed):
+    values = rng.integers(0, 2, (4, 64), dtype=np.int32)
+    sizes = {"grid": 4, "block": 64, "seed": seed}
+    out = kernels.run("sum_of_grid", values, np.zeros(8, np.int32), 0, cooperative=True, **sizes)
+    np.testing.assert_array_equal(out, [*[values.sum()] * 4, *values.sum(1)])
+    out = kernels.run("last_block_sums", values, np.zeros(6, np.int32), 0, initialised=True, **sizes)
+    np.testing.assert_array_equal(out, [values.sum(), 0, *values.sum(1)])
+
+
+def test_memory(kernels, rng):
+    values = integers(rng, 100)
+    sizes = {"block": 100, "shared": 400}
+    np.testing.assert_array_equal(kernels.run("copy_global", values, np.zeros(100, np.int32), 100, grid=2, block=64), values)
+    np.testing.assert_array_equal(kernels.run("rotate", values, np.zeros(100, np.int32), 100, **sizes), np.roll(values, -1))
+    filled = kernels.run("fill_shared", None, np.zeros(100, np.int32), 100, shared=400)
+    np.testing.assert_array_equal(filled, np.arange(100)[::-1])
+    bins = kernels.run("histogram", np.abs(values) % 8, np.zeros(8, np.int32), 0, block=100, shared=32)
+    np.testing.assert_array_equal(bins, np.bincount(np.abs(values) % 8, minlength=8))
+    np.testing.assert_array_equal(kernels.run("accumulate", values, np.zeros(100, np.int32), 0, block=100), values)
+    floats = _aligned(rng.normal(size=64).astype(np.float32))
+    out = _aligned(np.zeros(48, np.float32))
+    np.testing.assert_array_equal(kernels.run("copy_vectors", floats, out, 4, block=12), floats[4:52])
+    index = np.arange(4, dtype=np.int32)
+    np.testing.assert_array_equal(kernels.run("look_up", index, np.zeros(4, np.int32), 0, block=4), [3, 1, 4, 1])
+    np.testing.assert_array_equal(kernels.run("shift", index, np.zeros(4, np.int32), 0, block=4), [1, 2, 4, 8])
+
+
+def _aligned(array: np.ndarray) -> np.ndarray:
+    """The same values, at a multiple of 16 bytes."""
+    memory = np.zeros(array.nbytes + 16, np.uint8)
+    start = -memory.ctypes.data % 16
+    result = memory[start : start + array.nbytes].view(array.dtype)
+    result[:] = array
+    return result
+
+
+def test_indices(kernels):
+    grid, block = (2, 3, 2), (4, 2, 3)
+    out = kernels.run("indices", None, np.full((12, 24), -1, np.int32), 0, grid=grid, block=block)
+    x, y, z = (np.arange(size) for size in block)
+    thread = (x[None, None] + 10 * y[None, :, None] + 100 * z[:, None, None]).reshape(-1)
+    x, y, z = (np.arange(size) for size in grid)
+    of_block = (x[None, None] + 10 * y[None, :, None] + 100 * z[:, None, None]).reshape(-1)
+    np.testing.assert_array_equal(out, 1000 * of_block[:, None] + thread)
+
+
+def test_arithmetic(kernels):
+    x, y = 0x00F0A55A, 0x9234567B
+    out = kernels.run("arithmetic", np.array([x, y], np.uint32), np.zeros(12, np.uint32), 0, block=1)
+    both = y << 32 | x
+    permuted = (y & 0xFF) << 8 | x & 0xFF | (x >> 8 & 0xFF) << 16 | (y >> 8 & 0xFF) << 24
+    expected = [
+        x.bit_count(), 2, 8, int(f"{x:032b}"[::-1], 2), x * y >> 32, (both << 5 >> 32) & 0xFFFFFFFF,
+        both >> 5 & 0xFFFFFFFF, permuted, x, y, np.float32(2.5).view(np.uint32), 3,
+    ]  # fmt: skip
+    np.testing.assert_array_equal(out, np.array(expected, np.uint32))
+
+
+@pytest.mark.parametrize(
+    "kernel, depth, dtype", [("tf32", 8, torch.float32), ("bf16", 16, torch.bfloat16), ("f16", 16, torch.float16)]
+)
+def test_tensor_cores(kernels, generator, kernel, depth, dtype):
+    a = torch.randn(16, depth, generator=generator).to(dtype)
+    b = torch.randn(depth, 8, generator=generator).to(dtype)
+    c = torch.randn(16, 8, generator=generator)
+    memory = np.concatenate([x.contiguous().view(torch.uint8).reshape(-1).numpy() for x in (a, b, c)])
+    out = kernels.run(f"multiply_{kernel}", memory, np.full((16, 8), np.nan, np.float32), 0, block=32)
+    if kernel == "tf32":  # the low 13 bits are ignored
+        a, b = ((x.view(torch.int32) & ~0x1FFF).view(torch.float32) for x in (a, b))
+    exact = (a.double() @ b.double() + c.double()).numpy()
+    # Rounded once, towards zero.
+    assert (np.abs(out) <= np.abs(exact)).all()
+    np.testing.assert_allclose(out, exact, rtol=2**-23, atol=0)
+    assert not np.array_equal(out, exact.astype(np.float32))
+
+
+def test_random_order_follows_from_the_seed(kernels):
+    def order(seed):
+        return kernels.run("order", None, np.zeros((2, 64), np.uint32), 0, grid=2, block=64, shared=4, seed=seed)
+
+    first = order(1)
+    np.testing.assert_array_equal(np.sort(first, 1), [range(64)] * 2)
+    np.testing.assert_array_equal(first, order(1))
+    assert not np.array_equal(first, order(2)) and not np.array_equal(first[0], first[1])
+
+
+# ---- launches
+
+
+def test_limits_of_launches(kernels):
+    def fails(words, **launch):
+        with pytest.raises(RuntimeError, match=words):
+            kernels.run("count", None, np.zeros(1, np.int32), 0, initialised=True, **launch)
+
+    fails("cudaErrorInvalidConfiguration", block=1025)
+    fails("cudaErrorInvalidConfiguration", block=0)
+    fails("cudaErrorInvalidConfiguration", block=(1, 1, 65))
+    fails("cudaErrorInvalidConfiguration", grid=(1, 65536))
+    fails("cudaErrorInvalidValue", shared=DEVICE.shared_per_block + 1)
+    fails("cudaErrorCooperativeLaunchTooLarge", grid=2 * DEVICE.multiprocessors + 1, block=1024, cooperative=True)
+    small = emulation.Device(1, 1000, 3000)
+    fails("cudaErrorInvalidValue", shared=1001, device=small)
+    fails("cudaErrorCooperativeLaunchTooLarge", grid=2, shared=600, cooperative=True, device=small)
+    kernels.run("count", None, one := np.zeros(1, np.int32), 0, block=1024, shared=1000, initialised=True, device=small)
+    assert one == 1024
+    empty = kernels.run("count", None, np.zeros(1, np.int32), 0, grid=0, initialised=True)
+    assert empty == 0
+
+
+def test_resident_blocks(kernels):
+    kernels.module.set_device(4, 100_000, 100_000)
+    assert kernels.module.resident_blocks(1024, 0) == 2
+    assert kernels.module.resident_blocks(33, 0) == 32
+    assert kernels.module.resident_blocks(256, 24_000) == 3
+    with pytest.raises(RuntimeError, match="cudaErrorInvalidValue"):
+        kernels.module.resident_blocks(256, 100_001)
+
+
+# ---- mistakes that both builds find, whatever the order
+
+INTEGERS = np.arange(-50, 50, dtype=np.int32)
+
+FOUND = [
+    ("wrong_mask, without the caller", {"block": 32}, "__shfl_sync with mask 0x0000ffff at .*lacks the lane that calls"),
+    ("wrong_mask, reads another lane", {"block": 32}, "reads lane 20, which is not in the mask"),
+    ("wrong_mask, different masks", {"block": 32}, "waits for lanes that wait for it in|lacks the lane that calls"),
+    ("wrong_mask, different calls", {"block": 32}, "waits for lanes that wait for it in"),
+    ("wrong_mask, width", {"block": 32}, "width is not a power of two"),
+    ("sum_some_lanes, full mask", {"block": 64, "n": 5}, "names lanes that have returned|returns, while others wait"),
+    ("divergent_barrier", {"n": 40, "block": 64}, "is at the __syncthreads at .* waits in that at"),
+    ("deadlock", {"n": 64, "block": 128}, r"deadlock.*\n.*63 more: waits in __syncthreads at .*\n.*63 more: waits in named_barrier 1"),
+    ("hand_over, other number of threads", {"n": 1, "block": 64, "shared": 128}, "is for (32|64) threads here, for"),
+    ("number_a_barrier", {"n": 16, "block": 32}, "barriers 1 to 15"),
+    ("poll, never set", {"block": 64, "initialised": True}, "no thread gets any further"),
+    ("sum_of_grid", {"grid": 1, "block": 64}, "grid_sync at .* in a launch that is not cooperative"),
+    ("copy_part", {"block": 1, "n": 17, "shared": 16}, "cp_async16 at .*not in 0 ... 16"),
+    ("copy_part", {"block": 1, "n": 16, "shared": 12}, "cp_async16 at .*not in the block's shared memory"),
+    ("fill_shared, no bound", {"block": 128, "n": 100, "shared": 400}, "shared memory"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name, launch, words", FOUND, ids=lambda value: value if isinstance(value, str) else "")
+def test_mistakes_are_found(kernels, name, launch, words, seed):
+    launch = {"n": 0, "seed": seed} | launch
+    with pytest.raises(RuntimeError, match=words) as caught:
+        kernels.run(name, _aligned(np.arange(-64, 64, dtype=np.int32)), np.zeros(128, np.int32), **launch)
+    assert re.match(rf"kernel {re.split('[, ]', name)[0]}\b", str(caught.value))
+    # What comes after is not affected.
+    assert kernels.run("count", None, np.zeros(1, np.int32), 0, initialised=True) == 256
+
+
+def test_misaligned_copies(kernels):
+    values = _aligned(np.zeros(8, np.int32))[1:5]
+    with pytest.raises(RuntimeError, match="the global address is not a multiple of 16 bytes"):
+        kernels.run("copy_part", values, np.zeros(4, np.int32), 16, block=1, shared=16)
+
+
+# ---- missing barriers: results differ from the right ones for some order of threads
+
+MISSING = [
+    ("sum_in_shared, no barrier in the loop", {"n": 256, "shared": 1024}, "sums[thread] += sums", "races"),
+    ("scan, no barrier", {"n": 256, "shared": 32}, "i < warp; ++i", "empty"),
+    ("reverse_tiles, no barrier at the end of the loop", {"n": 3, "shared": 1024}, "", "races"),
+    ("reverse_warps, no barrier", {"n": 0, "shared": 1024}, "thread ^ 31", "empty"),
+    ("reverse_tiles_async, no wait", {"n": 3, "block": 64, "shared": 2048}, "size - 1 - i];", "copies"),
+]  # fmt: skip
+EXPECTED = {
+    "sum_in_shared": lambda x: x[:1, :256].astype(np.float32).sum(1),
+    "scan": lambda x: x[0].cumsum(),
+    "reverse_tiles": lambda x: x[:, ::-1],
+    "reverse_warps": lambda x: x[0].reshape(8, 32)[:, ::-1].reshape(-1),
+    "reverse_tiles_async": lambda x: x[:, ::-1],
+}
+
+
+@pytest.mark.parametrize("name, launch, place_, what", MISSING, ids=lambda value: value if isinstance(value, str) else "")
+def test_missing_barriers_show(rng, name, launch, place_, what):
+    kernels = Kernels("fast")
+    right = name.partition(",")[0]
+    values = integers(rng, 3, 256)
+    expected = EXPECTED[right](values)
+    source = values.astype(np.float32) if right == "sum_in_shared" else values
+
+    def correct(kernel, seed):
+        out = np.zeros(expected.shape, source.dtype)
+        return np.array_equal(kernels.run(kernel, _aligned(source.reshape(-1)), out, seed=seed, **launch), expected)
+
+    assert all(correct(right, seed) for seed in range(10))
+    assert not all(correct(name, seed) for seed in range(10))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name, launch, place_, what", MISSING, ids=lambda value: value if isinstance(value, str) else "")
+def test_missing_barriers_are_found(checked, rng, name, launch, place_, what, seed):
+    values = integers(rng, 3, 256)
+    source = values.astype(np.float32) if "sum" in name else values
+    out = np.zeros(768, source.dtype)
+    # One of these comes first, depending on the order of threads.
+    words = "a race with thread .* with no barrier between|nothing was written there|copies to them asynchronously"
+    with pytest.raises(RuntimeError, match=words) as caught:
+        checked.run(name, _aligned(source.reshape(-1)), out, seed=seed, **launch)
+    assert re.search(r"emulator_kernels\.cu:\d+", str(caught.value))
+
+
+# ---- memory, in the checked build
+
+MEMORY = [
+    ("write_global, below", {"n": 64}, "writes 4 bytes 4 bytes before out at {}: that is out of bounds", "kBelow) out"),
+    ("write_global, above", {"n": 64}, "writes 4 bytes at offset 256 of out, which has 256 bytes, at {}", "kAbove) out"),
+    ("write_global, far above", {"n": 64}, "writes 4 bytes at address .* at {}", "kFarAbove) out"),
+    ("write_global, null", {"n": 64}, "writes 4 bytes at address 0x0 at {}: that is out of bounds|null pointer", "kNull) *"),
+    ("write_global, input", {"n": 64}, "writes 4 bytes of in at {}: it is an input", "kInput) const"),
+    ("copy_global, no bound", {"n": 64, "grid": 2}, "reads 4 bytes at offset (256|3..|4..|5..) of in, which has 256 bytes, at {}", "out<int>(a)[i] = in<int>(a)[i];"),
+    ("rotate, no bound", {"n": 64, "shared": 256}, "reads 4 bytes at offset 256 of the block's shared memory, which has 256 bytes, at {}", "next == a.n"),
+    ("fill_shared, no bound", {"n": 62, "shared": 248}, "writes 4 bytes at offset (248|252) of the block's shared memory, which has 248 bytes, at {}", "< a.n) shared<int>()[thread] = thread;"),
+    ("histogram, not initialised", {"n": 0, "shared": 256}, "updates 4 bytes of shared memory at .*: nothing was written there", ""),
+    ("accumulate, not initialised", {"n": 0}, "reads 4 bytes out at {}: nothing was written there", "(a)[threadIdx.x] += in"),
+    ("count, not atomic", {"n": 0, "initialised": True}, "bytes out at {}: a race with thread", "(a)[0] += 1"),
+    ("count, not atomic", {"n": 0, "initialised": True, "block": 1, "grid": 2}, "bytes out at {}: a race with thread", "(a)[0] += 1"),
+    ("copy_vectors", {"n": 2, "block": 8}, "undefined behaviour at {}: a misaligned access", "= from[threadIdx.x]"),
+    ("look_up", {"n": 0}, "undefined behaviour at {}: an index is outside its array", "return table[index]"),
+    ("shift", {"n": 0}, "undefined behaviour at {}: a shift by too much", "1 << in"),
+    ("sum_of_grid, no barrier", {"n": 0, "grid": 4, "block": 16, "cooperative": True}, "reads 4 bytes out at .*: (a race with|nothing was written there)", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name, launch, words, line", MEMORY, ids=lambda value: value if isinstance(value, str) else "")
+def test_memory_mistakes_are_found(checked, name, launch, words, line, seed):
+    launch = {"seed": seed, "block": 64} | launch
+    with pytest.raises(RuntimeError, match=words.format(place(line) if line else "")):
+        checked.run(name, _aligned(np.arange(64, dtype=np.int32)), _aligned(np.zeros(64, np.int32)), **launch)

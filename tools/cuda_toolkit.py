@@ -37,13 +37,12 @@ def gencode(architectures: tuple[str, ...] | list[str]) -> list[str]:
 class CudaToolkit:
     """A CUDA compiler and what belongs to it.
 
-    ``nvcc`` is the path of the compiler, ``release`` its version, such as "13.0"; ``includes`` and ``libraries`` are the
-    folders of cuda_runtime_api.h and of libcudart_static.a, for a C++ compiler; ``cuobjdump`` is the path of the
-    disassembler, which may come from elsewhere, or None.
+    ``nvcc`` is the path of the compiler; ``includes`` and ``libraries`` are the folders of cuda_runtime_api.h and of
+    libcudart_static.a, for a C++ compiler; ``cuobjdump`` is the path of the disassembler, which may come from elsewhere,
+    or None.
     """
 
     nvcc: str
-    release: str
     includes: tuple[str, ...]
     libraries: tuple[str, ...]
     cuobjdump: str | None
@@ -72,20 +71,18 @@ def _programs(name: str) -> Iterator[str]:
 def _ask(nvcc: str) -> CudaToolkit | None:
     """The toolkit of this compiler, from its own words: it may be a script or a link far from its files."""
     try:
-        version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-        plan = [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull]
-        plan = subprocess.run(plan, capture_output=True, text=True, check=True).stderr
+        command = [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull]
+        plan = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     except (OSError, subprocess.CalledProcessError):
         return None
-    release = re.search(r"release (\d+\.\d+)", version)
     said = dict(re.findall(r"^#\$ (TOP|INCLUDES|SYSTEM_INCLUDES|LIBRARIES)=(.*)$", plan, re.MULTILINE))
-    if release is None or said.keys() < {"TOP", "INCLUDES"}:
+    if not said.keys() >= {"TOP", "INCLUDES"}:
         return None
     includes = re.findall(r'"-I([^"]+)"', said["INCLUDES"])
     includes += re.findall(r'"-isystem" "([^"]+)"', said.get("SYSTEM_INCLUDES", ""))
     libraries = re.findall(r'"-L([^"]+)"', said.get("LIBRARIES", ""))
     libraries.append(os.path.join(said["TOP"], "lib"))  # of the Python packages: nvcc itself looks in lib64
-    return CudaToolkit(nvcc, release[1], _existing(includes), _existing(libraries), next(_programs("cuobjdump"), None))
+    return CudaToolkit(nvcc, _existing(includes), _existing(libraries), next(_programs("cuobjdump"), None))
 
 
 def _existing(folders: list[str]) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ constexpr int kWarp = 32;
 constexpr int kWarps = 32;  // of a block; one warp adds up what all of them have
 constexpr int kThreads = kWarps * kWarp;
 static_assert(kWarps == kWarp);
-constexpr int kBytesInFlight = 64;  // that a thread loads before it waits; when it also stores, half of it
+constexpr int kBytesInFlight = 64;  // that a thread of the first pass loads before it uses them
 
 // ---- sums over threads, in a fixed order
 
@@ -97,7 +97,7 @@ struct Arguments {
   uint32_t* nonzeros;
   float* stats;
   Partial* partials;
-  bool prunes;
+  bool prunes;      // else `pruning` holds nothing
   Pruning pruning;
   double count;     // of elements, at least 1
   int64_t rows;
@@ -187,16 +187,14 @@ __global__ void __launch_bounds__(kThreads) prune_kernel(const Arguments a) {
   using Element = typename View::Element;
   const Rows rows = rows_of_warp(a.rows);
   const Parking<typename View::Pack, kThreads> parking(dynamic_shared() + kSumBytes);
-  Partial& partial = a.partials[blockIdx.x];
-  int32_t* history = a.prunes ? a.pruning.sigma_history : nullptr;
-  float sigma = history ? mean_of_history(history) : 0.0f;
+  float sigma = a.pruning.sigma_history ? mean_of_history(a.pruning.sigma_history) : 0.0f;
   const bool exact = a.prunes && !(sigma > 0.0f);
 
   const int64_t start = rows.first + (exact ? 0 : static_cast<int64_t>(rows.count) * kWarps);
   Position position = position_of(start * kWarp + threadIdx.x % kWarp, View::kStep, a.geometry);
   if (exact) {
     const double sum = block_sum(sum_pass<View>(a, rows.count, position, parking));
-    if (threadIdx.x == 0) partial.sum = sum;
+    if (threadIdx.x == 0) a.partials[blockIdx.x].sum = sum;
     grid_sync();
     sigma = sigma_of(grid_sum(a.partials, &Partial::sum), a);
   }
@@ -210,10 +208,10 @@ __global__ void __launch_bounds__(kThreads) prune_kernel(const Arguments a) {
                               : prune_pass<View, false>(a, rows, position, parking, tau, spec);
 
   const int64_t nonzeros = block_sum(static_cast<int64_t>(pruned.nonzeros));
-  if (threadIdx.x == 0) partial.nonzeros = nonzeros;
+  if (threadIdx.x == 0) a.partials[blockIdx.x].nonzeros = nonzeros;
   if (!exact) {
     const double sum = block_sum(pruned.sum);
-    if (threadIdx.x == 0) partial.sum = sum;
+    if (threadIdx.x == 0) a.partials[blockIdx.x].sum = sum;
   }
   grid_sync();
   if (blockIdx.x > 0) return;
@@ -223,7 +221,7 @@ __global__ void __launch_bounds__(kThreads) prune_kernel(const Arguments a) {
   a.stats[0] = spec.tau;
   a.stats[1] = a.prunes ? sigma : 0.0f;
   a.stats[2] = static_cast<float>(static_cast<double>(all) / a.count);
-  if (history) record(history, sigma);
+  if (a.pruning.sigma_history) record(a.pruning.sigma_history, sigma);
 }
 
 // ---- launch

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pruning kernel (csrc/cuda/prune.cu) under the emulator, against the reference and the cpu backend, bit for bit.
+
+A block has 1024 threads, each of which takes 4 or 8 elements at a time: only tensors of more than 4096 elements are cut
+into blocks. How many there are, and how much of the gradient is parked in shared memory, follows from the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from emulation import Device, Emulator, Pruned, Pruning, nonzeros_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparsebwd import reference
+from sparsebwd.backends import available_backends
+from sparsebwd.testing import assert_bit_equal, fenced, random_tensor
+
+PERCENTILE = 90.0
+KEY = torch.tensor([0x123456789ABCDEF, -0x76543210FEDCBA98])
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+KIB = 1024
+# Shared memory that parks nothing, one or two packs of each thread, and all that the tests have.
+DEVICES = [Device(1, 300), Device(3, 34 * KIB), Device(2, 200 * KIB), Device(9, 17 * KIB), Device(5, 227 * KIB)]
+SHAPES = [
+    (1, 1, 1, 1),
+    (2, 3, 5, 7),
+    (5, 10, 1, 1),
+    (2, 5, 1, 9),
+    (1, 8, 2, 33),
+    (1, 17, 3, 2),
+    (1, 31, 2, 15),
+    (3, 48, 7, 7),
+    (2, 64, 8, 8),
+    (1, 96, 3, 5),
+    (2, 130, 2, 2),
+    (2, 12, 5, 4),
+    (1, 24, 9, 9),
+    (1, 4, 97, 101),
+    (1, 9, 130, 65),
+    (2, 260, 4, 4),
+    (3, 36, 16, 12),
+    (2, 128, 9, 10),
+    (0, 4, 3, 3),
+    (2, 0, 3, 3),
+    (2, 4, 0, 3),
+]
+
+
+@pytest.fixture(params=DTYPES, ids=["f32", "bf16", "f16"])
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+def gradient(shape, dtype, memory_format, seed=0, scale=1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    values = random_tensor(shape, generator=generator, dtype=torch.float64, density=0.9) * scale
+    return values.to(dtype).contiguous(memory_format=memory_format)
+
+
+def pruning(key: Tensor = KEY, history: Tensor | None = None) -> Pruning:
+    coefficient = reference.SIGMA_COEFFICIENT["corrected"]
+    return Pruning(key, coefficient, reference.quantile(PERCENTILE), history)
+
+
+def threshold(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """(sigma, tau) as float32 tensors, of the sum that the cpu backend takes if it has the dtype."""
+    if "cpu" in available_backends() and grad.dtype != torch.float16:
+        abs_sum, _ = torch.ops.sparsebwd_cpu.abs_sum(grad)
+    else:
+        abs_sum = math.fsum(grad.double().abs().flatten().tolist())
+    total = torch.tensor(abs_sum, dtype=torch.float64)
+    return reference.threshold(total, grad.numel(), PERCENTILE, "corrected", grad.dtype)
+
+
+def assert_pruned(result: Pruned, grad: Tensor, key: Tensor, sigma: Tensor, tau: Tensor) -> None:
+    """That is what is made of ``grad`` at ``tau``, and its sigma."""
+    expected = reference.prune_at(grad, key, tau)
+    assert_bit_equal(result.stats, torch.stack([tau, sigma, reference.density(expected)]), "tau, sigma, density")
+    if result.values is not None:
+        assert_bit_equal(result.values, expected, "values")
+    if result.nonzeros is not None:
+        assert torch.equal(result.nonzeros, nonzeros_of(expected))
+
+
+def check(emulator: Emulator, grad: Tensor, channels_last: bool, key: Tensor = KEY) -> None:
+    sigma, tau = threshold(grad)
+    result = emulator.prune(grad, pruning(key), channels_last=channels_last, nonzeros=channels_last)
+    assert_pruned(result, grad, key, sigma, tau)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bits_are_those_of_the_reference(shape, dtype, memory_format):
+    seed = SHAPES.index(shape)
+    emulator = Emulator(seed=seed, device=DEVICES[seed % len(DEVICES)])
+    check(emulator, gradient(shape, dtype, memory_format, seed), memory_format is torch.channels_last)
+
+
+@settings(max_examples=25)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 140), st.integers(1, 12), st.integers(1, 12)),
+    dtype=st.sampled_from(DTYPES),
+    memory_format=st.sampled_from(LAYOUTS),
+    device=st.sampled_from(DEVICES),
+    key=st.tuples(st.integers(-(2**63), 2**63 - 1), st.integers(-(2**63), 2**63 - 1)),
+)
+def test_bits_for_any_shape(shape, dtype, memory_format, device, key):
+    grad = gradient(shape, dtype, memory_format, sum(shape))
+    check(Emulator(device=device), grad, memory_format is torch.channels_last, torch.tensor(key))
+
+
+@pytest.mark.parametrize("device", [*DEVICES, Device(4, 67 * KIB)], ids=lambda d: f"{d[0]}x{d[1]}")
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=["f32", "bf16"])
+def test_grids_and_parking_of_a_tensor_of_many_blocks(device, dtype, memory_format):
+    check(Emulator(device=device), gradient((2, 70, 33, 32), dtype, memory_format), memory_format is torch.channels_last)
+
+
+def test_in_place(dtype, memory_format):
+    """And nothing is written outside: the gradient lies between NaNs, also unaligned."""
+    channels_last = memory_format is torch.channels_last
+    for shape in [(2, 64, 9, 8), (2, 13, 7, 7)]:
+        for grad in (gradient(shape, dtype, memory_format), fenced(gradient(shape, dtype, memory_format))):
+            sigma, tau = threshold(grad)
+            before = grad.clone()
+            storage = torch.empty(0, dtype=dtype).set_(grad.untyped_storage())
+            outside = storage.isnan()
+            result = Emulator(device=DEVICES[1]).prune(
+                grad, pruning(), channels_last=channels_last, nonzeros=channels_last, out=grad
+            )
+            assert_pruned(result, before, KEY, sigma, tau)
+            assert torch.equal(storage.isnan(), outside)
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 9, 8), (2, 13, 7, 7)], ids=str)
+def test_parts_that_are_not_wanted(shape, dtype, memory_format):
+    channels_last = memory_format is torch.channels_last
+    grad = gradient(shape, dtype, memory_format)
+    sigma, tau = threshold(grad)
+    wanted = [(True, False), (False, True), (False, False)] if channels_last else [(False, False)]
+    for values, nonzeros in wanted:
+        result = Emulator().prune(grad, pruning(), channels_last=channels_last, values=values, nonzeros=nonzeros)
+        assert (result.values is not None, result.nonzeros is not None) == (values, nonzeros)
+        assert_pruned(result, grad, KEY, sigma, tau)
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 9, 8), (2, 13, 7, 7), (0, 4, 3, 3)], ids=str)
+@pytest.mark.parametrize("value", [1.0, math.nan, math.inf])
+def test_without_pruning_it_copies_and_counts(value, shape, dtype, memory_format):
+    channels_last = memory_format is torch.channels_last
+    grad = gradient(shape, dtype, memory_format)
+    if grad.numel():
+        grad[1, 3, 5, 6] = value
+        grad[1, 3, 5, 5] = -0.0
+    result = Emulator().prune(grad, None, channels_last=channels_last, nonzeros=channels_last)
+    assert_pruned(result, grad, KEY, torch.tensor(0.0), torch.tensor(0.0))
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_what_is_not_finite_passes_with_everything_else(value, dtype, memory_format):
+    channels_last = memory_format is torch.channels_last
+    grad = gradient((2, 40, 5, 8), dtype, memory_format)
+    grad[0, 7, 0, 0], grad[1, 39, 4, 7] = -0.0, value
+    result = Emulator().prune(grad, pruning(), channels_last=channels_last, nonzeros=channels_last)
+    sigma = result.stats[1]
+    assert sigma.isnan() if math.isnan(value) else sigma == math.inf
+    assert_pruned(result, grad, KEY, sigma, torch.tensor(0.0))
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 3e38, 1e-40, 60000.0])
+def test_constants(value, dtype, memory_format):
+    """Zeros; sums and thresholds that overflow; numbers that are subnormal."""
+    check(
+        Emulator(),
+        torch.full((2, 40, 5, 8), value).to(dtype).contiguous(memory_format=memory_format),
+        memory_format is torch.channels_last,
+    )
+
+
+@pytest.mark.parametrize("scale", [1e38, 1e-37, 2e-44, 1e-4, 3e-8])
+def test_extreme_magnitudes(scale, dtype, memory_format):
+    """Sums that overflow float32, and products tau * r that are subnormal or 0; for float16, tau and g themselves."""
+    grad = gradient((2, 40, 5, 8), dtype, memory_format, scale=scale)
+    check(Emulator(), grad, memory_format is torch.channels_last)
+
+
+# ---- predicted thresholds
+
+
+class History:
+    """What struct Pruning in kernels.h says of sigma_history."""
+
+    def __init__(self):
+        self.recorded: list[Tensor] = []  # all of them
+
+    def mean(self) -> Tensor:
+        count = min(len(self.recorded), 4)
+        places = [[x for i, x in enumerate(self.recorded) if i % 4 == place][-1] for place in range(count)]
+        total = torch.zeros((), dtype=torch.float64)
+        for value in places:
+            total += value.double()
+        return (total / max(count, 1)).float()
+
+    def record(self, sigma: Tensor) -> None:
+        if 0 < sigma < math.inf:
+            self.recorded.append(sigma)
+
+
+@pytest.mark.parametrize("device", DEVICES[:3], ids=lambda d: f"{d[0]}x{d[1]}")
+def test_predicted_thresholds_follow_the_history(device, dtype, memory_format):
+    channels_last = memory_format is torch.channels_last
+    emulator, model = Emulator(device=device), History()
+    history = torch.zeros(5, dtype=torch.int32)
+    scales = [0.0, math.nan, 1.0, 2.0, 0.5, math.inf, 3.0, 0.0, 1.5, 0.25]
+    for step, scale in enumerate(scales):
+        grad = gradient((2, 36, 12, 9), dtype, memory_format, step)
+        grad = grad * scale if math.isfinite(scale) else grad.index_fill(1, torch.tensor([3]), scale)
+        grad = grad.contiguous(memory_format=memory_format)
+        predicted, (sigma, tau) = model.mean(), threshold(grad)
+        if predicted > 0:
+            exact = predicted.double() * reference.quantile(PERCENTILE)
+            tau = exact.float().to(dtype).float()
+        result = emulator.prune(grad, pruning(history=history), channels_last=channels_last, nonzeros=channels_last)
+        if sigma.isnan():
+            assert result.stats[1].isnan()
+            sigma = result.stats[1]
+        assert_pruned(result, grad, KEY, sigma, tau)
+        model.record(sigma)
+        assert history[0] == len(model.recorded)
+        expected = torch.zeros(4)
+        for i, value in enumerate(model.recorded):
+            expected[i % 4] = value
+        assert_bit_equal(history[1:].view(torch.float32), expected, "history")
+    assert len(model.recorded) == 6
+
+
+# ---- rules of the machine
+
+
+def cases() -> list[tuple[str, Callable[[], tuple[Tensor, Pruning]]]]:
+    def case(shape, dtype, memory_format, history=None):
+        return lambda: (gradient(shape, dtype, memory_format), pruning(history=history and torch.tensor(history)))
+
+    one = torch.tensor(1.0).view(torch.int32).item()
+    return [
+        ("vectors", case((1, 64, 16, 15), torch.float32, torch.channels_last)),
+        ("padding", case((2, 24, 12, 12), torch.bfloat16, torch.channels_last)),
+        ("quads", case((1, 30, 13, 14), torch.float16, torch.channels_last)),
+        ("planes", case((1, 18, 16, 24), torch.bfloat16, torch.contiguous_format)),
+        ("odd planes", case((1, 18, 17, 17), torch.float32, torch.contiguous_format)),
+        ("predicted", case((1, 64, 16, 15), torch.float32, torch.channels_last, [1, one, 0, 0, 0])),
+    ]
+
+
+@pytest.mark.parametrize("make", [make for _, make in cases()], ids=[name for name, _ in cases()])
+def test_order_of_threads_does_not_matter_and_memory_is_used_by_the_rules(make):
+    """Other orders give the same bits; in the checked build each access is seen."""
+    device = Device(3, 20 * KIB)
+    results = []
+    for variant, seed in [("fast", 0), ("fast", 1), ("checked", 2)]:
+        grad, how = make()
+        channels_last = reference.memory_format(grad) is torch.channels_last
+        emulator = Emulator(variant, seed, device)
+        results.append((emulator.prune(grad, how, channels_last=channels_last, nonzeros=channels_last), how))
+    for result, how in results[1:]:
+        assert_bit_equal(result.values, results[0][0].values, "values")
+        assert_bit_equal(result.stats, results[0][0].stats, "tau, sigma, density")
+        if result.nonzeros is not None:
+            assert torch.equal(result.nonzeros, results[0][0].nonzeros)
+        if how.sigma_history is not None:
+            assert torch.equal(how.sigma_history, results[0][1].sigma_history)
+
+
+def test_calls_that_are_refused():
+    with pytest.raises(RuntimeError, match="cudaErrorInvalidValue"):
+        Emulator().prune(torch.zeros(1, 4, 2, 2), pruning(), channels_last=False, nonzeros=True)
+    with pytest.raises(RuntimeError, match="cudaErrorInvalidValue"):
+        Emulator().prune(torch.zeros(0, 4, 2, 2**31), pruning(), channels_last=False)

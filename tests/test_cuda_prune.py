@@ -8,11 +8,13 @@ into blocks. How many there are, and how much of the gradient is parked in share
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from emulation import Device, Emulator, Pruned, Pruning, nonzeros_of
+from emulation import Device, Emulator, Pruned, Pruning, build, nonzeros_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -237,6 +239,50 @@ def test_predicted_thresholds_follow_the_history(device, dtype, memory_format):
             expected[i % 4] = value
         assert_bit_equal(history[1:].view(torch.float32), expected, "history")
     assert len(model.recorded) == 6
+
+
+# ---- positions beyond 32 bits
+
+
+@pytest.fixture(scope="module")
+def positions():
+    return build("prune_positions", [Path(__file__).with_name("prune_positions.cpp")])
+
+
+# Vectors need channels in eights, and pixels of a plane in pairs.
+LARGE = [(3, 64, 50_000, 40_000), (70_001, 40, 302, 300), (2**31 - 1, 8, 4, 6), (50, 2**31 - 8, 2, 2), (4, 24, 2, 2**31 - 2)]
+# How many elements a pack has, and what it counts in the innermost loop.
+PACKS = {"channels_last": (8, 1), "channels_last_quads": (4, 1), "contiguous": (8, 2), "contiguous_pixels": (4, 1)}
+
+
+@pytest.mark.parametrize("layout", PACKS)
+@pytest.mark.parametrize("nonzeros", [False, True])
+def test_positions_in_tensors_larger_than_memory(positions, layout, nonzeros):
+    elements, step = PACKS[layout]
+    channels_last = layout.startswith("channels_last")
+    random_number = random.Random(0)
+    for n, c, h, w in LARGE:
+        if channels_last:
+            packs = -(-c // elements)
+            of_word = min(32 // elements, 1 << (packs - 1).bit_length()) if nonzeros else 1
+            radices, strides = (-(-packs // of_word) * of_word, w, h), (elements, c, w * c, h * w * c)
+        else:
+            radices, strides = (w, h, -(-c // 4)), (1, w, 4 * h * w, c * h * w)
+        total = math.prod(radices) * n // step
+        assert total > 2**32
+        for pack in [1024, 2**31 - 1, 2**31, 2**32, total - 1, total, *(random_number.randrange(1024, total) for _ in range(50))]:
+            digits, rest = [], pack * step
+            for radix in radices:
+                rest, digit = divmod(rest, radix)
+                digits.append(digit)
+            digits.append(rest)
+            first = digits[0] * elements if channels_last else 4 * digits[2]
+            most = elements if channels_last else 4
+            present = 0 if rest >= n else max(0, min(most, c - first))
+            offset = sum(digit * stride for digit, stride in zip(digits, strides, strict=True))
+            for rows in (-1, 0, 1):
+                found = getattr(positions, layout)((n, c, h, w), channels_last, nonzeros, pack, rows)
+                assert found == [*digits, offset, present], ((n, c, h, w), pack, rows)
 
 
 # ---- rules of the machine

@@ -228,47 +228,54 @@ __global__ void __launch_bounds__(kThreads) prune_kernel(const Arguments a) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The step by `index` places of the innermost loop and `packs` packs.
-Step step_of(const Geometry& geometry, int64_t index, int64_t packs) {
-  Step step = {};
+// The step by `packs` packs, each of which counts `step` in the innermost loop.
+Step step_of(const Geometry& geometry, int64_t packs, int step) {
+  Step result = {};
+  int64_t index = packs * step;
   for (int i = 0; i < 3; ++i) {
     const int64_t radix = geometry.radix[i], digit = (index % radix + radix) % radix;
-    step.delta[i] = static_cast<int32_t>(digit - radix + (i > 0));
+    result.delta[i] = static_cast<int32_t>(digit - radix + (i > 0));
     index = (index - digit) / radix;
   }
-  step.delta[3] = static_cast<int32_t>(index + 1);
-  step.packs = packs;
-  return step;
+  result.delta[3] = static_cast<int32_t>(index + 1);
+  result.packs = packs;
+  return result;
 }
 
-// `elements`: of a pack, channels-last. `nonzeros`: whether packs are to be grouped by word.
-Geometry geometry_of(const PruneShape& shape, int elements, bool nonzeros) {
+// `nonzeros`: whether lanes that share a word of them have to be neighbours.
+template <class View>
+Geometry geometry_of(const PruneShape& shape, bool nonzeros) {
   const int64_t c = shape.c, plane = shape.h * shape.w;
-  int64_t radix[3] = {shape.w, shape.h, ceil_div(c, 4)};
-  int64_t packs = 0, packs_of_word = 1;
   Geometry geometry = {};
+  const auto set_loops = [&](const int64_t (&radices)[3], const int64_t (&strides)[4]) {
+    // Of an empty tensor no loop has an iteration; divisions by radices are done all the same.
+    for (int i = 0; i < 3; ++i) geometry.radix[i] = static_cast<uint32_t>(std::max<int64_t>(radices[i], 1));
+    std::copy_n(strides, 4, geometry.stride);
+  };
   if (shape.channels_last) {
-    packs = ceil_div(c, elements);
+    constexpr int64_t kElements = 4 * View::kQuads;
+    const int64_t packs = ceil_div(c, kElements);
+    int64_t packs_of_word = 1;
     if (nonzeros)
-      while (packs_of_word < std::min<int64_t>(packs, 32 / elements)) packs_of_word *= 2, ++geometry.log2_packs_of_word;
-    const int64_t strides[] = {elements, c, shape.w * c, plane * c};
-    std::copy_n(strides, 4, geometry.stride);
-    radix[0] = ceil_div(packs, packs_of_word) * packs_of_word;
-    radix[1] = shape.w;
-    radix[2] = shape.h;
+      while (packs_of_word < std::min(packs, 32 / kElements)) packs_of_word *= 2;
+    const int64_t padded = ceil_div(packs, packs_of_word) * packs_of_word;
+    set_loops({padded, shape.w, shape.h}, {kElements, c, shape.w * c, plane * c});
+    geometry.packs = static_cast<uint32_t>(packs);
+    geometry.dense = padded * kElements == c;
+    for (int i = 0; i < 3; ++i) {
+      const bool shares = 1 << i < packs_of_word;
+      geometry.shares_word[i] = shares ? ~0u : 0u;
+      geometry.log2_packs_of_word += shares;
+    }
   } else {
-    const int64_t strides[] = {1, shape.w, 4 * plane, c * plane};
-    std::copy_n(strides, 4, geometry.stride);
+    set_loops({shape.w, shape.h, ceil_div(c, 4)}, {1, shape.w, 4 * plane, c * plane});
   }
-  // Of an empty tensor no loop has an iteration; divisions by radices are done all the same.
-  for (int i = 0; i < 3; ++i) geometry.radix[i] = static_cast<uint32_t>(std::max<int64_t>(radix[i], 1));
   geometry.outer = c > 0 && plane > 0 ? static_cast<uint32_t>(shape.n) : 0;
   geometry.plane = plane;
   geometry.channels = static_cast<uint32_t>(c);
   geometry.width = static_cast<uint32_t>(shape.w);
-  geometry.packs = static_cast<uint32_t>(packs);
-  geometry.dense = radix[0] == packs && elements * packs == c;
-  for (int i = 0; i < 3; ++i) geometry.shares_word[i] = (1 << i) < packs_of_word ? ~0u : 0u;
+  geometry.forward = step_of(geometry, kThreads, View::kStep);
+  geometry.backward = step_of(geometry, -kThreads, View::kStep);
   return geometry;
 }
 
@@ -284,9 +291,7 @@ cudaError_t launch_view(const PruneCall& call, const Device& device, cudaStream_
   a.prunes = call.pruning != nullptr;
   if (a.prunes) a.pruning = *call.pruning;
   a.count = static_cast<double>(std::max<int64_t>(shape.n * shape.c * shape.h * shape.w, 1));
-  a.geometry = geometry_of(shape, 4 * View::kQuads, call.nonzeros != nullptr);
-  a.geometry.forward = step_of(a.geometry, kThreads * View::kStep, kThreads);
-  a.geometry.backward = step_of(a.geometry, -kThreads * View::kStep, -kThreads);
+  a.geometry = geometry_of<View>(shape, call.nonzeros != nullptr);
   int64_t quads = a.geometry.outer;
   for (const uint32_t radix : a.geometry.radix) quads *= radix;
   a.rows = ceil_div(quads / View::kStep, kWarp);

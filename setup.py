@@ -175,7 +175,8 @@ def kernel_objects(build_dir: Path) -> dict[str, list[str]]:
         for source in sorted((CSRC / "cuda").glob("*.cu")):
             compile("sparsebwd._C_cuda", f"cuda/{source.name}", "nvcc", nvcc_flags(CUDA.architectures))
         includes = ["-Icsrc/cuda", *(f"-I{folder}" for folder in CUDA.toolkit.includes)]
-        compile("sparsebwd._C_cuda", "cuda/device.cpp", "compile", includes)
+        for source in sorted((CSRC / "cuda").glob("*.cpp")):
+            compile("sparsebwd._C_cuda", f"cuda/{source.name}", "compile", includes)
     build_dir.mkdir(parents=True, exist_ok=True)
     rules_file = build_dir / "kernels.ninja"
     rules_file.write_text(f"builddir = {build_dir}\n" + "\n".join(rules))

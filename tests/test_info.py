@@ -59,8 +59,8 @@ def test_unknown_instruction_set_is_a_reason(monkeypatch):
 def test_cuda_kernels():
     found = sparsebwd.info()
     cuda, reason = found["cuda"], found["backends"]["cuda"]
-    if cuda["not_built"]:
-        assert reason == cuda["not_built"] and cuda["architectures"] == []
+    if cuda["not_loaded"]:
+        assert reason == cuda["not_loaded"] and cuda["architectures"] == []
         assert f"CUDA kernels       none: {reason}\n" in str(found)
     else:
         assert f"CUDA kernels       for {cuda['architectures'][0]}" in str(found)
@@ -68,7 +68,7 @@ def test_cuda_kernels():
     if torch.version.cuda is None:
         assert reason.startswith("this build of sparsebwd has no CUDA kernels: ")
     elif not torch.cuda.is_available():
-        assert reason == "PyTorch finds no CUDA device" or cuda["not_built"]
+        assert reason == "PyTorch finds no CUDA device" or cuda["not_loaded"]
 
 
 def test_gpus():

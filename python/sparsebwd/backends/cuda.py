@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -23,9 +23,8 @@ from .base import Backend, BackwardResult, empty, logger
 from .dense import convolution_backward
 
 
-@cache
-def why_not_built() -> str | None:
-    """None if the module with the kernels is there and loads, else the reason why not."""
+def load() -> str | None:
+    """Load the kernels. None if that worked, else the reason why not."""
     if importlib.util.find_spec("sparsebwd._C_cuda") is None:
         try:
             from .. import _C  # noqa: F401  registers torch.ops.sparsebwd_cpu
@@ -37,6 +36,9 @@ def why_not_built() -> str | None:
     except ImportError as error:
         return f"the native module sparsebwd._C_cuda cannot be loaded: {error}"
     return None
+
+
+why_not_loaded = load()
 
 
 def covers(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
@@ -93,9 +95,8 @@ class CudaBackend(Backend):
     operators = torch.ops.sparsebwd_cuda
 
     def available(self) -> str | None:
-        reason = why_not_built()
-        if reason is not None:
-            return reason
+        if why_not_loaded is not None:
+            return why_not_loaded
         if not torch.cuda.is_available():
             return "PyTorch finds no CUDA device"
         architectures = self.operators.build()[0]
@@ -257,7 +258,7 @@ class _DensityHistory:
     def latest(self) -> float | None:
         """The density recorded before the last one, whether the device is fast or slow, so that runs repeat; while a
         graph is captured the one returned before. None if there is none yet."""
-        if self._recorded >= 2 and not _capturing():
+        if self._recorded >= 2 and not _capturing(self._device):
             place = self._recorded % 2
             if self._events:
                 self._events[place].synchronize()
@@ -272,8 +273,8 @@ class _DensityHistory:
         self._recorded += 1
 
 
-def _capturing() -> bool:
-    return torch.cuda.is_current_stream_capturing()
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 # Estimates, from the peak rates of the arithmetic and the cost of finding non-zeros; not measured yet.
@@ -346,7 +347,7 @@ class AdaptiveCudaBackend(CudaBackend):
 
     def remember(self, problem: ConvProblem, grad: Tensor, layer_id: int, density: Tensor | None) -> None:
         layer = self._layer(problem, grad, layer_id)
-        if layer is None or _capturing():
+        if layer is None or _capturing(grad.device):
             return
         history = layer.history
         if density is None and (history.calls < 2 or history.calls % _CALLS_PER_COUNT == 0):

@@ -15,7 +15,7 @@ import torch
 
 import sparsebwd
 from sparsebwd import backends
-from sparsebwd.backends.cuda import why_not_built
+from sparsebwd.backends.cuda import why_not_loaded
 
 
 class Info(dict[str, Any]):
@@ -32,7 +32,7 @@ class Info(dict[str, Any]):
         ]
         cuda = self["cuda"]
         built = f"for {', '.join(cuda['architectures'])}; CUDA: built with {cuda['version']}, driver {cuda['driver'] or 'none'}"
-        lines.append(("CUDA kernels", f"none: {cuda['not_built']}" if cuda["not_built"] else built))
+        lines.append(("CUDA kernels", f"none: {cuda['not_loaded']}" if cuda["not_loaded"] else built))
         lines += [("GPU", text) for text in self["gpus"]] or [("GPU", f"none: {self['no_gpu']}")]
         lines += [
             (f"backend {name}", "runs" if reason is None else f"does not run: {reason}")
@@ -52,7 +52,7 @@ def info() -> Info:
             sparsebwd, torch, python, platform: versions, str.
             cpu: {name, cores (that this process may use), threads (of PyTorch's pool),
                 isa: {in_use (None if the C++ kernels do not run), supported: [...], limit (SPARSEBWD_MAX_ISA)}}.
-            cuda: the CUDA kernels: {not_built: why they are not there, or None, architectures (that they are built for):
+            cuda: the CUDA kernels: {not_loaded: why they are not there, or None, architectures (that they are built for):
                 ["8.0", ...], version (of CUDA that they are built with), driver (the CUDA version that the driver runs;
                 None if there is no driver)}.
             gpus: descriptions, [str]; no_gpu: why the list is empty, or None.
@@ -101,10 +101,9 @@ def _cpu_name() -> str:
 
 
 def _cuda() -> dict[str, Any]:
-    not_built = why_not_built()
-    architectures, *versions = ("", 0, 0) if not_built else torch.ops.sparsebwd_cuda.build()
+    architectures, *versions = ("", 0, 0) if why_not_loaded else torch.ops.sparsebwd_cuda.build()
     version, driver = (f"{v // 1000}.{v % 1000 // 10}" if v else None for v in versions)
-    return {"not_built": not_built, "architectures": architectures.split(), "version": version, "driver": driver}
+    return {"not_loaded": why_not_loaded, "architectures": architectures.split(), "version": version, "driver": driver}
 
 
 def _gpu(index: int) -> str:

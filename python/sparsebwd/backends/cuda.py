@@ -78,11 +78,13 @@ def _refusals(operators, problem: ConvProblem, dtype: torch.dtype) -> tuple[str,
     return operators.refusals(problem.input_size, problem.weight_size, *geometry, str(dtype).removeprefix("torch."))
 
 
-class _Convolved(NamedTuple):
-    stats: Tensor
-    pruned: Tensor | None
-    grad_input: Tensor | None
-    grad_weight: Tensor | None
+_ALIGNMENT = 16
+
+
+def _for_sparse_kernels(tensor: Tensor) -> Tensor:
+    """The tensor in channels_last, at an address that vectors can be loaded from; itself if it is so."""
+    tensor = tensor.contiguous(memory_format=torch.channels_last)
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone(memory_format=torch.channels_last)
 
 
 class CudaBackend(Backend):
@@ -210,10 +212,10 @@ class CudaBackend(Backend):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Prune, AGB and WGC in one call: stats, the gradient that was consumed, and the results."""
         agb_refusal, wgc_refusal = _refusals(self.operators, problem, grad_output.dtype)
-        # The sparse kernels need channels_last. The plain ones take what they get.
+        # The plain kernels take activations as they are.
         sparse = (output_mask[0] and not agb_refusal, output_mask[1] and not wgc_refusal)
         if any(sparse):
-            grad_output = grad_output.contiguous(memory_format=torch.channels_last)
+            grad_output = _for_sparse_kernels(grad_output)
         grad_input = grad_weight = None
         if output_mask[0]:
             input_format = torch.channels_last if sparse[0] else reference.memory_format(input)
@@ -221,7 +223,7 @@ class CudaBackend(Backend):
         if output_mask[1]:
             grad_weight = empty(problem.weight_size, grad_output, reference.memory_format(weight))
             if sparse[1]:
-                input = input.contiguous(memory_format=torch.channels_last)
+                input = _for_sparse_kernels(input)
         pruned = None if pruning.key is None else torch.empty_like(grad_output)
         stats = _new_stats(grad_output)
         self.operators.conv2d_backward(

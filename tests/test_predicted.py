@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import itertools
 import math
 import os
 import pickle
@@ -105,16 +106,20 @@ def test_predictions_are_those_of_the_model(values):
 
 
 def test_the_sum_is_rounded_in_the_order_of_places():
-    """Added in another order, or with compensation as sum() does from Python 3.12 on, the small ones would not be lost,
-    and the mean would lie above the middle of two float32s."""
-    model, by_floats, by_tensors = Model(), empty_history(), empty_history()
-    for sigma in (2.0**24, 1.0, 2.0**-29, 2.0**-29):
-        model.predict(sigma)
-        reference.predict(by_floats, sigma)
-        reference.predict(by_tensors, torch.tensor(sigma).double())
-    assert model.predict(1.0) == reference.predict(by_floats, 1.0) == 2.0**22
-    assert reference.predict(by_tensors, torch.tensor(1.0).double()) == 2.0**22
-    assert np.float32(math.fsum((2.0**24, 1.0, 2.0**-29, 2.0**-29)) / 4) != 2.0**22
+    """Which decides on which side of the middle of two float32s the mean lies. In some orders the small values are lost;
+    added with compensation, as by sum() from Python 3.12 on, they never would be."""
+    means = set()
+    for values in itertools.permutations((2.0**24, 1.0, 2.0**-29, 2.0**-29)):
+        model, by_floats, by_tensors = Model(), empty_history(), empty_history()
+        for sigma in values:
+            model.predict(sigma)
+            reference.predict(by_floats, sigma)
+            reference.predict(by_tensors, torch.tensor(sigma).double())
+        mean = model.predict(1.0)
+        means.add(mean)
+        assert reference.predict(by_floats, 1.0) == mean, values
+        assert reference.predict(by_tensors, torch.tensor(1.0).double()) == mean, values
+    assert means == {2.0**22, 2.0**22 + 0.5}
 
 
 # ---- pruning

@@ -13,9 +13,10 @@ using namespace sparsebwd::cuda;
 
 // Digits, offset and how much of the pack there is; found `rows` (-1, 0, 1) steps from there.
 template <class View>
-std::vector<int64_t> place(const std::array<int64_t, 4>& shape, bool channels_last, bool nonzeros, int64_t pack,
-                           int rows) {
-  const Geometry geometry = geometry_of<View>({shape[0], shape[1], shape[2], shape[3], channels_last}, nonzeros);
+std::vector<int64_t> place(const std::array<int64_t, 4>& shape, bool channels_last, bool nonzeros,
+                           int64_t pack, int rows) {
+  const PruneShape of_tensor = {shape[0], shape[1], shape[2], shape[3], channels_last};
+  const Geometry geometry = geometry_of<View>(of_tensor, nonzeros);
   Position position = position_of(pack - rows * kThreads, View::kStep, geometry);
   if (rows > 0) move(position, geometry.forward, geometry);
   if (rows < 0) move(position, geometry.backward, geometry);

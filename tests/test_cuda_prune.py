@@ -120,7 +120,8 @@ def test_bits_for_any_shape(shape, dtype, memory_format, device, key):
 @pytest.mark.parametrize("device", [*DEVICES, Device(4, 67 * KIB)], ids=lambda d: f"{d[0]}x{d[1]}")
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=["f32", "bf16"])
 def test_grids_and_parking_of_a_tensor_of_many_blocks(device, dtype, memory_format):
-    check(Emulator(device=device), gradient((2, 70, 33, 32), dtype, memory_format), memory_format is torch.channels_last)
+    grad = gradient((2, 70, 33, 32), dtype, memory_format)
+    check(Emulator(device=device), grad, memory_format is torch.channels_last)
 
 
 def test_in_place(dtype, memory_format):
@@ -250,7 +251,13 @@ def positions():
 
 
 # Vectors need channels in eights, and pixels of a plane in pairs.
-LARGE = [(3, 64, 50_000, 40_000), (70_001, 40, 302, 300), (2**31 - 1, 8, 4, 6), (50, 2**31 - 8, 2, 2), (4, 24, 2, 2**31 - 2)]
+LARGE = [
+    (3, 64, 50_000, 40_000),
+    (70_001, 40, 302, 300),
+    (2**31 - 1, 8, 4, 6),
+    (50, 2**31 - 8, 2, 2),
+    (4, 24, 2, 2**31 - 2),
+]
 # How many elements a pack has, and what it counts in the innermost loop.
 PACKS = {"channels_last": (8, 1), "channels_last_quads": (4, 1), "contiguous": (8, 2), "contiguous_pixels": (4, 1)}
 
@@ -270,7 +277,8 @@ def test_positions_in_tensors_larger_than_memory(positions, layout, nonzeros):
             radices, strides = (w, h, -(-c // 4)), (1, w, 4 * h * w, c * h * w)
         total = math.prod(radices) * n // step
         assert total > 2**32
-        for pack in [1024, 2**31 - 1, 2**31, 2**32, total - 1, total, *(random_number.randrange(1024, total) for _ in range(50))]:
+        some = [random_number.randrange(1024, total) for _ in range(50)]
+        for pack in [1024, 2**31 - 1, 2**31, 2**32, total - 1, total, *some]:
             digits, rest = [], pack * step
             for radix in radices:
                 rest, digit = divmod(rest, radix)

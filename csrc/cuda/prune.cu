@@ -1,21 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0
 // K1: sigma, threshold and stochastic pruning of a gradient in one cooperative launch.
 //
-// Idea. The exact threshold needs sum |g| before the first element can be pruned. So the launch has
-// two passes with a grid barrier between them: the first reads g, adds magnitudes, and parks what
-// it read in shared memory as far as that goes; the second prunes, going backwards through what
-// each thread read: what was not parked comes first, the last read of it first, since that may
-// still be in the L2 cache. A predicted threshold needs no first pass: the second adds magnitudes
-// as it prunes.
+// Idea. The exact threshold needs sum |g| before the first element can be pruned. So there are two
+// passes with a grid barrier between them. The first reads g, adds magnitudes, and parks what it
+// read in shared memory as far as that goes. The second prunes, going backwards: what was not
+// parked comes first and is read again, the last read of it first, since that may still be in the
+// L2 cache. A predicted threshold needs no first pass: the second adds magnitudes as it prunes.
+// Which it is follows from the history in device memory, so that a captured graph has both.
 //
-// Work. Four neighbouring channels share the random words of one Philox counter. A `pack` is what a
-// thread handles at once: one or more such quads that vector loads can fetch, see ChannelsLast and
-// Contiguous below. 32 neighbouring packs are a row, for a warp. Each block has a contiguous share of
-// the rows, and its warps take turns. All that a thread reads, parks and writes is its own, so that
+// Work. Four neighbouring channels, a quad, share the random words of one Philox counter. A thread
+// takes one or two quads at a time, a pack, as vector loads can fetch them: ChannelsLast and
+// Contiguous in prune.cuh. 32 neighbouring packs are a row, for a warp. Each block has a contiguous
+// share of the rows, and its warps take turns. What a thread reads, parks and writes is its own;
 // only sums cross threads, in an order that depends on the launch shape only.
 //
 // Positions. A pack's place (n, h, w, c) is the index of its first quad in mixed radix, found once
 // for each thread by division; from row to row a constant is added to it, digit by digit.
+//
+// Cost. Memory is to be the limit. While g can be parked, on an H100 up to 29 MB, it is read once
+// and the result written once; beyond, g is read again but for what L2 keeps. At 3 TB/s and
+// 1.75 GHz a multiprocessor can move 13 bytes a cycle, a float32 in 0.31 and a bfloat16 in 0.15
+// cycles each way. The random numbers make the second pass heavy. Of its machine code for sm_90a, a
+// pack of 4 float32 takes about 150 instructions and one of 8 bfloat16 245, of which 84 and 150 are
+// for the integer pipe, 64 lanes a cycle: 0.33 and 0.29 cycles an element. So a predicted threshold
+// is bound by memory (float32: 0.33 of 0.62 cycles, bfloat16: 0.30 of 0.31). With the exact one,
+// the second pass only writes, and takes 0.33 instead of 0.31 and 0.29 instead of 0.15 cycles: at
+// best 97 % and 69 % of the copy bandwidth. Counted, not measured.
 #include "prune.cuh"
 
 #include <algorithm>
@@ -61,7 +71,8 @@ constexpr size_t kSumBytes = kWarps * sizeof(double);
 template <class Value>
 __device__ Value grid_sum(const Partial* partials, Value Partial::*member) {
   Value value = 0;
-  for (unsigned block = threadIdx.x; block < gridDim.x; block += kThreads) value += partials[block].*member;
+  for (unsigned block = threadIdx.x; block < gridDim.x; block += kThreads)
+    value += partials[block].*member;
   return block_sum(value);
 }
 
@@ -78,7 +89,8 @@ __device__ T threshold(float sigma, double quantile) {
 __device__ float mean_of_history(const int32_t* history) {
   const int recorded = history[0] < kSigmaHistory ? history[0] : kSigmaHistory;
   double sum = 0.0;
-  for (int i = 0; i < recorded; ++i) sum += static_cast<double>(float_of_bits(static_cast<uint32_t>(history[1 + i])));
+  for (int i = 0; i < recorded; ++i)
+    sum += static_cast<double>(float_of_bits(static_cast<uint32_t>(history[1 + i])));
   return recorded > 0 ? static_cast<float>(sum / recorded) : 0.0f;
 }
 
@@ -135,7 +147,8 @@ __device__ __forceinline__ double sum_pass(const Arguments& a, uint32_t rows, Po
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       if (row + i >= rows) continue;
-      packs[i] = View::load(g + View::offset(position, a.geometry), View::present(position, a.geometry), a.geometry);
+      const int64_t offset = View::offset(position, a.geometry);
+      packs[i] = View::load(g + offset, View::present(position, a.geometry), a.geometry);
       move(position, a.geometry.forward, a.geometry);
     }
 #pragma unroll
@@ -152,8 +165,9 @@ struct Pruned {
   uint32_t nonzeros;  // after
 };
 
-// Prunes and writes, back to front. `position` moves from behind the last row to the first one. After
-// the first pass, rows that it parked are not read again, else magnitudes are added up here.
+// Prunes and writes, back to front; `position` is behind the last row. After the first pass, rows
+// that it parked are not read again; without it, magnitudes are added up here. What is written
+// last stays in the L2 cache for who reads it next, the rest makes room for what is to be read.
 template <class View, bool AfterSum>
 __device__ __forceinline__ Pruned prune_pass(const Arguments& a, Rows rows, Position position,
                                              Parking<typename View::Pack, kThreads> parking,
@@ -169,7 +183,8 @@ __device__ __forceinline__ Pruned prune_pass(const Arguments& a, Rows rows, Posi
     const int64_t offset = View::offset(position, a.geometry);
     const int present = View::present(position, a.geometry);
     const bool parked = left < a.parked;
-    Pack pack = AfterSum && parked ? parking.get(left) : View::load(g + offset, present, a.geometry);
+    Pack pack =
+        AfterSum && parked ? parking.get(left) : View::load(g + offset, present, a.geometry);
     if (!AfterSum) add_magnitudes<typename View::Element>(result.sum, pack);
     typename View::Random random;
     View::draw(spec, position, a.geometry, random);
@@ -177,7 +192,8 @@ __device__ __forceinline__ Pruned prune_pass(const Arguments& a, Rows rows, Posi
     result.nonzeros += __popc(bits);
     if (out) View::store(out + offset, present, pack, !parked, a.geometry);
     if constexpr (View::kHasBits)
-      if (a.nonzeros) View::store_bits(a.nonzeros, position, bits, a.geometry);
+      if (a.nonzeros)
+        View::store_bits(a.nonzeros, position, threadIdx.x % kWarp, bits, a.geometry);
   }
   return result;
 }
@@ -249,7 +265,8 @@ Geometry geometry_of(const PruneShape& shape, bool nonzeros) {
   Geometry geometry = {};
   const auto set_loops = [&](const int64_t (&radices)[3], const int64_t (&strides)[4]) {
     // Of an empty tensor no loop has an iteration; divisions by radices are done all the same.
-    for (int i = 0; i < 3; ++i) geometry.radix[i] = static_cast<uint32_t>(std::max<int64_t>(radices[i], 1));
+    for (int i = 0; i < 3; ++i)
+      geometry.radix[i] = static_cast<uint32_t>(std::max<int64_t>(radices[i], 1));
     std::copy_n(strides, 4, geometry.stride);
   };
   if (shape.channels_last) {
@@ -298,7 +315,8 @@ cudaError_t launch_view(const PruneCall& call, const Device& device, cudaStream_
 
   const int64_t blocks = std::clamp<int64_t>(ceil_div(a.rows, kWarps), 1, device.multiprocessors);
   constexpr int64_t kRowBytes = kThreads * sizeof(typename View::Pack);  // of all warps
-  const int64_t room = std::max<int64_t>(device.shared_per_block - static_cast<int64_t>(kSumBytes), 0) / kRowBytes;
+  const int64_t room =
+      std::max<int64_t>(device.shared_per_block - static_cast<int64_t>(kSumBytes), 0) / kRowBytes;
   // A block has at most one row more than others, so a warp has at most that many.
   a.parked = static_cast<uint32_t>(std::min(room, ceil_div(ceil_div(a.rows, blocks), kWarps)));
   LaunchShape launch_shape;
@@ -309,7 +327,9 @@ cudaError_t launch_view(const PruneCall& call, const Device& device, cudaStream_
   return launch(prune_kernel<View>, launch_shape, stream, a);
 }
 
-bool aligned(const void* pointer, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+bool aligned(const void* pointer, size_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
 
 }  // namespace
 
@@ -325,9 +345,9 @@ cudaError_t prune(const PruneCall& call, const Device& device, cudaStream_t stre
   return with_element(call.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     // What vector loads fetch along the innermost dimension.
-    const uintptr_t bytes = shape.channels_last ? 16 : 2 * sizeof(T);
+    const size_t bytes = shape.channels_last ? 16 : 2 * sizeof(T);
     const int64_t inner = shape.channels_last ? shape.c : shape.h * shape.w;
-    const bool vectors = inner * static_cast<int64_t>(sizeof(T)) % static_cast<int64_t>(bytes) == 0 &&
+    const bool vectors = static_cast<size_t>(inner) * sizeof(T) % bytes == 0 &&
                          aligned(call.g, bytes) && aligned(call.out, bytes);
     if (shape.channels_last)
       return vectors ? launch_view<ChannelsLast<T, true>>(call, device, stream)

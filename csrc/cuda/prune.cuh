@@ -14,8 +14,8 @@ namespace sparsebwd::cuda {
 
 // ---- positions
 
-// What is added to a position to get from row to row. `delta` makes the digits of the sum from those
-// of the position as move() does; `packs` is how many packs further that is.
+// What is added to a position to get to the next row of a warp, or to the one before. `delta`: the
+// digits of that distance, as move() wants them; `packs`: the distance.
 struct Step {
   int32_t delta[4];
   int64_t packs;
@@ -31,10 +31,10 @@ struct Geometry {
   int64_t plane;      // h w
   uint32_t channels, width;
   // Channels-last:
-  uint32_t packs;         // of a pixel; radix[0] may be more, so that no two pixels share a word of nonzeros
-  bool dense;             // it is not: packs follow each other in memory
-  uint32_t log2_packs_of_word;
-  uint32_t shares_word[3];  // all bits set: lanes 1, 2, 4 apart can have parts of one word; else 0
+  uint32_t packs;  // of a pixel; radix[0] may be more, so that no pixels share a word of nonzeros
+  bool dense;      // it is not, and packs follow each other in memory
+  uint32_t log2_packs_of_word;  // of nonzeros
+  uint32_t shares_word[3];      // whether lanes 1, 2, 4 apart have parts of one word, as a mask
 };
 
 struct Position {
@@ -42,15 +42,17 @@ struct Position {
   int64_t pack;  // its number
 };
 
-// A digit plus that of the step less the radix is negative unless there is a carry; its sign, as a
-// mask, undoes the subtraction and is what the next digit lacks.
-__device__ __forceinline__ void move(Position& position, const Step& step, const Geometry& geometry) {
+// Adds digit by digit. A digit of `delta` is that of the step, less the radix, plus a carry. So the
+// sum is negative unless there is a carry, and its sign, as a mask, takes back what was too much.
+__device__ __forceinline__ void move(Position& position, const Step& step,
+                                     const Geometry& geometry) {
   int32_t no_carry = 0;
 #pragma unroll
   for (int i = 0; i < 3; ++i) {
     const int32_t digit = static_cast<int32_t>(position.digit[i]) + step.delta[i] + no_carry;
     no_carry = digit >> 31;
-    position.digit[i] = static_cast<uint32_t>(digit - no_carry * static_cast<int32_t>(geometry.radix[i]));
+    const auto radix = static_cast<int32_t>(geometry.radix[i]);
+    position.digit[i] = static_cast<uint32_t>(digit - no_carry * radix);
   }
   position.digit[3] += static_cast<uint32_t>(step.delta[3] + no_carry);
   position.pack += step.packs;
@@ -70,7 +72,8 @@ __device__ __forceinline__ uint32_t divide(int64_t& dividend, uint32_t divisor) 
 }
 
 // `step`: what a pack counts in the innermost loop.
-__device__ __forceinline__ Position position_of(int64_t pack, int step, const Geometry& geometry) {
+__device__ __forceinline__ Position position_of(int64_t pack, int step,
+                                                const Geometry& geometry) {
   Position position;
   position.pack = pack;
   int64_t index = pack * step;
@@ -83,7 +86,8 @@ __device__ __forceinline__ Position position_of(int64_t pack, int step, const Ge
 __device__ __forceinline__ int64_t offset_of(const Position& position, const Geometry& geometry) {
   int64_t offset = 0;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) offset += static_cast<int64_t>(position.digit[i]) * geometry.stride[i];
+  for (int i = 0; i < 4; ++i)
+    offset += static_cast<int64_t>(position.digit[i]) * geometry.stride[i];
   return offset;
 }
 
@@ -103,51 +107,65 @@ __device__ __forceinline__ void load_part(Words<Count>& pack, int index, const v
 
 // And to memory. What is streamed leaves the L2 cache before all else.
 template <class Vector, int Count>
-__device__ __forceinline__ void store_part(void* memory, const Words<Count>& pack, int index, bool streams) {
+__device__ __forceinline__ void store_part(void* memory, const Words<Count>& pack, int index,
+                                           bool streams) {
   Vector vector;
   memcpy(&vector, pack.word + index * (sizeof(Vector) / 4), sizeof(Vector));
-  if (streams) __stcs(static_cast<Vector*>(memory), vector);
-  else *static_cast<Vector*>(memory) = vector;
+  if (streams) {
+    __stcs(static_cast<Vector*>(memory), vector);
+  } else {
+    *static_cast<Vector*>(memory) = vector;
+  }
 }
 
-// Types of a layout whose packs have `Quads` quads of type T.
+// How many elements a word has.
+template <class T>
+constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
+
+// What the two layouts below have in common. Each says where packs are and moves them between
+// memory and registers. Elements that are not there, beyond the last channel or the end of the
+// tensor, are zeros, and not written.
 template <class T, int Quads>
 struct PackOf {
   using Element = T;
   using Storage = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;  // bits of an element
   static constexpr int kQuads = Quads;
-  static constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
-  using Pack = Words<4 * Quads / kPerWord>;  // elements in the order of memory
-  using Random = uint32_t[4 * Quads];        // for each of them
+  static constexpr int kElements = 4 * Quads;
+  using Pack = Words<kElements / kPerWord<T>>;  // elements in the order of memory
+  using Random = uint32_t[kElements];           // a word for each of them
 
   __device__ static __forceinline__ void put(Pack& pack, int element, Storage bits) {
-    const int shift = 16 * (element % kPerWord);
-    pack.word[element / kPerWord] |= static_cast<uint32_t>(bits) << shift;
+    const int shift = 16 * (element % kPerWord<T>);
+    pack.word[element / kPerWord<T>] |= static_cast<uint32_t>(bits) << shift;
   }
   __device__ static __forceinline__ Storage get(const Pack& pack, int element) {
-    return static_cast<Storage>(pack.word[element / kPerWord] >> 16 * (element % kPerWord));
+    const int shift = 16 * (element % kPerWord<T>);
+    return static_cast<Storage>(pack.word[element / kPerWord<T>] >> shift);
   }
 };
 
 // Memory order n, h, w, c: a pack is 16 bytes of channels of a pixel, or up to one quad where those
 // do not fill vectors.
 template <class T, bool Vectors>
-struct ChannelsLast : PackOf<T, Vectors ? 4 / static_cast<int>(sizeof(T)) : 1> {
-  using Base = PackOf<T, Vectors ? 4 / static_cast<int>(sizeof(T)) : 1>;
+struct ChannelsLast : PackOf<T, Vectors ? kPerWord<T> : 1> {
+  using Base = PackOf<T, Vectors ? kPerWord<T> : 1>;
   using typename Base::Pack;
   using typename Base::Random;
   using typename Base::Storage;
+  using Base::kElements;
   using Base::kQuads;
-  static constexpr int kElements = 4 * kQuads;
   static constexpr int kStep = 1;  // what a pack counts in its first digit
   static constexpr bool kHasBits = true;
 
-  __device__ static __forceinline__ int64_t offset(const Position& position, const Geometry& geometry) {
+  // Of the pack's first element.
+  __device__ static __forceinline__ int64_t offset(const Position& position,
+                                                   const Geometry& geometry) {
     return geometry.dense ? position.pack * kElements : offset_of(position, geometry);
   }
 
   // How many of the pack's elements there are.
-  __device__ static __forceinline__ int present(const Position& position, const Geometry& geometry) {
+  __device__ static __forceinline__ int present(const Position& position,
+                                                const Geometry& geometry) {
     const uint32_t pack = position.digit[0];
     if (pack >= geometry.packs || position.digit[3] >= geometry.outer) return 0;
     if (Vectors) return kElements;
@@ -167,7 +185,8 @@ struct ChannelsLast : PackOf<T, Vectors ? 4 / static_cast<int>(sizeof(T)) : 1> {
     return pack;
   }
 
-  __device__ static __forceinline__ void store(Storage* out, int present, const Pack& pack, bool streams, const Geometry&) {
+  __device__ static __forceinline__ void store(Storage* out, int present, const Pack& pack,
+                                               bool streams, const Geometry&) {
     if constexpr (Vectors) {
       if (present) store_part<uint4>(out, pack, 0, streams);
     } else {
@@ -181,27 +200,31 @@ struct ChannelsLast : PackOf<T, Vectors ? 4 / static_cast<int>(sizeof(T)) : 1> {
                                               const Geometry&, Random& random) {
 #pragma unroll
     for (int quad = 0; quad < kQuads; ++quad) {
-      const PhiloxCounter words = prune_words(spec, position.digit[3], position.digit[0] * kQuads + quad,
-                                              position.digit[2], position.digit[1]);
+      const uint32_t c4 = position.digit[0] * kQuads + quad;
+      const PhiloxCounter words =
+          prune_words(spec, position.digit[3], c4, position.digit[2], position.digit[1]);
 #pragma unroll
       for (int j = 0; j < 4; ++j) random[4 * quad + j] = words.word[j];
     }
   }
 
-  // Adjacent lanes hold the packs of a word, whose number follows from that of the pack.
-  __device__ static __forceinline__ void store_bits(uint32_t* nonzeros, const Position& position, uint32_t bits,
+  // Neighbouring lanes have the parts of a word, and the first of them writes it. Words and packs
+  // are numbered alike.
+  __device__ static __forceinline__ void store_bits(uint32_t* nonzeros, const Position& position,
+                                                    uint32_t lane, uint32_t bits,
                                                     const Geometry& geometry) {
-    const uint32_t place = static_cast<uint32_t>(position.pack) & ((1u << geometry.log2_packs_of_word) - 1);
+    const uint32_t place = lane & ((1u << geometry.log2_packs_of_word) - 1);
     bits <<= place * kElements;
 #pragma unroll
-    for (int i = 0; kElements << i < 32; ++i) bits |= __shfl_xor_sync(~0u, bits, 1 << i) & geometry.shares_word[i];
+    for (int i = 0; kElements << i < 32; ++i)
+      bits |= __shfl_xor_sync(~0u, bits, 1 << i) & geometry.shares_word[i];
     if (place == 0 && position.digit[3] < geometry.outer)
       nonzeros[position.pack >> geometry.log2_packs_of_word] = bits;
   }
 };
 
-// Memory order n, c, h, w: a pack is two adjacent pixels of four planes, or one where a plane has an
-// odd number of them.
+// Memory order n, c, h, w: a pack is two adjacent pixels of four planes, or one where planes have an
+// odd number.
 template <class T, bool Vectors>
 struct Contiguous : PackOf<T, Vectors ? 2 : 1> {
   using Base = PackOf<T, Vectors ? 2 : 1>;
@@ -213,18 +236,22 @@ struct Contiguous : PackOf<T, Vectors ? 2 : 1> {
   static constexpr int kStep = kQuads;
   static constexpr bool kHasBits = false;
 
-  __device__ static __forceinline__ int64_t offset(const Position& position, const Geometry& geometry) {
+  // Of the pack's first element.
+  __device__ static __forceinline__ int64_t offset(const Position& position,
+                                                   const Geometry& geometry) {
     return offset_of(position, geometry);
   }
 
   // How many of the pack's planes there are.
-  __device__ static __forceinline__ int present(const Position& position, const Geometry& geometry) {
+  __device__ static __forceinline__ int present(const Position& position,
+                                                const Geometry& geometry) {
     if (position.digit[3] >= geometry.outer) return 0;
     const uint32_t left = geometry.channels - 4 * position.digit[2];
     return left < 4 ? static_cast<int>(left) : 4;
   }
 
-  __device__ static __forceinline__ Pack load(const Storage* g, int present, const Geometry& geometry) {
+  __device__ static __forceinline__ Pack load(const Storage* g, int present,
+                                              const Geometry& geometry) {
     Pack pack = {};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -239,7 +266,8 @@ struct Contiguous : PackOf<T, Vectors ? 2 : 1> {
     return pack;
   }
 
-  __device__ static __forceinline__ void store(Storage* out, int present, const Pack& pack, bool streams, const Geometry& geometry) {
+  __device__ static __forceinline__ void store(Storage* out, int present, const Pack& pack,
+                                               bool streams, const Geometry& geometry) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       if (j < present) {
@@ -273,8 +301,11 @@ struct Contiguous : PackOf<T, Vectors ? 2 : 1> {
 // Element `part` of those in a word, as float32.
 template <class T>
 __device__ __forceinline__ float value_of(uint32_t word, int part) {
-  if constexpr (sizeof(T) == 4) return float_of_bits(word);
-  else return to_float(T{static_cast<uint16_t>(word >> 16 * part)});
+  if constexpr (sizeof(T) == 4) {
+    return float_of_bits(word);
+  } else {
+    return to_float(T{static_cast<uint16_t>(word >> 16 * part)});
+  }
 }
 
 __device__ __forceinline__ uint32_t bits_of(float value) { return float_bits(value); }
@@ -286,7 +317,7 @@ __device__ __forceinline__ void add_magnitudes(double& sum, const Words<Count>& 
 #pragma unroll
   for (int i = 0; i < Count; ++i)
 #pragma unroll
-    for (int part = 0; part < 4 / static_cast<int>(sizeof(T)); ++part)
+    for (int part = 0; part < kPerWord<T>; ++part)
       sum += static_cast<double>(fabsf(value_of<T>(pack.word[i], part)));
 }
 
@@ -296,9 +327,8 @@ __device__ __forceinline__ bool is_finite(float value) { return fabsf(value) <= 
 // they are keep them, NaN included.
 template <class T>
 class Pruner {
-  // Elements of a word, and their signs.
-  static constexpr int kParts = 4 / static_cast<int>(sizeof(T));
-  static constexpr uint32_t kSigns = kParts == 1 ? 0x80000000u : 0x80008000u;
+  static constexpr int kParts = kPerWord<T>;
+  static constexpr uint32_t kSigns = kParts == 1 ? 0x80000000u : 0x80008000u;  // of a word's parts
 
  public:
   __device__ explicit Pruner(T tau)
@@ -310,7 +340,8 @@ class Pruner {
 
   // Returns which elements are not zero then, one bit each.
   template <int Count>
-  __device__ __forceinline__ uint32_t operator()(Words<Count>& pack, const uint32_t (&random)[Count * kParts]) const {
+  __device__ __forceinline__ uint32_t operator()(Words<Count>& pack,
+                                                 const uint32_t (&random)[Count * kParts]) const {
     uint32_t nonzeros = 0;
 #pragma unroll
     for (int i = 0; i < Count; ++i) {
@@ -324,7 +355,7 @@ class Pruner {
         const bool stays = !(magnitude < limit_);
         const bool remains = stays || magnitude > tau_ * uniform_of_word(random[element]);
         parts[part] = stays ? word : remains ? survivor : zero;
-        if (remains) nonzeros |= 1u << element;
+        if (remains) nonzeros += 1u << element;
       }
       pack.word[i] = kParts == 1 ? parts[0] : __byte_perm(parts[0], parts[kParts - 1], 0x7610);
     }
@@ -344,7 +375,9 @@ class Parking {
   __device__ explicit Parking(unsigned char* shared)
       : packs_(reinterpret_cast<Pack*>(shared) + threadIdx.x) {}
 
-  __device__ __forceinline__ void put(uint32_t slot, const Pack& pack) { packs_[slot * Threads] = pack; }
+  __device__ __forceinline__ void put(uint32_t slot, const Pack& pack) {
+    packs_[slot * Threads] = pack;
+  }
   __device__ __forceinline__ Pack get(uint32_t slot) const { return packs_[slot * Threads]; }
 
  private:

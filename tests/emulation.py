@@ -9,6 +9,7 @@ import importlib.machinery
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -31,38 +32,69 @@ CUDA = ROOT / "csrc" / "cuda"
 RUNTIME = [EMULATOR / name for name in ("runtime.cpp", "checks.cpp", "symbols.cpp")]
 
 # fast: optimised. checked: each memory access of a kernel is seen by the runtime (csrc/emulator/checks.cpp).
-Variant = Literal["fast", "checked"]
+# sanitized: with the compiler's own sanitizers, in a process for which sanitized_environment() is set.
+Variant = Literal["fast", "checked", "sanitized"]
 # Kernels may read memory as other types than it was written as: nvcc has no rule against that.
 FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-strict-aliasing -U_FORTIFY_SOURCE -Wall -Wextra"
-OPTIMISED = "-O2"
-KERNELS = {"fast": "-O2", "checked": "-O1 -g1 -fsanitize=thread,undefined -fno-sanitize=vptr"}
-RUNTIME_FLAGS = {"fast": "-O2", "checked": "-O2 -DSPARSEBWD_EMULATOR_CHECKED"}
+SANITIZERS = "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined"
+KERNEL_FLAGS = {
+    "fast": "-O2",
+    "checked": "-O1 -g1 -fsanitize=thread,undefined -fno-sanitize=vptr",
+    "sanitized": f"-O1 -g1 {SANITIZERS}",
+}
+RUNTIME_FLAGS = {
+    "fast": "-O2",
+    "checked": "-O2 -DSPARSEBWD_EMULATOR_CHECKED",
+    "sanitized": "-O2 -DSPARSEBWD_EMULATOR_SANITIZED",
+}
+LINK_FLAGS = {"fast": "", "checked": "", "sanitized": SANITIZERS}
+
+
+def sanitized_environment() -> dict[str, str] | None:
+    """Environment variables for a process that imports the sanitized build; None if the compiler has no sanitizers."""
+    libraries = []
+    for name in ("libasan.so", "libstdc++.so.6"):  # the former looks for functions of the latter when it is loaded
+        command = [_compiler(), f"-print-file-name={name}"]
+        libraries.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+    if not all(map(os.path.isabs, libraries)):
+        return None
+    # Leaks are Python's own.
+    return os.environ | {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "g++")
 
 
 def _compile(source: Path, variant: Variant, name: str) -> str:
     """The flags for one source."""
     includes = [CUDA, ROOT / "csrc" / "include", EMULATOR]
     if source.suffix == ".cu":
-        own = f"-x c++ -Wno-unknown-pragmas -Wno-unused-parameter {KERNELS[variant]}"
+        own = f"-x c++ -Wno-unknown-pragmas -Wno-unused-parameter {KERNEL_FLAGS[variant]}"
     else:
         own = RUNTIME_FLAGS[variant]
         if "PYBIND11_MODULE" in source.read_text("utf-8"):
             includes += [Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
             own += f" -DSPARSEBWD_MODULE={name}"
-    return " ".join([FLAGS, "-DSPARSEBWD_EMULATOR", own, *(f"-I{path}" for path in includes)])
+    return " ".join([FLAGS, "-DSPARSEBWD_EMULATOR", own, *(f"-I{shlex.quote(str(path))}" for path in includes)])
 
 
-def _ninja(folder: Path, edges: list[str], targets: list[Path]) -> None:
+def _escaped(*paths: Path) -> str:
+    return " ".join(str(path).replace(" ", "$ ") for path in paths)
+
+
+def _ninja(folder: Path, edges: list[str], targets: list[Path], link_flags: str = "") -> None:
     rules = [
         "rule compile",
         "  command = $cxx $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        "  command = $cxx -shared -Wl,-z,now -o $out.new $in -ldl && mv -f $out.new $out",
+        f"  command = $cxx -shared -Wl,-z,now {link_flags} -o $out.new $in -ldl && mv -f $out.new $out",
     ]
-    (folder / "build.ninja").write_text("\n".join([f"cxx = {os.environ.get('CXX', 'g++')}", *rules, *edges, ""]))
-    command = [sys.executable, "-m", "ninja", "-C", str(folder), "-k", "0", *map(str, targets)]
+    (folder / "build.ninja").write_text("\n".join([f"cxx = {_compiler()}", *rules, *edges, ""]))
+    jobs = str(os.cpu_count())
+    command = [sys.executable, "-m", "ninja", "-C", str(folder), "-j", jobs, "-k", "0", *map(str, targets)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the emulator does not compile:\n{done.stdout}{done.stderr}")
@@ -72,7 +104,7 @@ def _edges(folder: Path, sources: list[Path], variant: Variant, name: str) -> tu
     edges, built = [], []
     for source in sources:
         target = folder / f"{source.parent.name}-{source.name}.o"
-        edges += [f"build {target}: compile {source}", f"  flags = {_compile(source, variant, name)}"]
+        edges += [f"build {_escaped(target)}: compile {_escaped(source)}", f"  flags = {_compile(source, variant, name)}"]
         built.append(target)
     return edges, built
 
@@ -122,8 +154,13 @@ def build(name: str, sources: list[Path], variant: Variant = "fast") -> ModuleTy
             _ninja(folder, edges, built)
         except RuntimeError as error:  # other kernels can be tested all the same
             print(error, file=sys.stderr)
-            built = [target for target in built if target.exists()]
-        _ninja(folder, [*edges, f"build {library}: link {' '.join(map(str, built))}"], [library])
+            for target in list(built):
+                try:
+                    _ninja(folder, edges, [target])
+                except RuntimeError:
+                    target.unlink(missing_ok=True)
+                    built.remove(target)
+        _ninja(folder, [*edges, f"build {_escaped(library)}: link {_escaped(*built)}"], [library], LINK_FLAGS[variant])
         loader = importlib.machinery.ExtensionFileLoader(name, str(library))
         module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
         loader.exec_module(module)

@@ -361,6 +361,17 @@ __device__ int looked_up(int index) {
 
 __global__ void look_up(Arguments a) { out<int>(a)[threadIdx.x] = looked_up(in<int>(a)[threadIdx.x]); }
 
+__device__ __attribute__((noinline)) void fill(int* values, int count) {
+  for (int i = 0; i < count; ++i) values[i] = i;
+}
+
+// Uses n elements of a local array of 8.
+__global__ void fill_local(Arguments a) {
+  int local[8];
+  fill(local, a.n);
+  out<int>(a)[threadIdx.x] = local[threadIdx.x % 8];
+}
+
 __global__ void shift(Arguments a) { out<int>(a)[threadIdx.x] = 1 << in<int>(a)[threadIdx.x]; }
 
 // ---- tensor cores: [16][depth] times [depth][8] plus [16][8], row by row, one after another in `in`
@@ -495,6 +506,7 @@ const Entry kKernels[] = {
     {"accumulate, not initialised", accumulate<false>},
     {"copy_vectors", copy_vectors},
     {"look_up", look_up},
+    {"fill_local", fill_local},
     {"shift", shift},
     {"multiply_tf32", multiply_tf32},
     {"multiply_bf16", multiply_halves<true>},

@@ -13,6 +13,10 @@
 #include <numeric>
 #include <stdexcept>
 
+#ifdef SPARSEBWD_EMULATOR_SANITIZED
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include "sparsebwd/dtype.h"
 
 uint3 threadIdx, blockIdx;
@@ -121,7 +125,11 @@ void fibre_main() {
   }
 }
 
+// Whatever was left in the middle on that stack is forgotten.
 void reset(Fibre& fibre) {
+#ifdef SPARSEBWD_EMULATOR_SANITIZED
+  __asan_unpoison_memory_region(fibre.stack, static_cast<size_t>(fibre.stack_end - fibre.stack));
+#endif
   fibre.started = false;
   getcontext(&fibre.start);
   fibre.start.uc_stack.ss_sp = fibre.stack;

@@ -151,8 +151,10 @@ cudaError_t wgc_plain(const ConvCall& call, cudaStream_t stream) {
   const ConvProblem& problem = call.problem;
   const int64_t group_c = problem.c / problem.groups;
   const bool channels_first = call.operand_strides.w < call.operand_strides.c;
+  const int64_t pixels = problem.n * problem.p() * problem.q();
+  const int wanted = channels_first ? 1 : 32;  // or more, if there are few pixels
   int lanes = 1;
-  while (!channels_first && lanes < 32 && lanes < group_c) lanes *= 2;
+  while (lanes < group_c && lanes < kThreads && (lanes < wanted || lanes * pixels < kThreads)) lanes *= 2;
   const int64_t runs = (group_c + lanes - 1) / lanes;
   return with_element(call.dtype, [&](auto element) {
     using T = typename decltype(element)::type;

@@ -223,8 +223,8 @@ struct ChannelsLast : PackOf<T, Vectors ? kPerWord<T> : 1> {
   }
 };
 
-// Memory order n, c, h, w: a pack is two adjacent pixels of four planes, or one where planes have an
-// odd number.
+// Memory order n, c, h, w: a pack is two adjacent pixels of four planes, or one where planes have
+// an odd number of pixels.
 template <class T, bool Vectors>
 struct Contiguous : PackOf<T, Vectors ? 2 : 1> {
   using Base = PackOf<T, Vectors ? 2 : 1>;

@@ -106,7 +106,7 @@ def find_cuda() -> Cuda | str:
     elif (toolkit := find_cuda_toolkit()) is None:
         found = "nvcc is found neither in the nvidia-cuda-nvcc package nor by CUDA_HOME or PATH"
     elif not (architectures := cuda_architectures(toolkit)):
-        found = "no GPU here has compute capability 8.0 or higher, and TORCH_CUDA_ARCH_LIST is not set"
+        found = "neither TORCH_CUDA_ARCH_LIST nor the GPUs here have a compute capability of 8.0 or more"
     else:
         found = Cuda(toolkit, architectures)
     if wanted == "1" and isinstance(found, str):
@@ -119,13 +119,12 @@ def cuda_architectures(toolkit: CudaToolkit) -> list[str]:
     listed = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip("; ,\t\n"))
     if listed != [""]:
         for name in listed:
-            version = re.fullmatch(r"(\d+)\.\d[af]?(\+PTX)?", name)
-            if version is None or int(version[1]) < 8:
+            if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
                 sys.exit(
-                    f"sparsebwd: TORCH_CUDA_ARCH_LIST: got {name!r}; accepted: compute capabilities from 8.0 on, "
-                    "such as '8.0;9.0a;10.0+PTX'. SPARSEBWD_CUDA=0 builds without CUDA kernels."
+                    f"sparsebwd: TORCH_CUDA_ARCH_LIST: got {name!r}; accepted: compute capabilities, such as "
+                    "'8.0;9.0a;10.0+PTX'. SPARSEBWD_CUDA=0 builds without CUDA kernels."
                 )
-        return listed
+        return [name for name in listed if int(name.partition(".")[0]) >= 8]
     tested = [re.sub(r"(\d[af]?)$", r".\1", name) for name in ARCHITECTURES]
     by_version = {name.rstrip("af"): name for name in tested}
     local = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}

@@ -251,7 +251,7 @@ class _DensityHistory:
     def __init__(self, device: torch.device) -> None:
         on_cuda = device.type == "cuda"
         self._device = device
-        self._values = torch.empty(2, dtype=torch.float32, pin_memory=on_cuda)
+        self._values = torch.empty(2, dtype=torch.float32, pin_memory=on_cuda).unbind()
         self._events = [torch.cuda.Event() for _ in range(2)] if on_cuda else None
         self._recorded = 0
         self._seen: float | None = None

@@ -102,7 +102,7 @@ def _ninja(folder: Path, edges: list[str], targets: list[Path], link_flags: str 
 
 def _edges(folder: Path, sources: list[Path], variant: Variant, name: str) -> tuple[list[str], list[Path]]:
     edges, built = [], []
-    for source in sources:
+    for source in map(Path.resolve, sources):
         target = folder / f"{source.parent.name}-{source.name}.o"
         edges += [f"build {_escaped(target)}: compile {_escaped(source)}", f"  flags = {_compile(source, variant, name)}"]
         built.append(target)
@@ -232,14 +232,6 @@ class Emulator:
         self._module = _module(variant)
         self.seed = seed
         self.device = device
-
-    @property
-    def device(self) -> Device:
-        return self._device
-
-    @device.setter
-    def device(self, device: Device) -> None:
-        self._device = device
 
     def _call(self, function: str, *arguments):
         self._module.set_seed(self.seed)

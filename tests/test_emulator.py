@@ -435,6 +435,15 @@ def test_memory_mistakes_are_found(checked, name, launch, words, line, seed):
         checked.run(name, _aligned(np.arange(64, dtype=np.int32)), _aligned(np.zeros(64, np.int32)), **launch)
 
 
+def test_the_documented_kernel_runs(tmp_path, monkeypatch):
+    page = (HERE.parent / "docs" / "emulator.md").read_text("utf-8")
+    for name, source in re.findall(r"^```cpp\n// (\S+)\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        (tmp_path / name).write_text(source)
+    monkeypatch.chdir(tmp_path)
+    (program,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    exec(program, {})
+
+
 # ---- the compiler's sanitizers, in a process of their own
 
 

@@ -16,6 +16,9 @@ constexpr int kGroup = 8;      // output channels of a warp: a byte of the mask
 constexpr int kTileK = 32;     // output channels of a block: a word of the mask
 constexpr int kRun = 4;        // pixels whose mask bytes a warp reads at once: a word
 constexpr int kMostStrip = 32; // pixels of a row that a block walks along
+// Sums of float32 get less accurate as they get longer. After so many values of a channel (on average
+// over a group) those in registers are added to those in memory.
+constexpr int kChain = 384;
 
 template <class T, int N>
 struct alignas(sizeof(T) * N) Vector {
@@ -39,6 +42,7 @@ struct Plan {
   int c_tiles, k_tiles;
 
   __host__ __device__ int64_t ranges() const { return row_ranges * strips; }
+  int64_t blocks() const { return ranges() * c_tiles * k_tiles; }
 };
 
 // One instance of the kernel: Taps x Taps filters that move on by Stride columns.
@@ -63,7 +67,11 @@ struct Kernel {
   struct Column {
     float x[kTaps][kLane];
   };
+  // Of a lane. In memory, those of a block are [warp][vector of kStore sums][lane].
   using Sums = float[kGroup][kTaps][kTaps][kLane];
+  using Store = Vector<float, kStore>;
+  static constexpr int kSums = kGroup * kTaps * kTaps * kLane;
+  static constexpr int kBlockSums = kThreads * kSums;
 
   struct Shared {
     size_t masks, values, bytes;
@@ -132,11 +140,9 @@ class Walk {
     width_ = plan.q - q0 < plan.strip ? plan.q - q0 : plan.strip;
     const int pixel = threadIdx.x % plan.strip;
     pixel_row_ = threadIdx.x / plan.strip;
-    mask_place_ = pixel_row_ * shared_.mask_pitch + pixel;
     pixel_offset_ = pixel_row_ * plan.q + pixel;
     const int64_t first_pixel = row * plan.q + q0;
     const int k_words = (plan.k + 31) / 32;
-    mask_step_ = plan.step_rows * static_cast<int64_t>(plan.q) * k_words;
     mask_ = nonzeros + (first_pixel + pixel_offset_) * k_words + k_tile;
     has_pixel_ = pixel_row_ < plan.step_rows && pixel < width_;
     g_ = g + first_pixel * plan.k + k0_ + lane() % kValueChunks * K::kChunk;
@@ -154,26 +160,28 @@ class Walk {
     image_ = x + (row / plan.p * plan.h * plan.w + input_column) * plan.c + c;
   }
 
-  __device__ int64_t range() const { return range_; }
-  __device__ int k0() const { return k0_ + warp() * kGroup; }
-  __device__ int c0() const { return c0_; }
-
   // All steps, one barrier each. While one is computed, the input and the values of the next are on
   // their way to shared memory, and the masks of the one after that to registers.
-  __device__ __forceinline__ void run(typename K::Sums& sums) {
+  __device__ __forceinline__ void run(float* partials) {
     for (int i = threadIdx.x; i < 2 * shared_.mask_bytes / 4; i += kThreads)
       reinterpret_cast<uint32_t*>(dynamic_shared() + shared_.masks)[i] = 0;
     __syncthreads();
     const int step = plan_.step_rows;
     stage(rows_, 0, load_mask(rows_));
     uint32_t mask = load_mask(rows_ - step);
-    int buffer = 0;
-    for (int left = rows_; left > 0; left -= step, buffer ^= 1) {
+    typename K::Sums sums = {};
+    float* const memory = partials + static_cast<int64_t>(blockIdx.x) * K::kBlockSums +
+                          (warp() * K::kSums * 32 + lane() * K::kStore);
+#pragma unroll
+    for (int i = 0; i < K::kSums; i += K::kStore)
+      *reinterpret_cast<typename K::Store*>(memory + i * 32) = {};
+    for (int left = rows_, buffer = 0; left > 0; left -= step, buffer ^= 1) {
       cp_async_wait<0>();
       __syncthreads();
       stage(left - step, buffer ^ 1, mask);
       mask = load_mask(left - 2 * step);
       compute(left < step ? left : step, buffer, sums);
+      if (values_ >= kChain * kGroup || left <= step) add_to(memory, sums);
     }
   }
 
@@ -192,7 +200,7 @@ class Walk {
   // whichever is less; 0 where there is no such pixel.
   __device__ uint32_t load_mask(int left) {
     const uint32_t mask = has_pixel_ && pixel_row_ < left ? *mask_ : 0;
-    mask_ += mask_step_;
+    mask_ += plan_.step_rows * static_cast<int64_t>(plan_.q) * ((plan_.k + 31) / 32);
     return mask;
   }
 
@@ -211,7 +219,8 @@ class Walk {
   __device__ __forceinline__ void stage_masks(int buffer, uint32_t mask) const {
     if (!has_pixel_) return;
     unsigned char* const to =
-        dynamic_shared() + shared_.masks + buffer * shared_.mask_bytes + mask_place_;
+        dynamic_shared() + shared_.masks + buffer * shared_.mask_bytes +
+                              pixel_offset_ + pixel_row_ * (shared_.mask_pitch - plan_.q);
 #pragma unroll
     for (int w = 0; w < kWarps; ++w)
       to[w * (shared_.mask_bytes / kWarps)] = static_cast<unsigned char>(mask >> (8 * w));
@@ -292,7 +301,7 @@ class Walk {
   // Adds what the pixels of one row of the strip contribute.
   __device__ __forceinline__ void compute_row(const uint32_t* masks, const unsigned char* values,
                                               const unsigned char* (&input)[K::kTaps],
-                                              typename K::Sums& sums) const {
+                                              typename K::Sums& sums) {
     typename K::Column columns[K::kColumns];
     float value[2][kGroup];
     const uint32_t lane_bit = 1u << lane();
@@ -302,6 +311,7 @@ class Walk {
     for (int run = 0; run < plan_.strip / kRun; ++run) {
       const uint32_t after = __ballot_sync(~0u, loaded & lane_bit);
       loaded = masks[run + 2];
+      values_ += __popc(mask);
       if (mask != 0) {
 #pragma unroll
         for (int i = 0; i < kRun; ++i) {
@@ -344,14 +354,32 @@ class Walk {
     }
   }
 
+  // Adds the sums to those in memory and goes on from 0.
+  __device__ __forceinline__ void add_to(float* memory, typename K::Sums& sums) {
+    float* const flat = &sums[0][0][0][0];
+#pragma unroll
+    for (int i = 0; i < K::kSums; i += K::kStore) {
+      // Keeps the compiler from loading all at once, for which there are not registers enough.
+      if (i % 16 == 0) __syncwarp();
+      typename K::Store* const at = reinterpret_cast<typename K::Store*>(memory + i * 32);
+      typename K::Store sum = *at;
+#pragma unroll
+      for (int e = 0; e < K::kStore; ++e) {
+        sum.element[e] += flat[i + e];
+        flat[i + e] = 0;
+      }
+      *at = sum;
+    }
+    values_ = 0;
+  }
+
+  int values_ = 0;  // that were multiplied since sums were last added to memory
   const Plan& plan_;
   const typename K::Shared shared_;
   int k0_, c0_, range_, rows_, width_;  // what the block does; width_: pixels of a row
-  // Of this thread's pixel in each step: its row, where its mask goes, how far it is from the first.
-  int pixel_row_, mask_place_, pixel_offset_;
+  int pixel_row_, pixel_offset_;  // of this thread's pixel in each step, from the first
   bool has_pixel_;
   const uint32_t* mask_;  // where the next one is
-  int64_t mask_step_;
   const T* g_;  // first pixel of the next step to stage, this lane's channels
   // The next input row to stage: which row of an image sees it first, its place in the image and in
   // the ring. This thread stages 16 bytes of a row in each of its passes: which ones copy them, as
@@ -363,87 +391,66 @@ class Walk {
   int p_, slot_ = 0;  // the next row to compute: its place in its image, the ring row that it sees first
 };
 
-// partials: [range][k][r][s][c].
+// partials: kBlockSums for each block.
 template <class K>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     wgc_kernel(const Plan plan, const typename K::T* g, const uint32_t* nonzeros,
                const typename K::T* x, float* partials) {
-  typename K::Sums sums = {};
-  Walk<K> walk(plan, g, nonzeros, x);
-  walk.run(sums);
-  const int lane = threadIdx.x % 32;
-  float* to = partials + (walk.range() * plan.k + walk.k0()) * (K::kTaps * K::kTaps) * plan.c +
-              walk.c0() + lane * K::kVector;
-#pragma unroll
-  for (int k = 0; k < kGroup; ++k) {
-    if (walk.k0() + k >= plan.k) break;
-#pragma unroll
-    for (int tap = 0; tap < K::kTaps * K::kTaps; ++tap, to += plan.c) {
-#pragma unroll
-      for (int v = 0; v < K::kVectors; ++v) {
-        if (walk.c0() + (v * 32 + lane) * K::kVector >= plan.c) continue;
-        Vector<float, K::kStore>* const vectors =
-            reinterpret_cast<Vector<float, K::kStore>*>(to + v * 32 * K::kVector);
-#pragma unroll
-        for (int i = 0; i < K::kVector / K::kStore; ++i) {
-          Vector<float, K::kStore> vector;
-#pragma unroll
-          for (int e = 0; e < K::kStore; ++e)
-            vector.element[e] =
-                sums[k][tap / K::kTaps][tap % K::kTaps][v * K::kVector + i * K::kStore + e];
-          vectors[i] = vector;
-        }
-      }
-    }
-  }
+  Walk<K>(plan, g, nonzeros, x).run(partials);
 }
 
 constexpr int kSlices = 8;
 
-// The sums over ranges: a lane for each element, a slice of the ranges for each warp.
-template <class T>
+// The sums over ranges: a lane for each of the sums of a range, in the order of memory; a slice of the
+// ranges for each warp.
+template <class K>
 __global__ void __launch_bounds__(32 * kSlices)
-    wgc_reduce(const float* partials, int64_t ranges, int64_t elements, int c, int taps, T* result,
-               Strides strides) {
+    wgc_reduce(const Plan plan, const float* partials, typename K::T* result, const Strides strides) {
   const int lane = threadIdx.x % 32, slice = threadIdx.x / 32;
-  const int64_t element = static_cast<int64_t>(blockIdx.x) * 32 + lane;
-  double* const slices = reinterpret_cast<double*>(dynamic_shared());
+  const int64_t sums = static_cast<int64_t>(plan.c_tiles) * plan.k_tiles * K::kBlockSums;
+  int64_t index = static_cast<int64_t>(blockIdx.x) * 32 + lane;
+  const int64_t end = plan.ranges() * (slice + 1) / kSlices;
   double sum = 0;
-  if (element < elements) {
-    const int64_t end = ranges * (slice + 1) / kSlices;
 #pragma unroll 4
-    for (int64_t range = ranges * slice / kSlices; range < end; ++range)
-      sum += static_cast<double>(partials[range * elements + element]);
-  }
+  for (int64_t range = plan.ranges() * slice / kSlices; range < end; ++range)
+    sum += static_cast<double>(partials[range * sums + index]);
+  double* const slices = reinterpret_cast<double*>(dynamic_shared());
   slices[threadIdx.x] = sum;
   __syncthreads();
-  if (slice != 0 || element >= elements) return;
+  if (slice != 0) return;
   for (int i = 1; i < kSlices; ++i) sum += slices[i * 32 + lane];
-  const int64_t tap = element / c % (taps * taps);
-  result[element / c / (taps * taps) * strides.n + element % c * strides.c + tap / taps * strides.h +
-         tap % taps * strides.w] = from_float<T>(static_cast<float>(sum));
+
+  // Where it belongs: index is [c tile][k tile][warp][k][r][s][vector of a lane][lane][element].
+  const auto next = [&](int size) {
+    const int digit = static_cast<int>(index % size);
+    index /= size;
+    return digit;
+  };
+  const int element = next(K::kStore), owner = next(32), vector = next(K::kLane / K::kStore) * K::kStore;
+  const int s = next(K::kTaps), r = next(K::kTaps), k = next(kTileK);
+  const int64_t k_tile = next(plan.k_tiles), c_tile = index;
+  const int64_t to_k = k_tile * kTileK + k;
+  const int64_t to_c = c_tile * K::kTileC + (vector / K::kVector * 32 + owner) * K::kVector +
+                       vector % K::kVector + element;
+  if (to_k < plan.k && to_c < plan.c)
+    result[to_k * strides.n + to_c * strides.c + r * strides.h + s * strides.w] =
+        from_float<typename K::T>(static_cast<float>(sum));
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Sums of float32 get less accurate as they get longer: no chain of additions has more links.
-constexpr int64_t kLongestChain = 4096;
 
 // Fills as many waves of blocks as is best by this model, in units of the time for a pixel: writing
 // and adding up its sums costs a range 256, and ranges may differ so much in density that the
 // last ones make the rest of the device wait for a quarter of a range.
 int64_t choose_row_ranges(int64_t rows, int64_t strip, int64_t tiles, int64_t slots) {
-  const int64_t fewest = ceil_div(rows * strip, kLongestChain);
-  const int64_t first_wave = std::max<int64_t>(1, ceil_div(fewest * tiles, slots));
   int64_t best = 1;
   double best_cost = 0;
-  for (int64_t waves = first_wave; waves < first_wave + 8; ++waves) {
-    const int64_t ranges =
-        std::max<int64_t>(1, std::min(rows, std::max(fewest, waves * slots / tiles)));
+  for (int64_t waves = 1; waves <= 8; ++waves) {
+    const int64_t ranges = std::max<int64_t>(1, std::min(rows, waves * slots / tiles));
     const double length = static_cast<double>(ceil_div(rows, ranges) * strip);
     const double cost =
         static_cast<double>(ceil_div(ranges * tiles, slots)) * (length + 256) + length / 4;
-    if (waves == first_wave || cost < best_cost) {
+    if (waves == 1 || cost < best_cost) {
       best = ranges;
       best_cost = cost;
     }
@@ -538,7 +545,7 @@ size_t wgc_workspace(const ConvCall& call, const Device& device) {
   return with_kernel(call.problem, call.dtype, [&](auto kernel) {
     using K = decltype(kernel);
     const Plan plan = make_plan<K>(call.problem, device);
-    return static_cast<size_t>(plan.ranges() * plan.k * K::kTaps * K::kTaps * plan.c) * sizeof(float);
+    return static_cast<size_t>(plan.blocks() * K::kBlockSums) * sizeof(float);
   });
 }
 
@@ -549,9 +556,8 @@ cudaError_t wgc(const ConvCall& call, const Device& device, cudaStream_t stream)
     using T = typename K::T;
     const Plan plan = make_plan<K>(call.problem, device);
     float* const partials = static_cast<float*>(call.workspace);
-    const int64_t elements = static_cast<int64_t>(plan.k) * K::kTaps * K::kTaps * plan.c;
     LaunchShape shape = {};
-    shape.grid = dim3(static_cast<unsigned>(plan.ranges() * plan.c_tiles * plan.k_tiles));
+    shape.grid = dim3(static_cast<unsigned>(plan.blocks()));
     shape.block = dim3(kThreads);
     shape.shared = K::shared(plan).bytes;
     const cudaError_t error =
@@ -559,11 +565,11 @@ cudaError_t wgc(const ConvCall& call, const Device& device, cudaStream_t stream)
                static_cast<const T*>(call.operand), partials);
     if (error != cudaSuccess) return error;
     LaunchShape reduction = {};
-    reduction.grid = dim3(static_cast<unsigned>(ceil_div(elements, 32)));
+    reduction.grid = dim3(static_cast<unsigned>(plan.blocks() / plan.ranges() * K::kBlockSums / 32));
     reduction.block = dim3(32 * kSlices);
     reduction.shared = 32 * kSlices * sizeof(double);
-    return launch(wgc_reduce<T>, reduction, stream, partials, plan.ranges(), elements, plan.c, K::kTaps,
-                  static_cast<T*>(call.result), call.result_strides);
+    return launch(wgc_reduce<K>, reduction, stream, plan, partials, static_cast<T*>(call.result),
+                  call.result_strides);
   });
 }
 

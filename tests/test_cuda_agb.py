@@ -134,7 +134,7 @@ def test_integers_are_exact_whichever_kernel_runs(
     _check_integers(actual, reference.conv2d_weight(problem, input, grad_output), problem)
 
 
-def _dense_in_one_chain(problem: ConvProblem, weight: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
+def dense_in_one_chain(problem: ConvProblem, weight: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
     """AGB as dense kernels of GPUs compute it in float32: a fused multiply-add after the other. Those of CPUs, which
     add up parts of the sums first, are up to four times as accurate."""
     n, c, h, w = problem.input_size
@@ -151,7 +151,7 @@ def _check_agb_error(emulator, problem, grad_output, weight, nonzeros, channels_
     actual = emulator.agb(problem, grad_output, weight, nonzeros, channels_last=channels_last)
     expected = reference.conv2d_input(problem, weight, grad_output)
     if nonzeros is not None and actual.dtype == torch.float32 and not emulator.agb_refusal(problem, actual.dtype):
-        dense = _dense_in_one_chain(problem, weight, grad_output)
+        dense = dense_in_one_chain(problem, weight, grad_output)
     else:
         settings = (problem.stride, problem.padding, problem.dilation, problem.groups)
         dense = torch.nn.grad.conv2d_input(problem.input_size, weight, grad_output, *settings)

@@ -14,6 +14,7 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kPackThreads = 256;
 constexpr int kWaveSteps = 24;  // a warp with more than twice as much to do shares it with later blocks
 constexpr int kMostWaves = 4;
+constexpr int kGroup = 3;  // pixels of a strip that one branch passes by, if all are zeros
 constexpr uint32_t kAll = ~0u;
 
 // One compiled form of the kernel: Taps x Taps filters of which the outer ones stick out at the edge
@@ -30,6 +31,8 @@ struct Form {
   static constexpr int kPixels = (Columns - 1 + kOffset) / Stride + 1;
   // Rows of gradients before a row that also reach what this one completes.
   static constexpr int kLead = (Taps - 1) / Stride;
+  // Rows of the filter that reach rows of grad_input that no later row of gradients reaches.
+  static constexpr int kLast = std::min(Taps, Stride);
   static constexpr int kRows = std::max(Taps, Stride);
   static constexpr int kChannels = 32 * Lane;
   static constexpr int kWeights = Lane * Taps * Taps;  // of a lane, for one k
@@ -92,6 +95,25 @@ __device__ __forceinline__ void load_weights(float (&weights)[F::kWeights], cons
   }
 }
 
+// Adds g, pixel j of the strip, times rows First .. Last - 1 of the filter.
+template <class F, int First, int Last>
+__device__ __forceinline__ void add_product(typename F::Sums& sums,
+                                            const float (&weights)[F::kWeights], float g, int j) {
+#pragma unroll
+  for (int r = First; r < Last; ++r) {
+#pragma unroll
+    for (int s = 0; s < F::kTaps; ++s) {
+      const int column = F::kStride * j - F::kOffset + s;
+      if (column < 0 || column >= F::kColumns) continue;
+#pragma unroll
+      for (int i = 0; i < F::kLane; ++i) {
+        float& sum = sums[r][column][i];
+        sum = fmaf(g, weights[(r * F::kTaps + s) * F::kLane + i], sum);
+      }
+    }
+  }
+}
+
 // Adds to `sums` what a row of gradients gives through rows First .. Last - 1 of the filter. `pixel`:
 // index of the gradient pixel of this lane, or -1.
 template <class F, int First, int Last>
@@ -125,21 +147,12 @@ __device__ __forceinline__ void add_row(typename F::Sums& sums, const Plan& plan
       float weights[F::kWeights];
       load_weights<F>(weights, packed, word * 32 + k, lane);
 #pragma unroll
-      for (int j = 0; j < F::kPixels; ++j) {
-        if (pixels >> j & 1) {
-          const float g = __shfl_sync(kAll, value[j], k);
+      for (int group = 0; group < F::kPixels; group += kGroup) {
+        if ((pixels >> group & ((1u << kGroup) - 1)) == 0) continue;
 #pragma unroll
-          for (int r = First; r < Last; ++r) {
-#pragma unroll
-            for (int s = 0; s < F::kTaps; ++s) {
-              const int column = F::kStride * j - F::kOffset + s;
-              if (column < 0 || column >= F::kColumns) continue;
-#pragma unroll
-              for (int i = 0; i < F::kLane; ++i) {
-                float& sum = sums[r][column][i];
-                sum = fmaf(g, weights[(r * F::kTaps + s) * F::kLane + i], sum);
-              }
-            }
+        for (int j = group; j < group + kGroup && j < F::kPixels; ++j) {
+          if (pixels >> j & 1) {
+            add_product<F, First, Last>(sums, weights, __shfl_sync(kAll, value[j], k), j);
           }
         }
       }
@@ -192,7 +205,7 @@ agb_kernel(Plan plan, const typename F::T* __restrict__ grad_output,
       if (F::kLead > 0 && p == first_p - F::kLead) {
         add_row<F, F::kLead * F::kStride, F::kTaps>(sums, plan, grad_output, nonzeros, packed, at);
       } else if (F::kLead > 0 && p == last_p - 1) {
-        add_row<F, 0, F::kStride>(sums, plan, grad_output, nonzeros, packed, at);
+        add_row<F, 0, F::kLast>(sums, plan, grad_output, nonzeros, packed, at);
       } else {
         add_row<F, 0, F::kTaps>(sums, plan, grad_output, nonzeros, packed, at);
       }

@@ -19,6 +19,9 @@ struct Arguments {
   int n;
 };
 
+// A mistake outside kernels.
+int overflowing(int n) { return n + 2'000'000'000; }
+
 template <class T>
 __device__ const T* in(const Arguments& a) { return static_cast<const T*>(a.in); }
 template <class T>
@@ -107,7 +110,7 @@ __global__ void reverse_warps(Arguments a) {
 }
 
 // Two copies are under way: while a tile is used, the next one is brought.
-template <bool Waits>
+template <bool Waits, bool WaitsAtTheEnd = true>
 __global__ void reverse_tiles_async(Arguments a) {
   const int size = 4 * blockDim.x, thread = threadIdx.x;
   int* buffers = shared<int>();
@@ -122,7 +125,7 @@ __global__ void reverse_tiles_async(Arguments a) {
     __syncthreads();
     for (int i = thread; i < size; i += blockDim.x)
       out<int>(a)[tile * size + i] = buffers[tile % 2 * size + size - 1 - i];
-    __syncthreads();
+    if (WaitsAtTheEnd) __syncthreads();
   }
 }
 
@@ -468,6 +471,7 @@ const Entry kKernels[] = {
     {"reverse_warps, no barrier", reverse_warps<false>},
     {"reverse_tiles_async", reverse_tiles_async<true>},
     {"reverse_tiles_async, no wait", reverse_tiles_async<false>},
+    {"reverse_tiles_async, no barrier at the end", reverse_tiles_async<true, false>},
     {"copy_part", copy_part},
     {"hand_over", hand_over<0>},
     {"hand_over, other number of threads", hand_over<32>},
@@ -522,6 +526,7 @@ cudaError_t launch_test_kernel(const char* name, const unsigned (&grid)[3], cons
                                bool cooperative, const void* in, void* out, int n) {
   for (const Entry& entry : kKernels) {
     if (strcmp(entry.name, name) != 0) continue;
+    if (overflowing(n) == 0) return cudaErrorInvalidValue;
     const LaunchShape shape = {dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]), shared,
                                cooperative};
     return launch(entry.kernel, shape, nullptr, Arguments{in, out, n});

@@ -366,6 +366,7 @@ MISSING = [
     ("reverse_tiles, no barrier at the end of the loop", {"n": 3, "shared": 1024}),
     ("reverse_warps, no barrier", {"n": 0, "shared": 1024}),
     ("reverse_tiles_async, no wait", {"n": 3, "block": 64, "shared": 2048}),
+    ("reverse_tiles_async, no barrier at the end", {"n": 3, "block": 64, "shared": 2048}),
 ]
 EXPECTED = {
     "sum_in_shared": lambda x: x[:1, :256].astype(np.float32).sum(1),
@@ -433,6 +434,12 @@ def test_memory_mistakes_are_found(checked, name, launch, words, line, seed):
     launch = {"seed": seed, "block": 64} | launch
     with pytest.raises(RuntimeError, match=words.format(place(line) if line else "")):
         checked.run(name, _aligned(np.arange(64, dtype=np.int32)), _aligned(np.zeros(64, np.int32)), **launch)
+
+
+def test_mistakes_of_host_code_are_found(checked):
+    with pytest.raises(RuntimeError, match=rf"undefined behaviour at {place('return n + 2')}: a signed sum overflows"):
+        checked.run("indices", None, np.zeros(1, np.int32), 2**30, block=1)
+    assert checked.run("indices", None, np.ones(1, np.int32), 0, block=1) == 0
 
 
 def test_the_documented_kernel_runs(tmp_path, monkeypatch):

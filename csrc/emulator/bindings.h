@@ -50,6 +50,8 @@ class Operands {
   void check(cudaError_t error) const {
     if (error != cudaSuccess)
       throw std::runtime_error(std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error));
+    const std::string mistake = take_host_error();
+    if (!mistake.empty()) throw std::runtime_error(mistake);
     for (size_t i = 0; guard_ && i < kGuard; ++i)
       if (guard_[i] != kGuardByte)
         throw std::runtime_error("a kernel wrote beyond the end of its workspace");

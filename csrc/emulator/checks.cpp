@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Memory checks of the checked build. GCC and Clang compile `-fsanitize=thread` code into a call of
-// __tsan_read4(address) or the like before each access, and -fsanitize=undefined code into a call
-// of __ubsan_handle_...() where a check has failed. Here are those functions.
+// Memory checks of the checked build. GCC's -fsanitize=thread puts a call of __tsan_read4(address)
+// or the like before each access, -fsanitize=undefined one of __ubsan_handle_...() where a check has
+// failed. Here are those functions.
 //
 // Each byte that kernels may access has a shadow: whether it was written, by whom last, and who read
 // it last. An access is a race if one of those was not ordered before it. Order comes from barriers
@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <utility>
 
 #include "runtime.h"
 
@@ -234,7 +235,7 @@ void check_access(const void* pointer, size_t bytes, Use use, const void* code) 
   access.complain(describe(access), "that is out of bounds");
 }
 
-std::string take_host_error() { return std::move(host_error); }
+std::string take_host_error() { return std::exchange(host_error, {}); }
 
 namespace {
 

@@ -14,7 +14,7 @@
 // exception that names kernel, block, thread and place. If no thread can go on, that is a deadlock
 // and reported as one. Shared memory is as large as asked, filled with NaNs before each block.
 //
-// The checked build (see tests/emulation.py) compiles kernels with -fsanitize=thread,undefined but
+// docs/emulator.md says how to use it. The checked build (tests/emulation.py) compiles kernels with -fsanitize=thread,undefined but
 // links neither library: the runtime defines the functions that instrumented code calls
 // (checks.cpp), and so sees each memory access. It refuses those that are outside the operands, the
 // block's shared memory and the thread's own stack, misaligned, of memory that nothing was written
@@ -32,6 +32,7 @@
 #include <string.h>
 
 #include <cmath>
+#include <string>
 #include <tuple>
 #include <type_traits>
 
@@ -112,6 +113,10 @@ void set_seed(uint64_t seed);
 // Memory that kernels may access in the checked build, until clear_buffers().
 void add_buffer(const void* begin, size_t bytes, const char* name, bool writable, bool initialised);
 void clear_buffers();
+
+// The first mistake that the checked build found in the kernels' host code since the last call, or
+// empty.
+std::string take_host_error();
 
 // Ends the launch with an exception.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));

@@ -703,8 +703,6 @@ cudaError_t run(const Launch& launch) {
   }
 
   const std::lock_guard<std::mutex> lock(mutex);
-  std::string error = take_host_error();
-  if (!error.empty()) throw std::runtime_error(error);
   const size_t together = launch.cooperative ? blocks : 1;
   grow_pool(together * threads);
   state.launch = launch;

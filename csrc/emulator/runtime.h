@@ -135,9 +135,6 @@ void join(const std::vector<Fibre*>& threads);
 enum class Use { kRead, kWrite, kAtomic, kIssueCopy, kFinishCopy };
 void check_access(const void* address, size_t bytes, Use use, const void* code);
 
-// Message of a mistake that instrumented host code made, once; empty: none.
-std::string take_host_error();
-
 std::string coordinates(const uint3& index);
 
 // The function at an address of this module, demangled, or its address.

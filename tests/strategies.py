@@ -1,12 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hypothesis strategies shared by tests."""
+"""What tests choose from: Hypothesis strategies, and the backends of a machine."""
 
 from __future__ import annotations
 
+import torch
 from hypothesis import assume
 from hypothesis import strategies as st
 
+from sparsebwd.backends import available_backends, get_backend
 from sparsebwd.problem import ConvProblem
+
+
+def backends_on(device_type: str) -> tuple[str, ...]:
+    """The backends that run on this machine and take tensors of this device, the last first choice of "auto"."""
+    return tuple(
+        name for name in available_backends() if get_backend(name).can_run(None, device_type, torch.float32) is None
+    )
 
 
 def pairs(low: int, high: int) -> st.SearchStrategy[tuple[int, int]]:

@@ -107,12 +107,12 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(was_enabled, warn_only=was_warn_only)
 
 
-def fenced(tensor: Tensor) -> Tensor:
-    """A copy of ``tensor`` with the same strides that lies, unaligned, between NaNs.
+def fenced(tensor: Tensor, fence: int = 67) -> Tensor:
+    """A copy of ``tensor`` with the same strides that lies between ``fence`` NaNs on each side, unaligned unless these
+    are a multiple of what it is to be aligned to.
 
     What reads outside of it computes NaN.
     """
-    fence = 67
     size = tensor.untyped_storage().nbytes() // tensor.element_size()
     buffer = tensor.new_full((size + 2 * fence,), float("nan"))
     return buffer.as_strided(tensor.shape, tensor.stride(), fence).copy_(tensor)

@@ -340,6 +340,13 @@ class Wgc(Convolution):
     used = ("grad_output", "input")
 
 
+class Both(Convolution):
+    name = "agb+wgc"
+    description = "both from a gradient with zeros, which are looked for once, against dense AGB and WGC"
+    wanted = (True, True)
+    used = ("grad_output", "input", "weight")
+
+
 class Backward(Convolution):
     name = "backward"
     description = "pruning a dense gradient, AGB and WGC, against dense AGB and WGC"
@@ -383,7 +390,8 @@ class BackwardPredicted(Backward):
 
 
 ALL: tuple[Operation, ...] = (
-    Prune(), PruneWithTorch(), PrunePredicted(), PruneAndList(), Agb(), Wgc(), Backward(), BackwardPredicted(),
+    Prune(), PruneWithTorch(), PrunePredicted(), PruneAndList(), Agb(), Wgc(), Both(), Backward(),
+    BackwardPredicted(),
 )  # fmt: skip
 
 NAMES = tuple(dict.fromkeys(operation.name for operation in ALL))

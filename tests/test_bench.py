@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from strategies import backends_on
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
@@ -358,7 +359,7 @@ def test_rows_that_the_minutes_do_not_allow(tmp_path):
     assert "1 of 2 rows were not measured" in result.output
 
 
-@pytest.mark.parametrize("backend", [name for name in available_backends() if name != "reference"])
+@pytest.mark.parametrize("backend", [name for name in backends_on("cpu") if name != "reference"])
 def test_predicted_thresholds(tmp_path, backend):
     path = tmp_path / "rows.json"
     result = bench("--problem", PROBLEM, "--op", "prune-predicted,backward-predicted", "--backend", backend, "--json", path)
@@ -368,18 +369,18 @@ def test_predicted_thresholds(tmp_path, backend):
     assert backward["percentile"] == 90 and 0 < backward["rel_error"] < 1e-5
 
 
-@pytest.mark.parametrize("backend", [name for name in available_backends() if name != "reference"])
+@pytest.mark.parametrize("backend", [name for name in backends_on("cpu") if name != "reference"])
 def test_files(tmp_path, backend):
     files = {kind: tmp_path / f"rows.{kind}" for kind in ("json", "csv", "markdown")}
     result = bench(
-        "--problem", PROBLEM, "--op", "prune,agb,wgc,backward", "--density", "0.5,0.1", "--backend", backend,
+        "--problem", PROBLEM, "--op", "prune,agb,wgc,agb+wgc,backward", "--density", "0.5,0.1", "--backend", backend,
         *(part for kind, path in files.items() for part in (f"--{kind}", path)),
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     record = json.loads(files["json"].read_text())
     rows = record["rows"]
     assert [(row["op"], row["backend"]) for row in rows] == [
-        *[("agb", backend), ("wgc", backend)] * 2,
+        *[("agb", backend), ("wgc", backend), ("agb+wgc", backend)] * 2,
         ("prune", backend),
         ("prune", "torch"),
         ("backward", backend),
@@ -398,7 +399,9 @@ def test_files(tmp_path, backend):
     assert all(row["rel_error"] < 1e-5 for row in rows if row["backend"] != "torch")
     assert {"torch", "sparsebwd", "cpu", "load", "last_level_cache", "variables"} <= record["environment"].keys()
     assert record["environment"]["copy_gbs"]["1"] > 0
-    assert [entry["op"] for entry in record["summary"]] == ["agb", "wgc", "agb", "wgc", "prune", "prune", "backward"]
+    assert [entry["op"] for entry in record["summary"]] == [
+        *["agb", "wgc", "agb+wgc"] * 2, "prune", "prune", "backward",
+    ]  # fmt: skip
 
     with open(files["csv"], newline="") as file:
         table = list(csv.DictReader(file))
@@ -407,7 +410,7 @@ def test_files(tmp_path, backend):
     table, _, break_even = files["markdown"].read_text().partition("## Break-even density")
     assert sum(line.startswith(f"| {PROBLEM} |") for line in table.splitlines()) == len(rows)
     assert sum(line.startswith(f"| {PROBLEM} |") for line in break_even.splitlines()) == 1
-    assert [entry["op"] for entry in record["break_even"]] == ["agb", "wgc"]
+    assert [entry["op"] for entry in record["break_even"]] == ["agb", "wgc", "agb+wgc"]
     assert list(tmp_path.iterdir()) and {path.name for path in tmp_path.iterdir()} == {p.name for p in files.values()}
     assert "costs" in result.output and "copies" in result.output
 
@@ -469,7 +472,7 @@ def captured_file(tmp_path, generator):
     return write
 
 
-@pytest.mark.parametrize("backend", [name for name in available_backends() if name != "reference"])
+@pytest.mark.parametrize("backend", [name for name in backends_on("cpu") if name != "reference"])
 def test_captured_gradients(tmp_path, captured_file, backend):
     path, file = tmp_path / "rows.json", captured_file(steps=(0, 50))
     result = bench("--gradients", file, "--op", "agb,wgc,backward", "--percentile", "50,90", "--backend", backend, "--json",
@@ -487,7 +490,7 @@ def test_captured_gradients(tmp_path, captured_file, backend):
         assert row["density"] == pytest.approx(reference.prune(captured, KEY, 90.0, SIGMA_ESTIMATOR).density.item())
 
 
-@pytest.mark.parametrize("backend", [name for name in available_backends() if name != "reference"])
+@pytest.mark.parametrize("backend", [name for name in backends_on("cpu") if name != "reference"])
 def test_captured_gradients_with_natural_zeros_are_not_pruned(tmp_path, captured_file, backend):
     path, file = tmp_path / "rows.json", captured_file("input")
     result = bench("--gradients", file, "--layer", "depthwise", "--op", "prune,agb,wgc,backward", "--percentile", "80,90",
@@ -654,7 +657,7 @@ def test_interrupted_runs_write_nothing(tmp_path, monkeypatch):
         (["--problem", "n1c2"], "got 'n1c2', which lacks h, w, k, r, s"),
         (["--problem", "n0c1h1w1k1r1s1"], "a batch of 0; accepted: at least 1"),
         (["--problem", PROBLEM, "--batch", "3"], "the batch of a problem is its n"),
-        (["--op", "agb,dgrad"], "op: got 'dgrad'; accepted: prune, prune-predicted, prune+lists, agb, wgc, backward"),
+        (["--op", "agb,dgrad"], "op: got 'dgrad'; accepted: prune, prune-predicted, prune+lists, agb, wgc, agb+wgc, backward"),
         (["--density", "1.5"], "density: got '1.5'; accepted: 0 <= density <= 1"),
         (["--density", "nan"], "density: got 'nan'"),
         (["--density", "half"], "density: got 'half'; accepted: a number"),

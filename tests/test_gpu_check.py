@@ -313,7 +313,7 @@ def test_bench_part_fails_with_wrong_rows_and_crashes(check, bench):
 
 
 def test_report_answers_the_questions(check):
-    rows = [row for unit in gpu_check.UNITS for row in rows_of(unit)]
+    rows = [row for unit in gpu_check.UNITS for row in rows_of(unit) if row["op"] != "agb+wgc"]
     for row in rows:
         if row["op"] == "prune":
             row["speedup"], row["dense_ms"] = 0.6, 0.6
@@ -341,6 +341,23 @@ def test_report_answers_the_questions(check):
     assert any(line.startswith("| prune_kernel<float, 2> | 41.25 | 81.5 | - |") for line in lines)
     assert "compute capability 9.0, 80 GiB" in text and "clocks.sm 1980 MHz" in text
     assert any(line.startswith("| resnet18-imagenet | strict | cuda | backward | 10 | 0.30 | 2.00 |") for line in lines)
+
+
+def test_time_in_which_nonzeros_are_found_is_taken_off(check):
+    def rows(op: str, sparse_ms: float) -> list[dict]:
+        unit = next(unit for unit in gpu_check.UNITS if op in unit.operations and "strict" in unit.modes)
+        return [row | {"sparse_ms": sparse_ms, "dense_ms": 6.0} for row in rows_of(unit) if row["op"] == op]
+
+    # Looking takes 1 ms, AGB 2 and WGC 3; in one call 6.
+    check.record["rows"] = rows("agb", 3.0) + rows("wgc", 4.0)
+    assert gpu_check.without_search(check.record, check.record["rows"]) == []
+    assert "| strict | cuda | AGB | 2.00 (world class) |" in gpu_check.report(check.record)
+    check.record["rows"] += rows("agb+wgc", 6.0)
+    text = gpu_check.report(check.record)
+    assert "| strict | cuda | AGB | 2.00 | 2.00 |" in text
+    assert "| strict | cuda, non-zeros known | AGB | 3.00 (world class) | 3.00 (world class) |" in text
+    assert "| strict | cuda, non-zeros known | WGC | 2.00 (world class) | 2.00 (ok) | 2.00 (ok) | 2.00 (below) |" in text
+    assert "| strict | auto, non-zeros known" not in text
 
 
 def test_report_of_layers_that_are_missing(check):

@@ -12,13 +12,15 @@ namespace py = pybind11;
 using namespace sparsebwd::cuda;
 
 // `initialised`: whether kernels may read `out` before they have written it.
-void run(const std::string& name, const std::array<unsigned, 3>& grid, const std::array<unsigned, 3>& block,
-         size_t shared, bool cooperative, const py::object& in, const py::object& out, int n, bool initialised) {
+void run(const std::string& name, const std::array<unsigned, 3>& grid,
+         const std::array<unsigned, 3>& block, size_t shared, bool cooperative,
+         const py::object& in, const py::object& out, int n, bool initialised) {
   emulator::Operands operands;
   const void* input = operands.input<void>("in", in);
   void* output = operands.output<void>("out", out, initialised);
-  operands.check(launch_test_kernel(name.c_str(), {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, shared,
-                                    cooperative, input, output, n));
+  operands.check(launch_test_kernel(name.c_str(), {grid[0], grid[1], grid[2]},
+                                    {block[0], block[1], block[2]}, shared, cooperative, input,
+                                    output, n));
 }
 
 }  // namespace

@@ -23,11 +23,17 @@ struct Arguments {
 int overflowing(int n) { return n + 2'000'000'000; }
 
 template <class T>
-__device__ const T* in(const Arguments& a) { return static_cast<const T*>(a.in); }
+__device__ const T* in(const Arguments& a) {
+  return static_cast<const T*>(a.in);
+}
 template <class T>
-__device__ T* out(const Arguments& a) { return static_cast<T*>(a.out); }
+__device__ T* out(const Arguments& a) {
+  return static_cast<T*>(a.out);
+}
 template <class T>
-__device__ T* shared() { return reinterpret_cast<T*>(dynamic_shared()); }
+__device__ T* shared() {
+  return reinterpret_cast<T*>(dynamic_shared());
+}
 
 // ---- out[0] = sum of n floats, by one block
 
@@ -115,7 +121,8 @@ __global__ void reverse_tiles_async(Arguments a) {
   const int size = 4 * blockDim.x, thread = threadIdx.x;
   int* buffers = shared<int>();
   const auto bring = [&](int tile) {
-    if (tile < a.n) cp_async16(buffers + tile % 2 * size + 4 * thread, in<int>(a) + tile * size + 4 * thread);
+    if (tile < a.n)
+      cp_async16(buffers + tile % 2 * size + 4 * thread, in<int>(a) + tile * size + 4 * thread);
     cp_async_commit();
   };
   bring(0);
@@ -197,7 +204,8 @@ __global__ void sum_some_lanes(Arguments a) {
   const int lane = threadIdx.x % 32;
   if (lane >= a.n) return;
   const unsigned some = (1u << a.n) - 1;
-  out<int>(a)[threadIdx.x] = static_cast<int>(__reduce_add_sync(RightMask ? some : kAll, in<int>(a)[threadIdx.x]));
+  out<int>(a)[threadIdx.x] =
+      static_cast<int>(__reduce_add_sync(RightMask ? some : kAll, in<int>(a)[threadIdx.x]));
 }
 
 // Each half of a warp on its own; one of them in another order than the other.
@@ -220,7 +228,8 @@ __global__ void wrong_mask(Arguments a) {
   if (M == Mistake::kNotInMask) value = __shfl_sync(0xFFFFu, value, 0);
   if (M == Mistake::kReadsOutside && lane < 16) value = __shfl_sync(0xFFFFu, value, 20);
   if (M == Mistake::kOtherMask) value = __shfl_sync(lane < 16 ? kAll : kAll >> 1, value, 0);
-  if (M == Mistake::kOtherCall) value = lane < 16 ? __shfl_sync(kAll, value, 0) : __any_sync(kAll, value);
+  if (M == Mistake::kOtherCall)
+    value = lane < 16 ? __shfl_sync(kAll, value, 0) : __any_sync(kAll, value);
   if (M == Mistake::kWidth) value = __shfl_sync(kAll, value, 0, 12);
   out<int>(a)[threadIdx.x] = value;
 }
@@ -302,7 +311,8 @@ __global__ void write_global(Arguments a) {
   if (P == Place::kBelow) out<int>(a)[-1] = 1;
   if (P == Place::kAbove) out<int>(a)[a.n] = 1;
   if (P == Place::kFarAbove) out<int>(a)[a.n + 3000000] = 1;
-  if (P == Place::kNull) *reinterpret_cast<volatile int*>(static_cast<uintptr_t>(a.n - blockDim.x)) = 1;
+  if (P == Place::kNull)
+    *reinterpret_cast<volatile int*>(static_cast<uintptr_t>(a.n - blockDim.x)) = 1;
   if (P == Place::kInput) const_cast<int*>(in<int>(a))[0] = 1;
 }
 
@@ -362,7 +372,9 @@ __device__ int looked_up(int index) {
   return table[index];
 }
 
-__global__ void look_up(Arguments a) { out<int>(a)[threadIdx.x] = looked_up(in<int>(a)[threadIdx.x]); }
+__global__ void look_up(Arguments a) {
+  out<int>(a)[threadIdx.x] = looked_up(in<int>(a)[threadIdx.x]);
+}
 
 __device__ __attribute__((noinline)) void fill(int* values, int count) {
   for (int i = 0; i < count; ++i) values[i] = i;
@@ -377,7 +389,8 @@ __global__ void fill_local(Arguments a) {
 
 __global__ void shift(Arguments a) { out<int>(a)[threadIdx.x] = 1 << in<int>(a)[threadIdx.x]; }
 
-// ---- tensor cores: [16][depth] times [depth][8] plus [16][8], row by row, one after another in `in`
+// ---- tensor cores: [16][depth] times [depth][8] plus [16][8], row by row, one after another in
+// `in`
 
 template <class T>
 __device__ uint32_t pair(const T* low, const T* high) {
@@ -392,7 +405,8 @@ __global__ void multiply_tf32(Arguments a) {
                                   left[group * 8 + member + 4], left[(group + 8) * 8 + member + 4]};
   const uint32_t fragment_b[2] = {right[member * 8 + group], right[(member + 4) * 8 + group]};
   float d[4];
-  for (int i = 0; i < 4; ++i) d[i] = __uint_as_float(sum[(group + i / 2 * 8) * 8 + 2 * member + i % 2]);
+  for (int i = 0; i < 4; ++i)
+    d[i] = __uint_as_float(sum[(group + i / 2 * 8) * 8 + 2 * member + i % 2]);
   mma_m16n8k8_tf32(d, fragment_a, fragment_b);
   for (int i = 0; i < 4; ++i) out<float>(a)[(group + i / 2 * 8) * 8 + 2 * member + i % 2] = d[i];
 }
@@ -426,15 +440,23 @@ __global__ void multiply_halves(Arguments a) {
 
 __global__ void arithmetic(Arguments a) {
   const unsigned x = in<unsigned>(a)[0], y = in<unsigned>(a)[1];
-  const unsigned results[] = {
-      static_cast<unsigned>(__popc(x)), static_cast<unsigned>(__ffs(static_cast<int>(x))),
-      static_cast<unsigned>(__clz(static_cast<int>(x))), __brev(x), __umulhi(x, y), __funnelshift_l(x, y, 5),
-      __funnelshift_r(x, y, 5), __byte_perm(x, y, 0x5140u), min(x, y), max(x, y),
-      __float_as_uint(__fmaf_rn(1.5f, 2.0f, -0.5f)), static_cast<unsigned>(__fns(x, 0, 2))};
+  const unsigned results[] = {static_cast<unsigned>(__popc(x)),
+                              static_cast<unsigned>(__ffs(static_cast<int>(x))),
+                              static_cast<unsigned>(__clz(static_cast<int>(x))),
+                              __brev(x),
+                              __umulhi(x, y),
+                              __funnelshift_l(x, y, 5),
+                              __funnelshift_r(x, y, 5),
+                              __byte_perm(x, y, 0x5140u),
+                              min(x, y),
+                              max(x, y),
+                              __float_as_uint(__fmaf_rn(1.5f, 2.0f, -0.5f)),
+                              static_cast<unsigned>(__fns(x, 0, 2))};
   for (unsigned i = 0; i < sizeof results / sizeof *results; ++i) out<unsigned>(a)[i] = results[i];
 }
 
-// Where threads and blocks are: out[linear] = x + 10 y + 100 z of the thread, + 1000 times the block's.
+// Where threads and blocks are: out[linear] = x + 10 y + 100 z of the thread, + 1000 times the
+// block's.
 __global__ void indices(Arguments a) {
   const unsigned block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
   const unsigned thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
@@ -522,13 +544,14 @@ const Entry kKernels[] = {
 
 }  // namespace
 
-cudaError_t launch_test_kernel(const char* name, const unsigned (&grid)[3], const unsigned (&block)[3], size_t shared,
-                               bool cooperative, const void* in, void* out, int n) {
+cudaError_t launch_test_kernel(const char* name, const unsigned (&grid)[3],
+                               const unsigned (&block)[3], size_t shared, bool cooperative,
+                               const void* in, void* out, int n) {
   for (const Entry& entry : kKernels) {
     if (strcmp(entry.name, name) != 0) continue;
     if (overflowing(n) == 0) return cudaErrorInvalidValue;
-    const LaunchShape shape = {dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]), shared,
-                               cooperative};
+    const LaunchShape shape = {dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]),
+                               shared, cooperative};
     return launch(entry.kernel, shape, nullptr, Arguments{in, out, n});
   }
   return cudaErrorInvalidDevice;

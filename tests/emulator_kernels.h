@@ -7,7 +7,8 @@
 namespace sparsebwd::cuda {
 
 // cudaErrorInvalidDevice if there is no kernel of this name.
-cudaError_t launch_test_kernel(const char* name, const unsigned (&grid)[3], const unsigned (&block)[3], size_t shared,
-                               bool cooperative, const void* in, void* out, int n);
+cudaError_t launch_test_kernel(const char* name, const unsigned (&grid)[3],
+                               const unsigned (&block)[3], size_t shared, bool cooperative,
+                               const void* in, void* out, int n);
 
 }  // namespace sparsebwd::cuda

@@ -41,14 +41,18 @@ ConvProblem problem_of(const Problem& p) {
 }
 
 Strides strides_of(const py::array& array) {
-  if (array.ndim() != 4) throw std::invalid_argument("an operand of a convolution has 4 dimensions");
-  const auto stride = [&](int i) { return static_cast<int64_t>(array.strides(i) / array.itemsize()); };
+  if (array.ndim() != 4)
+    throw std::invalid_argument("an operand of a convolution has 4 dimensions");
+  const auto stride = [&](int i) {
+    return static_cast<int64_t>(array.strides(i) / array.itemsize());
+  };
   return {stride(0), stride(1), stride(2), stride(3)};
 }
 
-void run_prune(const py::array& g, int dtype, const std::array<int64_t, 4>& shape, bool channels_last,
-               const py::object& key, double sigma_coefficient, double quantile, const py::object& sigma_history,
-               const py::object& out, const py::object& nonzeros, const py::array& stats) {
+void run_prune(const py::array& g, int dtype, const std::array<int64_t, 4>& shape,
+               bool channels_last, const py::object& key, double sigma_coefficient, double quantile,
+               const py::object& sigma_history, const py::object& out, const py::object& nonzeros,
+               const py::array& stats) {
   if (!&cuda::prune) throw std::runtime_error("prune.cu is not compiled");
   Operands operands;
   Pruning pruning = {};
@@ -71,9 +75,11 @@ void run_prune(const py::array& g, int dtype, const std::array<int64_t, 4>& shap
   operands.check(cuda::prune(call, device, nullptr));
 }
 
-template <size_t (*Workspace)(const ConvCall&, const Device&), cudaError_t (*Run)(const ConvCall&, const Device&, cudaStream_t)>
-void run_convolution(const Problem& problem, int dtype, const py::array& grad_output, const py::object& nonzeros,
-                     const py::array& operand, const py::array& result) {
+template <size_t (*Workspace)(const ConvCall&, const Device&),
+          cudaError_t (*Run)(const ConvCall&, const Device&, cudaStream_t)>
+void run_convolution(const Problem& problem, int dtype, const py::array& grad_output,
+                     const py::object& nonzeros, const py::array& operand,
+                     const py::array& result) {
   if (!Run) throw std::runtime_error("its .cu file is not compiled");
   Operands operands;
   ConvCall call = {};

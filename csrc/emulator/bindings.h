@@ -49,7 +49,8 @@ class Operands {
   // Raises RuntimeError if the call has failed.
   void check(cudaError_t error) const {
     if (error != cudaSuccess)
-      throw std::runtime_error(std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error));
+      throw std::runtime_error(std::string(cudaGetErrorName(error)) + ": " +
+                               cudaGetErrorString(error));
     const std::string mistake = take_host_error();
     if (!mistake.empty()) throw std::runtime_error(mistake);
     for (size_t i = 0; guard_ && i < kGuard; ++i)
@@ -61,16 +62,20 @@ class Operands {
   static constexpr size_t kGuard = 256;
   static constexpr unsigned char kGuardByte = 0xA5;
 
-  const void* add(const char* name, const pybind11::object& object, bool writable, bool initialised) {
+  const void* add(const char* name, const pybind11::object& object, bool writable,
+                  bool initialised) {
     if (object.is_none()) return nullptr;
     const auto array = object.cast<pybind11::array>();
-    if (writable && !array.writeable()) throw std::invalid_argument(std::string(name) + " is read-only");
+    if (writable && !array.writeable())
+      throw std::invalid_argument(std::string(name) + " is read-only");
     ssize_t bytes = array.itemsize();
     for (ssize_t i = 0; i < array.ndim(); ++i) {
-      if (array.strides(i) < 0) throw std::invalid_argument(std::string(name) + " has negative strides");
+      if (array.strides(i) < 0)
+        throw std::invalid_argument(std::string(name) + " has negative strides");
       bytes += (array.shape(i) - 1) * array.strides(i);
     }
-    if (array.size() > 0) add_buffer(array.data(), static_cast<size_t>(bytes), name, writable, initialised);
+    if (array.size() > 0)
+      add_buffer(array.data(), static_cast<size_t>(bytes), name, writable, initialised);
     return array.data();
   }
 
@@ -81,9 +86,10 @@ class Operands {
 // set_seed(int); set_device(multiprocessors, shared_per_block, shared_per_multiprocessor).
 inline void bind_controls(pybind11::module_& module) {
   module.def("set_seed", &set_seed);
-  module.def("set_device", [](int multiprocessors, int shared_per_block, int shared_per_multiprocessor) {
-    device() = {multiprocessors, shared_per_block, shared_per_multiprocessor};
-  });
+  module.def("set_device",
+             [](int multiprocessors, int shared_per_block, int shared_per_multiprocessor) {
+               device() = {multiprocessors, shared_per_block, shared_per_multiprocessor};
+             });
 }
 
 }  // namespace sparsebwd::cuda::emulator

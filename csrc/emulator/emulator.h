@@ -14,12 +14,12 @@
 // exception that names kernel, block, thread and place. If no thread can go on, that is a deadlock
 // and reported as one. Shared memory is as large as asked, filled with NaNs before each block.
 //
-// docs/emulator.md says how to use it. The checked build (tests/emulation.py) compiles kernels with -fsanitize=thread,undefined but
-// links neither library: the runtime defines the functions that instrumented code calls
-// (checks.cpp), and so sees each memory access. It refuses those that are outside the operands, the
-// block's shared memory and the thread's own stack, misaligned, of memory that nothing was written
-// to, or that race: two threads, one of them writing, no barrier between. Undefined arithmetic is
-// refused too.
+// docs/emulator.md says how to use it. The checked build (tests/emulation.py) compiles kernels with
+// -fsanitize=thread,undefined but links neither library: the runtime defines the functions that
+// instrumented code calls (checks.cpp), and so sees each memory access. It refuses those that are
+// outside the operands, the block's shared memory and the thread's own stack, misaligned, of memory
+// that nothing was written to, or that race: two threads, one of them writing, no barrier between.
+// Undefined arithmetic is refused too.
 //
 // What is not emulated: wgmma, TMA, clusters, textures, memory order weaker than sequential
 // consistency, time. Tensor cores sum exactly and then round towards zero; the hardware may drop a
@@ -49,14 +49,14 @@
 
 // ---- vectors
 
-#define SPARSEBWD_VECTOR(type, name)                                                          \
-  struct name##1 { type x; };                                                                 \
-  struct alignas(2 * sizeof(type)) name##2 { type x, y; };                                    \
-  struct name##3 { type x, y, z; };                                                           \
-  struct alignas(sizeof(type) < 4 ? 4 * sizeof(type) : 16) name##4 { type x, y, z, w; };      \
-  inline name##1 make_##name##1(type x) { return {x}; }                                       \
-  inline name##2 make_##name##2(type x, type y) { return {x, y}; }                            \
-  inline name##3 make_##name##3(type x, type y, type z) { return {x, y, z}; }                 \
+#define SPARSEBWD_VECTOR(type, name)                                                     \
+  struct name##1 { type x; };                                                            \
+  struct alignas(2 * sizeof(type)) name##2 { type x, y; };                               \
+  struct name##3 { type x, y, z; };                                                      \
+  struct alignas(sizeof(type) < 4 ? 4 * sizeof(type) : 16) name##4 { type x, y, z, w; }; \
+  inline name##1 make_##name##1(type x) { return {x}; }                                  \
+  inline name##2 make_##name##2(type x, type y) { return {x, y}; }                       \
+  inline name##3 make_##name##3(type x, type y, type z) { return {x, y, z}; }            \
   inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 SPARSEBWD_VECTOR(signed char, char)
 SPARSEBWD_VECTOR(unsigned char, uchar)
@@ -147,7 +147,9 @@ struct Lane {
 uint64_t warp_call(WarpCall call, uint32_t mask, Lane lane, Site site);
 unsigned lane_number();
 
-enum class AtomicCall { kAdd, kExchange, kMin, kMax, kAnd, kOr, kXor, kIncrement, kDecrement, kCompareAndSwap };
+enum class AtomicCall {
+  kAdd, kExchange, kMin, kMax, kAnd, kOr, kXor, kIncrement, kDecrement, kCompareAndSwap,
+};
 template <class T>
 T atomic(AtomicCall call, T* address, T value, T compare = T());
 
@@ -214,7 +216,9 @@ namespace sparsebwd::cuda {
 
 inline unsigned char* dynamic_shared() { return emulator::shared_memory(); }
 
-inline void grid_sync(emulator::Site site = emulator::Site::here()) { emulator::grid_barrier(site); }
+inline void grid_sync(emulator::Site site = emulator::Site::here()) {
+  emulator::grid_barrier(site);
+}
 
 inline void named_barrier(int id, int threads, emulator::Site site = emulator::Site::here()) {
   emulator::group_barrier(id, threads, site);
@@ -312,19 +316,21 @@ inline int __all_sync(unsigned mask, int predicate, SPARSEBWD_SITE) {
 template <class T>
 inline unsigned __match_any_sync(unsigned mask, T value, SPARSEBWD_SITE) {
   using namespace sparsebwd::cuda::emulator;
-  return static_cast<unsigned>(warp_call(WarpCall::kMatchAny, mask, {bits_as<uint64_t>(value)}, site));
+  return static_cast<unsigned>(
+      warp_call(WarpCall::kMatchAny, mask, {bits_as<uint64_t>(value)}, site));
 }
 template <class T>
 inline unsigned __match_all_sync(unsigned mask, T value, int* same, SPARSEBWD_SITE) {
   using namespace sparsebwd::cuda::emulator;
-  const auto lanes = static_cast<unsigned>(warp_call(WarpCall::kMatchAll, mask, {bits_as<uint64_t>(value)}, site));
+  const auto lanes =
+      static_cast<unsigned>(warp_call(WarpCall::kMatchAll, mask, {bits_as<uint64_t>(value)}, site));
   *same = lanes != 0;
   return lanes;
 }
 
-#define SPARSEBWD_REDUCE(name, type, call)                                               \
-  inline type name(unsigned mask, type value, SPARSEBWD_SITE) {                          \
-    using namespace sparsebwd::cuda::emulator;                                           \
+#define SPARSEBWD_REDUCE(name, type, call)                                                       \
+  inline type name(unsigned mask, type value, SPARSEBWD_SITE) {                                  \
+    using namespace sparsebwd::cuda::emulator;                                                   \
     return static_cast<type>(warp_call(WarpCall::call, mask, {bits_as<uint64_t>(value)}, site)); \
   }
 SPARSEBWD_REDUCE(__reduce_add_sync, unsigned, kAddUnsigned)
@@ -340,11 +346,11 @@ SPARSEBWD_REDUCE(__reduce_xor_sync, unsigned, kXor)
 #undef SPARSEBWD_SITE
 
 // The second operand has the type of the first, as where CUDA has no templates.
-#define SPARSEBWD_ATOMIC(name, call)                                                    \
-  template <class T>                                                                    \
-  inline T name(T* address, sparsebwd::cuda::emulator::Same<T> value) {                              \
-    using namespace sparsebwd::cuda::emulator;                                          \
-    return atomic<T>(AtomicCall::call, address, value);                                 \
+#define SPARSEBWD_ATOMIC(name, call)                                    \
+  template <class T>                                                    \
+  inline T name(T* address, sparsebwd::cuda::emulator::Same<T> value) { \
+    using namespace sparsebwd::cuda::emulator;                          \
+    return atomic<T>(AtomicCall::call, address, value);                 \
   }
 SPARSEBWD_ATOMIC(atomicAdd, kAdd)
 SPARSEBWD_ATOMIC(atomicExch, kExchange)
@@ -361,16 +367,17 @@ inline T atomicSub(T* address, sparsebwd::cuda::emulator::Same<T> value) {
   return atomicAdd(address, static_cast<T>(-value));
 }
 template <class T>
-inline T atomicCAS(T* address, sparsebwd::cuda::emulator::Same<T> compare, sparsebwd::cuda::emulator::Same<T> value) {
+inline T atomicCAS(T* address, sparsebwd::cuda::emulator::Same<T> compare,
+                   sparsebwd::cuda::emulator::Same<T> value) {
   using namespace sparsebwd::cuda::emulator;
   return atomic<T>(AtomicCall::kCompareAndSwap, address, value, compare);
 }
 
 // Hints to caches.
-#define SPARSEBWD_LOAD(name)          \
-  template <class T>                  \
-  inline T name(const T* address) {   \
-    return *address;                  \
+#define SPARSEBWD_LOAD(name)        \
+  template <class T>                \
+  inline T name(const T* address) { \
+    return *address;                \
   }
 SPARSEBWD_LOAD(__ldg)
 SPARSEBWD_LOAD(__ldcg)
@@ -379,10 +386,10 @@ SPARSEBWD_LOAD(__ldcs)
 SPARSEBWD_LOAD(__ldlu)
 SPARSEBWD_LOAD(__ldcv)
 #undef SPARSEBWD_LOAD
-#define SPARSEBWD_STORE(name)                                      \
-  template <class T>                                               \
-  inline void name(T* address, sparsebwd::cuda::emulator::Same<T> value) {      \
-    *address = value;                                              \
+#define SPARSEBWD_STORE(name)                                              \
+  template <class T>                                                       \
+  inline void name(T* address, sparsebwd::cuda::emulator::Same<T> value) { \
+    *address = value;                                                      \
   }
 SPARSEBWD_STORE(__stwb)
 SPARSEBWD_STORE(__stcg)
@@ -432,11 +439,17 @@ inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b)
   return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
 }
 
-inline float __uint_as_float(unsigned bits) { return sparsebwd::cuda::emulator::bits_as<float>(bits); }
-inline unsigned __float_as_uint(float value) { return sparsebwd::cuda::emulator::bits_as<unsigned>(value); }
+inline float __uint_as_float(unsigned bits) {
+  return sparsebwd::cuda::emulator::bits_as<float>(bits);
+}
+inline unsigned __float_as_uint(float value) {
+  return sparsebwd::cuda::emulator::bits_as<unsigned>(value);
+}
 inline float __int_as_float(int bits) { return sparsebwd::cuda::emulator::bits_as<float>(bits); }
 inline int __float_as_int(float value) { return sparsebwd::cuda::emulator::bits_as<int>(value); }
-inline double __longlong_as_double(long long bits) { return sparsebwd::cuda::emulator::bits_as<double>(bits); }
+inline double __longlong_as_double(long long bits) {
+  return sparsebwd::cuda::emulator::bits_as<double>(bits);
+}
 inline long long __double_as_longlong(double value) {
   return sparsebwd::cuda::emulator::bits_as<long long>(value);
 }

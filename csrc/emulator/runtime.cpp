@@ -29,10 +29,10 @@ State state;
 namespace {
 
 constexpr size_t kStackBytes = 64 * 1024;
-constexpr size_t kGuard = 64;              // bytes around shared memory, that must stay as they are
+constexpr size_t kGuard = 64;  // bytes around shared memory, that must stay as they are
 constexpr unsigned char kGuardByte = 0xA5, kPoison = 0xFF;  // the latter makes NaNs of all types
-constexpr unsigned kMostThreads = 1024;    // of a block
-constexpr long kMostPauses = 4'000'000;    // in a row, without a thread that gets past a barrier
+constexpr unsigned kMostThreads = 1024;                     // of a block
+constexpr long kMostPauses = 4'000'000;  // in a row, without a thread that gets past a barrier
 
 std::mutex mutex;  // one launch at a time
 std::vector<std::unique_ptr<Fibre>> pool;
@@ -201,7 +201,9 @@ std::string waits_in(const Fibre& fibre) {
     case Wait::kBlockBarrier: what = "__syncthreads"; break;
     case Wait::kGroupBarrier: what = "named_barrier " + std::to_string(fibre.barrier); break;
     case Wait::kGridBarrier: what = "grid_sync"; break;
-    case Wait::kWarp: what = std::string(name_of(fibre.call)) + " with mask " + hex(fibre.mask); break;
+    case Wait::kWarp:
+      what = std::string(name_of(fibre.call)) + " with mask " + hex(fibre.mask);
+      break;
   }
   return "waits in " + what + " at " + where(fibre.site);
 }
@@ -217,10 +219,12 @@ std::string deadlock() {
       auto& [count, first] = kinds[waits_in(*fibre)];
       if (count++ == 0) first = fibre;
     }
-  std::string message = "kernel " + symbol(state.launch.kernel) + ": deadlock, no thread can go on:";
+  std::string message =
+      "kernel " + symbol(state.launch.kernel) + ": deadlock, no thread can go on:";
   for (const auto& [what, found] : kinds)
     message += "\n  " + name_of(*found.second) +
-               (found.first > 1 ? " and " + std::to_string(found.first - 1) + " more: " : ": ") + what;
+               (found.first > 1 ? " and " + std::to_string(found.first - 1) + " more: " : ": ") +
+               what;
   return message;
 }
 
@@ -232,9 +236,10 @@ void check_guards(const Block& block) {
   for (size_t i = 1; i <= kGuard; ++i)
     for (const unsigned char* guard : {begin - i, end + i - 1})
       if (*guard != kGuardByte && state.error.empty())
-        state.error = "kernel " + symbol(state.launch.kernel) + ", block " + coordinates(block.index) +
-                      ": wrote outside its " + std::to_string(state.launch.shared) +
-                      " bytes of shared memory, at offset " + std::to_string(guard - begin);
+        state.error = "kernel " + symbol(state.launch.kernel) + ", block " +
+                      coordinates(block.index) + ": wrote outside its " +
+                      std::to_string(state.launch.shared) + " bytes of shared memory, at offset " +
+                      std::to_string(guard - begin);
 }
 
 // Gives the block its threads, from the pool's fibre `first` on, and its memory.
@@ -250,7 +255,8 @@ void set_up(Block& block, uint64_t index, size_t first) {
   block.votes = {0, 0, 1};
   for (GroupBarrier& group : block.groups) group = {};
 
-  if (!block.memory) block.memory = std::make_unique<unsigned char[]>(launch.shared + 2 * kGuard + 256);
+  if (!block.memory)
+    block.memory = std::make_unique<unsigned char[]>(launch.shared + 2 * kGuard + 256);
   // Aligned to 16 bytes and no more, as is promised.
   const auto address = reinterpret_cast<uintptr_t>(block.memory.get()) + kGuard;
   block.shared = block.memory.get() + kGuard + (128 - address % 128) + 16;
@@ -402,8 +408,10 @@ void multiply(Warp& warp, WarpCall call) {
   for (int k = 0; k < depth; ++k) {
     const int member = halves ? k / 2 % 4 : k % 4, column = halves ? k / 8 : k / 4;
     for (int row = 0; row < 16; ++row)
-      a[row][k] = element(warp.lanes[row % 8 * 4 + member]->exchange.a[row / 8 + 2 * column], k % 2);
-    for (int n = 0; n < 8; ++n) b[k][n] = element(warp.lanes[n * 4 + member]->exchange.b[column], k % 2);
+      a[row][k] =
+          element(warp.lanes[row % 8 * 4 + member]->exchange.a[row / 8 + 2 * column], k % 2);
+    for (int n = 0; n < 8; ++n)
+      b[k][n] = element(warp.lanes[n * 4 + member]->exchange.b[column], k % 2);
   }
   for (int lane = 0; lane < 32; ++lane)
     for (int i = 0; i < 4; ++i) {
@@ -461,7 +469,8 @@ void finish(Warp& warp, uint32_t mask, WarpCall call) {
 }  // namespace
 
 std::string coordinates(const uint3& index) {
-  return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")";
+  return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
+         std::to_string(index.z) + ")";
 }
 
 void join(const std::vector<Fibre*>& threads) {
@@ -483,7 +492,8 @@ void fail(const char* format, ...) {
   va_start(arguments, format);
   vsnprintf(text, sizeof text, format, arguments);
   va_end(arguments);
-  state.error = "kernel " + symbol(state.launch.kernel) + ", " + name_of(*state.current) + ": " + text;
+  state.error =
+      "kernel " + symbol(state.launch.kernel) + ", " + name_of(*state.current) + ": " + text;
   to_host();
 }
 
@@ -515,15 +525,17 @@ Votes block_barrier(bool predicate, Site site) {
 
 void group_barrier(int id, int threads, Site site) {
   Fibre* self = state.current;
-  if (id < 1 || id > 15) fail("named_barrier %d at %s: there are barriers 1 to 15", id, where(site).c_str());
+  if (id < 1 || id > 15)
+    fail("named_barrier %d at %s: there are barriers 1 to 15", id, where(site).c_str());
   if (threads < 32 || threads % 32 != 0 || threads > static_cast<int>(self->block->threads.size()))
-    fail("named_barrier %d at %s for %d threads: that is not a number of whole warps of its block", id,
-         where(site).c_str(), threads);
+    fail("named_barrier %d at %s for %d threads: that is not a number of whole warps of its block",
+         id, where(site).c_str(), threads);
   GroupBarrier& group = self->block->groups[id];
   if (group.waiting.empty()) group.threads = threads;
   if (group.threads != threads)
-    fail("named_barrier %d at %s is for %d threads here, for %d where thread %s waits", id, where(site).c_str(),
-         threads, group.threads, coordinates(group.waiting[0]->thread).c_str());
+    fail("named_barrier %d at %s is for %d threads here, for %d where thread %s waits", id,
+         where(site).c_str(), threads, group.threads,
+         coordinates(group.waiting[0]->thread).c_str());
   self->barrier = id;
   group.waiting.push_back(self);
   if (static_cast<int>(group.waiting.size()) == threads) {
@@ -568,7 +580,8 @@ uint64_t warp_call(WarpCall call, uint32_t mask, Lane lane, Site site) {
     fail("%s with mask %s at %s: %s", name_of(call), hex(mask).c_str(), where(site).c_str(), what);
   };
   if (!(mask >> self->lane & 1)) complain("the mask lacks the lane that calls");
-  if (mask & ~warp.alive) complain("the mask names lanes that have returned or that the block does not have");
+  if (mask & ~warp.alive)
+    complain("the mask names lanes that have returned or that the block does not have");
   if (lane.width < 1 || lane.width > 32 || (lane.width & (lane.width - 1)) != 0)
     complain("the width is not a power of two up to 32");
 
@@ -578,8 +591,9 @@ uint64_t warp_call(WarpCall call, uint32_t mask, Lane lane, Site site) {
     if (other.mask == mask && other.call == call) {
       meeting = &other;
     } else if ((other.mask >> self->lane & 1) && (other.arrived & mask)) {
-      complain(("waits for lanes that wait for it in " + std::string(name_of(other.call)) + " with mask " +
-                hex(other.mask)).c_str());
+      complain(("waits for lanes that wait for it in " + std::string(name_of(other.call)) +
+                " with mask " + hex(other.mask))
+                   .c_str());
     }
   }
   if (!meeting) {
@@ -594,7 +608,8 @@ uint64_t warp_call(WarpCall call, uint32_t mask, Lane lane, Site site) {
   if (meeting->arrived == mask) {
     *meeting = warp.meetings[--warp.open];
     finish(warp, mask, call);
-    static std::vector<Fibre*> members;  // not of a frame, which a failure would leave without return
+    static std::vector<Fibre*>
+        members;  // not of a frame, which a failure would leave without return
     for (int i = 0; i < 32; ++i)
       if (mask >> i & 1) members.push_back(warp.lanes[i]);
     make_ready(members);
@@ -608,7 +623,8 @@ uint64_t warp_call(WarpCall call, uint32_t mask, Lane lane, Site site) {
 template <class T>
 T atomic(AtomicCall call, T* address, T value, T compare) {
   if (reinterpret_cast<uintptr_t>(address) % sizeof(T) != 0)
-    fail("an atomic on %zu bytes at %p, which is misaligned", sizeof(T), static_cast<void*>(address));
+    fail("an atomic on %zu bytes at %p, which is misaligned", sizeof(T),
+         static_cast<void*>(address));
   check_access(address, sizeof(T), Use::kAtomic, __builtin_return_address(0));
   const T old = *address;
   switch (call) {
@@ -616,12 +632,16 @@ T atomic(AtomicCall call, T* address, T value, T compare) {
     case AtomicCall::kExchange: *address = value; break;
     case AtomicCall::kMin: *address = std::min(old, value); break;
     case AtomicCall::kMax: *address = std::max(old, value); break;
-    case AtomicCall::kCompareAndSwap: if (old == compare) *address = value; break;
+    case AtomicCall::kCompareAndSwap:
+      if (old == compare) *address = value;
+      break;
     case AtomicCall::kIncrement: *address = old >= value ? T(0) : old + 1; break;
     case AtomicCall::kDecrement: *address = old == 0 || old > value ? value : old - 1; break;
     default:
       if constexpr (std::is_integral_v<T>)
-        *address = call == AtomicCall::kAnd ? old & value : call == AtomicCall::kOr ? old | value : old ^ value;
+        *address = call == AtomicCall::kAnd  ? old & value
+                   : call == AtomicCall::kOr ? old | value
+                                             : old ^ value;
   }
   if (random_below(4) == 0) pause();  // others may come between, and loops that poll end
   return old;
@@ -629,7 +649,8 @@ T atomic(AtomicCall call, T* address, T value, T compare) {
 template int atomic(AtomicCall, int*, int, int);
 template unsigned atomic(AtomicCall, unsigned*, unsigned, unsigned);
 template long long atomic(AtomicCall, long long*, long long, long long);
-template unsigned long long atomic(AtomicCall, unsigned long long*, unsigned long long, unsigned long long);
+template unsigned long long atomic(AtomicCall, unsigned long long*, unsigned long long,
+                                   unsigned long long);
 template float atomic(AtomicCall, float*, float, float);
 template double atomic(AtomicCall, double*, double, double);
 
@@ -637,11 +658,15 @@ template double atomic(AtomicCall, double*, double, double);
 
 void copy_async(void* shared, const void* global, int bytes, Site site) {
   Fibre* self = state.current;
-  const auto complain = [&](const char* what) { fail("cp_async16 at %s: %s", where(site).c_str(), what); };
+  const auto complain = [&](const char* what) {
+    fail("cp_async16 at %s: %s", where(site).c_str(), what);
+  };
   auto* to = static_cast<unsigned char*>(shared);
   const Block& block = *self->block;
-  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) complain("the shared address is not a multiple of 16 bytes");
-  if (reinterpret_cast<uintptr_t>(global) % 16 != 0) complain("the global address is not a multiple of 16 bytes");
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0)
+    complain("the shared address is not a multiple of 16 bytes");
+  if (reinterpret_cast<uintptr_t>(global) % 16 != 0)
+    complain("the global address is not a multiple of 16 bytes");
   if (bytes < 0 || bytes > 16) complain("the number of bytes is not in 0 ... 16");
   if (to < block.shared || to + 16 > block.shared + state.launch.shared)
     complain("the target is not in the block's shared memory");
@@ -656,8 +681,9 @@ void copy_async(void* shared, const void* global, int bytes, Site site) {
 
 void commit_copies() {
   Fibre* self = state.current;
-  self->committed.push_back(self->copies.size() -
-                            std::accumulate(self->committed.begin(), self->committed.end(), size_t{0}));
+  self->committed.push_back(self->copies.size() - std::accumulate(self->committed.begin(),
+                                                                  self->committed.end(),
+                                                                  size_t{0}));
 }
 
 void wait_for_copies(int groups) {
@@ -682,17 +708,20 @@ cudaError_t resident_blocks(int threads, size_t shared, int* blocks) {
   if (threads < 1 || threads > static_cast<int>(kMostThreads)) return cudaErrorInvalidValue;
   if (shared > static_cast<size_t>(limits.shared_per_block)) return cudaErrorInvalidValue;
   const int by_threads = 2048 / ((threads + 31) / 32 * 32);
-  const auto by_memory = static_cast<int>(static_cast<size_t>(limits.shared_per_multiprocessor) / (shared + 1024));
+  const auto by_memory =
+      static_cast<int>(static_cast<size_t>(limits.shared_per_multiprocessor) / (shared + 1024));
   *blocks = std::min({by_threads, by_memory, 32});
   return cudaSuccess;
 }
 
 cudaError_t run(const Launch& launch) {
   const dim3 &grid = launch.grid, &block = launch.block;
-  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z, threads = uint64_t{block.x} * block.y * block.z;
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z,
+                 threads = uint64_t{block.x} * block.y * block.z;
   if (blocks == 0) return cudaSuccess;
   if (threads == 0 || threads > kMostThreads || block.z > 64) return cudaErrorInvalidConfiguration;
-  if (grid.x > 0x7FFFFFFFu || grid.y > 65535 || grid.z > 65535) return cudaErrorInvalidConfiguration;
+  if (grid.x > 0x7FFFFFFFu || grid.y > 65535 || grid.z > 65535)
+    return cudaErrorInvalidConfiguration;
   if (launch.shared > static_cast<size_t>(limits.shared_per_block)) return cudaErrorInvalidValue;
   if (launch.cooperative) {
     int resident = 0;
@@ -772,15 +801,21 @@ cudaError_t cudaGetDevice(int* ordinal) {
   return cudaSuccess;
 }
 
-cudaError_t cudaSetDevice(int ordinal) { return ordinal == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+cudaError_t cudaSetDevice(int ordinal) {
+  return ordinal == 0 ? cudaSuccess : cudaErrorInvalidDevice;
+}
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ordinal) {
   if (ordinal != 0) return cudaErrorInvalidDevice;
   const auto& limits = sparsebwd::cuda::emulator::device();
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount: *value = limits.multiprocessors; return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = limits.shared_per_multiprocessor; return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = limits.shared_per_block; return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = limits.shared_per_multiprocessor;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = limits.shared_per_block;
+      return cudaSuccess;
   }
   return cudaErrorInvalidValue;
 }

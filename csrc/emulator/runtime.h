@@ -56,8 +56,8 @@ struct Fibre {
   WarpCall call;
   Lane exchange;
 
-  std::vector<Copy> copies;        // that were issued and not waited for
-  std::vector<size_t> committed;   // how many copies each group adds
+  std::vector<Copy> copies;       // that were issued and not waited for
+  std::vector<size_t> committed;  // how many copies each group adds
 
   uint32_t clock;       // counts what orders this thread and others
   uint32_t grid_clock;  // when it last passed the barrier of the grid
@@ -84,7 +84,7 @@ struct GroupBarrier {
 struct Access {
   uint32_t thread;  // of all threads of all launches; those of earlier launches do not count
   uint32_t clock;
-  uint32_t place;   // in the code, from the start of the module
+  uint32_t place;  // in the code, from the start of the module
 };
 struct Shadow {
   enum State : uint8_t { kEmpty, kWritten, kOnTheWay };

@@ -19,7 +19,8 @@ namespace {
 
 std::string symbol_at(const std::string& file, uint64_t offset) {
   std::ifstream stream(file, std::ios::binary);
-  const std::string image((std::istreambuf_iterator<char>(stream)), std::istreambuf_iterator<char>());
+  const std::string image((std::istreambuf_iterator<char>(stream)),
+                          std::istreambuf_iterator<char>());
   const auto* header = reinterpret_cast<const ElfW(Ehdr)*>(image.data());
   if (image.size() < sizeof *header) return "";
   const auto* sections = reinterpret_cast<const ElfW(Shdr)*>(image.data() + header->e_shoff);
@@ -52,8 +53,9 @@ std::string symbol(const void* address) {
   Dl_info info;
   std::string name;
   if (dladdr(address, &info) != 0)
-    name = symbol_at(info.dli_fname, static_cast<uint64_t>(static_cast<const char*>(address) -
-                                                           static_cast<const char*>(info.dli_fbase)));
+    name =
+        symbol_at(info.dli_fname, static_cast<uint64_t>(static_cast<const char*>(address) -
+                                                        static_cast<const char*>(info.dli_fbase)));
   if (name.empty()) {
     char text[32];
     snprintf(text, sizeof text, "%p", address);

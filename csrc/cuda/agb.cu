@@ -11,7 +11,7 @@
 //
 // Masks and values. Lane j has the mask of pixel j, 32 k a word; a ballot turns it into a mask of
 // pixels for each k. Values are loaded where the mask has a bit, lane = k, one register a pixel, and
-// handed to all lanes by a shuffle. Nothing is in shared memory. Weights, packed by a kernel of its
+// handed to all lanes by a shuffle. Weights, packed by a kernel of its
 // own as float32 in the order in which lanes read them, come through the L1 cache: all warps of a
 // multiprocessor are one block, have the same channels, and so read the same weights at about the
 // same time; where the weights of a tile of channels are too many for the cache to forgive when
@@ -22,7 +22,8 @@
 //
 // Work. The rows of all strips, one strip after the other, are cut into equal runs, one for each warp
 // of the device; a run that begins or ends within a strip needs rows of gradients around it too, of
-// those only the taps that reach it. The order of the sums does not depend on the cut.
+// those only the taps that reach it. Where runs would be short, two or four warps share one: each has
+// part of k, and complete rows are added up through shared memory, in a fixed order.
 //
 // Cost on sm_90 (counted in the machine code), 3x3, stride 1, d = density, for each k and strip, in
 // issue slots: 306 d for products and shuffles, 18 + 12 where there is any non-zero, 6 for each three
@@ -50,6 +51,7 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kPackThreads = 256;
 constexpr int kWaveSteps = 24;  // a warp with more than twice as much to do shares it with later blocks
 constexpr int kMostWaves = 4;
+constexpr int kFewSteps = 16;  // a warp with fewer shares them with another
 constexpr int kGroup = 3;  // pixels of a strip that one branch passes by, if all are zeros
 constexpr uint32_t kAll = ~0u;
 
@@ -73,6 +75,7 @@ struct Form {
   static constexpr int kChannels = 32 * Lane;
   static constexpr int kWeights = Lane * Taps * Taps;  // of a lane, for one k
   static constexpr int kPack = 32 * kWeights;
+  static constexpr int kRowFloats = Columns * kChannels;  // sums of a row of a strip
   static_assert(Columns % Stride == 0 && Columns <= 32 && kPixels <= 32 && kWeights % 2 == 0, "");
 
   using Sums = float[kRows][kColumns][kLane];
@@ -88,6 +91,7 @@ struct Plan {
   int strip_steps;   // gradient rows that complete all rows of a strip
   int64_t steps;     // of all strips
   int warp_steps;    // of a warp, at most
+  int sharers;       // warps that have the same rows, each every sharers-th word of k
   int tile_blocks;   // blocks for a tile of channels
   int alone;         // 0: warps of a block wait for each other at each row; ~0: they do not
 };
@@ -150,20 +154,21 @@ __device__ __forceinline__ void add_product(typename F::Sums& sums,
   }
 }
 
-// Adds to `sums` what a row of gradients gives through rows First .. Last - 1 of the filter. `pixel`:
-// index of the gradient pixel of this lane, or -1.
+// Adds to `sums` what a row of gradients gives through rows First .. Last - 1 of the filter, of the
+// words of k that are this warp's. `pixel`: index of the gradient pixel of this lane, or -1.
 template <class F, int First, int Last>
 __device__ __forceinline__ void add_row(typename F::Sums& sums, const Plan& plan,
                                         const typename F::T* __restrict__ grad_output,
                                         const uint32_t* __restrict__ nonzeros,
-                                        const float* __restrict__ packed, int pixel) {
+                                        const float* __restrict__ packed, int share,
+                                        int pixel) {
   using T = typename F::T;
   const int lane = threadIdx.x % 32;
   const uint32_t* words = nonzeros + int64_t(max(pixel, 0)) * plan.words;
-  uint32_t next = pixel < 0 || plan.words == 0 ? 0 : words[0];
-  for (int word = 0; word < plan.words; ++word) {
+  uint32_t next = pixel < 0 || share >= plan.words ? 0 : words[share];
+  for (int word = share; word < plan.words; word += plan.sharers) {
     const uint32_t bits = next;  // lane = pixel, bit = k
-    if (pixel >= 0 && word + 1 < plan.words) next = words[word + 1];
+    if (pixel >= 0 && word + plan.sharers < plan.words) next = words[word + plan.sharers];
     const char* first = reinterpret_cast<const char*>(grad_output + word * 32 + lane);
     float value[F::kPixels];  // lane = k
 #pragma unroll
@@ -206,8 +211,10 @@ agb_kernel(Plan plan, const typename F::T* __restrict__ grad_output,
   packed += int64_t(tile) * plan.k * F::kPack;
   // The shuffle tells the compiler that whole warps branch alike.
   const int warp = __shfl_sync(kAll, threadIdx.x / 32, 0);
-  const int64_t part = int64_t(blockIdx.x % plan.tile_blocks) * kWarps + warp;
-  const int64_t parts = int64_t(plan.tile_blocks) * kWarps;
+  const int share = warp % plan.sharers, sharing = warp / plan.sharers;
+  const int block_parts = kWarps / plan.sharers;
+  const int64_t part = int64_t(blockIdx.x % plan.tile_blocks) * block_parts + sharing;
+  const int64_t parts = int64_t(plan.tile_blocks) * block_parts;
   const int64_t first_step = plan.steps * part / parts;
   int left = static_cast<int>(plan.steps * (part + 1) / parts - first_step);
   int strip = static_cast<int>(first_step / plan.strip_steps);
@@ -240,11 +247,11 @@ agb_kernel(Plan plan, const typename F::T* __restrict__ grad_output,
     if (p < plan.p) {
       const int at = pixel < 0 ? -1 : pixel + p * plan.q;
       if (F::kLead > 0 && p == first_p - F::kLead) {
-        add_row<F, F::kLead * F::kStride, F::kTaps>(sums, plan, grad_output, nonzeros, packed, at);
+        add_row<F, F::kLead * F::kStride, F::kTaps>(sums, plan, grad_output, nonzeros, packed, share, at);
       } else if (F::kLead > 0 && p == last_p - 1) {
-        add_row<F, 0, F::kLast>(sums, plan, grad_output, nonzeros, packed, at);
+        add_row<F, 0, F::kLast>(sums, plan, grad_output, nonzeros, packed, share, at);
       } else {
-        add_row<F, 0, F::kTaps>(sums, plan, grad_output, nonzeros, packed, at);
+        add_row<F, 0, F::kTaps>(sums, plan, grad_output, nonzeros, packed, share, at);
       }
     }
 
@@ -254,16 +261,37 @@ agb_kernel(Plan plan, const typename F::T* __restrict__ grad_output,
       for (int r = 0; r < F::kStride; ++r) {
         const int h = p * F::kStride - F::kPad + r;
         if (h < 0 || h >= plan.h) continue;
-#pragma unroll
-        for (int column = 0; column < F::kColumns; ++column) {
+        const auto store = [&](int column, const float (&sum)[F::kLane]) {
           const int of_column = __shfl_sync(kAll, to, column);
-          if (of_column < 0) continue;
+          if (of_column < 0) return;
           const int64_t at = int64_t(of_column + h * plan.w) * plan.c;
 #pragma unroll
           for (int i = 0; i < F::kLane; ++i) {
             const int c = tile * F::kChannels + i * 32 + lane;
-            if (c < plan.c) result[at + c] = from_float<typename F::T>(sums[r][column][i]);
+            if (c < plan.c) result[at + c] = from_float<typename F::T>(sum[i]);
           }
+        };
+        if (F::kLead == 0 || plan.sharers == 1) {
+#pragma unroll
+          for (int column = 0; column < F::kColumns; ++column) store(column, sums[r][column]);
+        } else {
+          float* rows = reinterpret_cast<float*>(dynamic_shared()) +
+                        sharing * plan.sharers * F::kRowFloats + lane;
+#pragma unroll
+          for (int column = 0; column < F::kColumns; ++column)
+#pragma unroll
+            for (int i = 0; i < F::kLane; ++i)
+              rows[share * F::kRowFloats + (column * F::kLane + i) * 32] = sums[r][column][i];
+          named_barrier(1 + sharing, 32 * plan.sharers);
+          for (int column = share; column < F::kColumns; column += plan.sharers) {
+            float sum[F::kLane] = {};
+            for (int other = 0; other < plan.sharers; ++other)
+#pragma unroll
+              for (int i = 0; i < F::kLane; ++i)
+                sum[i] += rows[other * F::kRowFloats + (column * F::kLane + i) * 32];
+            store(column, sum);
+          }
+          named_barrier(1 + sharing, 32 * plan.sharers);  // before the next row overwrites this one
         }
       }
       --left;
@@ -321,8 +349,15 @@ Plan make_plan(const ConvProblem& problem, const Device& device) {
   };
   const int64_t wanted = ceil_div(plan.steps, tile_blocks(1) * kWarps) / kWaveSteps;
   const int64_t waves = std::clamp<int64_t>(wanted, 1, kMostWaves);
-  plan.tile_blocks = static_cast<int>(std::min(tile_blocks(waves), ceil_div(plan.steps, kWarps)));
-  plan.warp_steps = static_cast<int>(ceil_div(plan.steps, int64_t(plan.tile_blocks) * kWarps));
+  // Runs of few rows see many rows around them. Warps that share a run have it longer, but do not read
+  // the same weights at the same time.
+  const int64_t steps = plan.steps / (tile_blocks(waves) * kWarps);
+  plan.sharers = F::kLead == 0 || steps >= kFewSteps ? 1 : steps > 1 ? 2 : 4;
+  while (plan.sharers > 1 && plan.words % plan.sharers != 0 && plan.words < 4 * plan.sharers)
+    plan.sharers /= 2;
+  const int block_parts = kWarps / plan.sharers;
+  plan.tile_blocks = static_cast<int>(std::min(tile_blocks(waves), ceil_div(plan.steps, block_parts)));
+  plan.warp_steps = static_cast<int>(ceil_div(plan.steps, int64_t(plan.tile_blocks) * block_parts));
   const int64_t bytes = int64_t(plan.k) * F::kPack * 4;
   plan.alone = bytes > 2 * int64_t(device.shared_per_multiprocessor) ? 0 : ~0;
   return plan;
@@ -340,7 +375,8 @@ cudaError_t run(const ConvCall& call, const Device& device, cudaStream_t stream)
                                    packed, count);
   if (error != cudaSuccess) return error;
   const int64_t tiles = ceil_div(call.problem.c, F::kChannels);
-  const LaunchShape shape = {static_cast<unsigned>(tiles * plan.tile_blocks), kThreads};
+  const size_t shared = plan.sharers > 1 ? kWarps * F::kRowFloats * sizeof(float) : 0;
+  const LaunchShape shape = {static_cast<unsigned>(tiles * plan.tile_blocks), kThreads, shared};
   return launch(agb_kernel<F>, shape, stream, plan, static_cast<const T*>(call.grad_output),
                 call.nonzeros, packed, static_cast<T*>(call.result));
 }

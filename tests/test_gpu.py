@@ -485,7 +485,7 @@ def test_benchmark(tmp_path, monkeypatch):
     monkeypatch.setattr(terminal, "keep_freed_memory", lambda: "as is")
     path = tmp_path / "rows.json"
     result = CliRunner().invoke(cli.app, [
-        "--device", DEVICE, "--problem", LAYER, "--op", "prune,prune-predicted,agb,wgc,backward,backward-predicted",
+        "--device", DEVICE, "--problem", LAYER, "--op", "prune,prune-predicted,agb,wgc,agb+wgc,backward,backward-predicted",
         "--density", "0.3,0.01", "--dtype", "float32,bfloat16,float16", "--math", "strict,tf32", "--layout",
         "channels_last,contiguous", "--backend", f"{BACKEND},auto", "--repeats", "3", "--json", str(path),
     ])  # fmt: skip

@@ -158,6 +158,21 @@ def test_one_channel_has_all_values(text, generator):
         _check_exact(Emulator(), problem, input, grad_output)
 
 
+@pytest.mark.parametrize("text", ["n1c64h5w64k8r3s3u2p1", "n1c256h3w33k8r1s1"])
+def test_rows_that_shared_memory_cannot_hold_are_cut(text, generator):
+    """With 49 KiB for each of two blocks."""
+    problem = ConvProblem.parse(text)
+    operands = _operands(problem, 0.3, torch.float32, generator, integer=True)
+    _check_exact(Emulator(device=Device(3, 99 * 1024, 100 * 1024)), problem, *operands)
+
+
+def test_many_ranges_are_added_in_parts(generator):
+    problem = ConvProblem.parse("n9c8h14w33k8r3s3p1")
+    for dtype in DTYPES:
+        operands = _operands(problem, 0.3, dtype, generator, integer=True)
+        _check_exact(Emulator(device=Device(132)), problem, *operands)
+
+
 def test_empty_batch_gives_zeros():
     problem = ConvProblem.parse("n0c8h6w6k8r3s3p1")
     input, grad_output = torch.empty(problem.input_size), torch.empty(problem.output_size)

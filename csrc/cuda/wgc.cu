@@ -442,42 +442,45 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   Walk<K>(plan, g, nonzeros, x).run(partials);
 }
 
-constexpr int kSlices = 8;
+constexpr int kReduceThreads = 256;
 
-// The sums over ranges: a lane for each of the sums of a range, in the order of memory; a slice of the
-// ranges for each warp.
+// The sums over ranges, in the order of memory. Each thread takes one of the `slices` parts of the
+// ranges, the threads of a part neighbouring sums; the first part adds up the others.
 template <class K>
-__global__ void __launch_bounds__(32 * kSlices)
-    wgc_reduce(const Plan plan, const float* partials, typename K::T* result, const Strides strides) {
-  const int lane = threadIdx.x % 32, slice = threadIdx.x / 32;
-  const int64_t sums = static_cast<int64_t>(plan.c_tiles) * plan.k_tiles * K::kBlockSums;
-  int64_t index = static_cast<int64_t>(blockIdx.x) * 32 + lane;
-  const int64_t end = plan.ranges() * (slice + 1) / kSlices;
+__global__ void __launch_bounds__(kReduceThreads)
+    wgc_reduce(const Plan plan, int slices, const float* partials, typename K::T* result,
+               const Strides strides) {
+  const unsigned width = kReduceThreads / slices, slice = threadIdx.x / width;
+  const unsigned blocks = K::kBlockSums / width;  // for a tile
+  const unsigned tile = blockIdx.x / blocks;
+  unsigned index = blockIdx.x % blocks * width + threadIdx.x % width;
+  const float* const from = partials + static_cast<int64_t>(tile) * K::kBlockSums + index;
+  const int64_t range_sums = static_cast<int64_t>(plan.c_tiles) * plan.k_tiles * K::kBlockSums;
+  const int64_t end = plan.ranges() * (slice + 1) / slices;
   double sum = 0;
 #pragma unroll 4
-  for (int64_t range = plan.ranges() * slice / kSlices; range < end; ++range)
-    sum += static_cast<double>(partials[range * sums + index]);
-  double* const slices = reinterpret_cast<double*>(dynamic_shared());
-  slices[threadIdx.x] = sum;
+  for (int64_t range = plan.ranges() * slice / slices; range < end; ++range)
+    sum += static_cast<double>(from[range * range_sums]);
+  double* const parts = reinterpret_cast<double*>(dynamic_shared());
+  parts[threadIdx.x] = sum;
   __syncthreads();
   if (slice != 0) return;
-  for (int i = 1; i < kSlices; ++i) sum += slices[i * 32 + lane];
+  for (int i = 1; i < slices; ++i) sum += parts[i * width + threadIdx.x];
 
-  // Where it belongs: index is [c tile][k tile][warp][k][r][s][vector of a lane][lane][element].
-  const auto next = [&](int size) {
+  // Where it belongs: index is [warp][k][r][s][vector of a lane][lane][element].
+  const auto next = [&](unsigned size) {
     const int digit = static_cast<int>(index % size);
     index /= size;
     return digit;
   };
   const int element = next(K::kStore), owner = next(32);
   const int vector = next(K::kLane / K::kStore) * K::kStore;
-  const int s = next(K::kTaps), r = next(K::kTaps), k = next(kTileK);
-  const int64_t k_tile = next(plan.k_tiles), c_tile = index;
-  const int64_t to_k = k_tile * kTileK + k;
-  const int64_t to_c = c_tile * K::kTileC + (vector / K::kVector * 32 + owner) * K::kVector +
-                       vector % K::kVector + element;
-  if (to_k < plan.k && to_c < plan.c)
-    result[to_k * strides.n + to_c * strides.c + r * strides.h + s * strides.w] =
+  const int s = next(K::kTaps), r = next(K::kTaps);
+  const int64_t k = tile % plan.k_tiles * static_cast<int64_t>(kTileK) + index;
+  const int64_t c = tile / plan.k_tiles * static_cast<int64_t>(K::kTileC) +
+                    (vector / K::kVector * 32 + owner) * K::kVector + vector % K::kVector + element;
+  if (k < plan.k && c < plan.c)
+    result[k * strides.n + c * strides.c + r * strides.h + s * strides.w] =
         from_float<typename K::T>(static_cast<float>(sum));
 }
 
@@ -612,12 +615,14 @@ cudaError_t wgc(const ConvCall& call, const Device& device, cudaStream_t stream)
         launch(wgc_kernel<K>, shape, stream, plan, static_cast<const T*>(call.grad_output), call.nonzeros,
                static_cast<const T*>(call.operand), partials);
     if (error != cudaSuccess) return error;
+    const int slices = plan.ranges() < 32 ? 1 : 8;
     LaunchShape reduction = {};
-    reduction.grid = dim3(static_cast<unsigned>(plan.blocks() / plan.ranges() * K::kBlockSums / 32));
-    reduction.block = dim3(32 * kSlices);
-    reduction.shared = 32 * kSlices * sizeof(double);
-    return launch(wgc_reduce<K>, reduction, stream, plan, partials, static_cast<T*>(call.result),
-                  call.result_strides);
+    reduction.grid = dim3(static_cast<unsigned>(plan.blocks() / plan.ranges() * K::kBlockSums /
+                                                (kReduceThreads / slices)));
+    reduction.block = dim3(kReduceThreads);
+    reduction.shared = kReduceThreads * sizeof(double);
+    return launch(wgc_reduce<K>, reduction, stream, plan, slices, partials,
+                  static_cast<T*>(call.result), call.result_strides);
   });
 }
 

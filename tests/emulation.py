@@ -104,7 +104,8 @@ def _edges(folder: Path, sources: list[Path], variant: Variant, name: str) -> tu
     edges, built = [], []
     for source in map(Path.resolve, sources):
         target = folder / f"{source.parent.name}-{source.name}.o"
-        edges += [f"build {_escaped(target)}: compile {_escaped(source)}", f"  flags = {_compile(source, variant, name)}"]
+        flags = _compile(source, variant, name)
+        edges += [f"build {_escaped(target)}: compile {_escaped(source)}", f"  flags = {flags}"]
         built.append(target)
     return edges, built
 
@@ -194,7 +195,10 @@ class Pruning:
 
 
 class Pruned(NamedTuple):
-    """values: like g, or None. nonzeros: uint32 [n * h * w, ceil(c / 32)], or None. stats: float32 tau, sigma, density."""
+    """What pruning gives.
+
+    values: like g, or None. nonzeros: uint32 [n * h * w, ceil(c / 32)], or None. stats: float32 tau, sigma, density.
+    """
 
     values: torch.Tensor | None
     nonzeros: torch.Tensor | None
@@ -254,20 +258,19 @@ class Emulator:
         values, nonzeros: whether these are wanted. out: where values go (g itself: in place), else a new tensor.
         """
         n, c, h, w = g.shape
-        memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        if not g.is_contiguous(memory_format=memory_format):
+        if not g.is_contiguous(memory_format=_memory_format(channels_last)):
             raise ValueError(f"g: got strides {g.stride()}; accepted: dense with channels_last={channels_last}")
         if out is None and values:
             out = torch.full_like(g, torch.nan)
-        words = torch.full((n * h * w, -(-c // 32)), 0x5A5A5A5A, dtype=torch.int32).view(torch.uint32)
+        words = None
+        if nonzeros:
+            words = torch.full((n * h * w, -(-c // 32)), 0x5A5A5A5A, dtype=torch.int32).view(torch.uint32)
         stats = torch.full((3,), torch.nan)
         settings = (None, 0.0, 0.0, None)
         if pruning is not None:
             settings = (_array(pruning.key), pruning.sigma_coefficient, pruning.quantile, _array(pruning.sigma_history))
-        words = words if nonzeros else None
-        self._call(
-            "prune", _array(g), _DTYPES[g.dtype], g.shape, channels_last, *settings, _array(out), _array(words), _array(stats)
-        )
+        results = (_array(out), _array(words), _array(stats))
+        self._call("prune", _array(g), _DTYPES[g.dtype], g.shape, channels_last, *settings, *results)
         return Pruned(out, words, stats)
 
     def agb(
@@ -281,7 +284,9 @@ class Emulator:
         result: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The gradient of the input, into `result` or a new tensor of that layout. Operands may have any strides."""
-        return self._convolution("agb", problem, grad_output, weight, nonzeros, problem.input_size, channels_last, result)
+        if result is None:
+            result = _empty(problem.input_size, grad_output.dtype, channels_last)
+        return self._convolution("agb", problem, grad_output, weight, nonzeros, result)
 
     def wgc(
         self,
@@ -294,12 +299,11 @@ class Emulator:
         result: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The gradient of the weight, into `result` or a new tensor of that layout. Operands may have any strides."""
-        return self._convolution("wgc", problem, grad_output, input, nonzeros, problem.weight_size, channels_last, result)
-
-    def _convolution(self, function, problem, grad_output, operand, nonzeros, size, channels_last, result):
         if result is None:
-            memory_format = torch.channels_last if channels_last else torch.contiguous_format
-            result = torch.empty(size, dtype=grad_output.dtype, memory_format=memory_format)
+            result = _empty(problem.weight_size, grad_output.dtype, channels_last)
+        return self._convolution("wgc", problem, grad_output, input, nonzeros, result)
+
+    def _convolution(self, function, problem, grad_output, operand, nonzeros, result):
         result.fill_(torch.nan)
         arrays = (_array(grad_output), _array(nonzeros), _array(operand), _array(result))
         self._call(function, _numbers(problem), _DTYPES[grad_output.dtype], *arrays)
@@ -310,6 +314,14 @@ class Emulator:
 
     def wgc_refusal(self, problem: ConvProblem, dtype: torch.dtype) -> str | None:
         return self._module.wgc_refusal(_numbers(problem), _DTYPES[dtype])
+
+
+def _memory_format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _empty(size: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
+    return torch.empty(size, dtype=dtype, memory_format=_memory_format(channels_last))
 
 
 def _numbers(p: ConvProblem) -> tuple[int, ...]:

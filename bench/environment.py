@@ -19,9 +19,15 @@ import sparsebwd
 from .timing import Call, Sampler, sample_on_cpu
 
 # These change which code runs, on either side; a command that repeats a row has to set them.
-CODE_PATH_VARIABLES = ("SPARSEBWD_MAX_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+CODE_PATH_VARIABLES = (
+    "SPARSEBWD_MAX_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)  # fmt: skip
 
-_PREFIXES = tuple("SPARSEBWD_ ONEDNN_ DNNL_ ATEN_ OMP_ KMP_ GOMP_ MKL_ MALLOC_ GLIBC_ LD_PRELOAD".split())
+_PREFIXES = tuple(
+    "SPARSEBWD_ ONEDNN_ DNNL_ ATEN_ OMP_ KMP_ GOMP_ MKL_ MALLOC_ GLIBC_ LD_PRELOAD CUDA_ CUDNN_ CUBLAS_ NVIDIA_TF32_ "
+    "TORCH_ALLOW_ PYTORCH_CUDA_ PYTORCH_ALLOC_ PYTORCH_NO_CUDA_".split()
+)
 
 
 def environment() -> dict[str, Any]:

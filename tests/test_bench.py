@@ -6,10 +6,12 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -300,6 +302,34 @@ class CudaOnCpu(devices.Cuda):
 def gpu(monkeypatch):
     monkeypatch.setitem(devices.DEVICES, "cuda", CudaOnCpu())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+def test_description_of_a_gpu(monkeypatch):
+    found = SimpleNamespace(name="some GPU", major=9, minor=0, total_memory=2**36, multi_processor_count=132, uuid="ab-cd",
+                            shared_memory_per_multiprocessor=233472, L2_cache_size=50 * 2**20)  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", {3: found}.__getitem__)
+    asked = []
+
+    def answer(text: str):
+        def run(command, **_):
+            asked.append(command)
+            return SimpleNamespace(stdout=text)
+
+        monkeypatch.setattr(devices.subprocess, "run", run)
+        return devices.Cuda().describe()["gpu"]
+
+    gpu = answer("580.1, 1980, 1980, 2619, 41, 300.5, 700\n")
+    assert (gpu["capability"], gpu["shared_bytes"], gpu["l2_bytes"]) == ("9.0", 132 * 233472, 50 * 2**20)
+    assert (gpu["driver"], gpu["sm_mhz"], gpu["watts"]) == ("580.1", "1980", "300.5")
+    assert asked[0][0] == "nvidia-smi" and "--id=GPU-ab-cd" in asked[0]
+    assert not {word for word in asked[0] if re.match(r"-(r|pm|pl|ac|lgc|c|mig)\b|--(gpu-reset|lock)", word)}
+    assert devices.Cuda().cache_bytes == 50 * 2**20
+    json.dumps(gpu)
+    # Without an answer the rest is there.
+    for text in ("", "N/A\n"):
+        gpu = answer(text)
+        assert gpu["name"] == "some GPU" and "driver" not in gpu
 
 
 # ---- whole runs

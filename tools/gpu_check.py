@@ -72,7 +72,9 @@ def run(
     """
     words = [str(word) for word in command]
     log.parent.mkdir(parents=True, exist_ok=True)
-    variables = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (path_of_package(), os.environ.get("PYTHONPATH"))))}
+    path = [str(SITE)] if SITE.exists() else []
+    path += filter(None, [os.environ.get("PYTHONPATH")])
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
     with open(log, "w", encoding="utf-8") as file:
         file.write(f"$ {shlex.join(words)}\n")
         file.flush()
@@ -97,10 +99,6 @@ def run(
                 pass
             process.wait()
     return subprocess.CompletedProcess(words, process.returncode, log.read_text("utf-8", errors="replace"))
-
-
-def path_of_package() -> str:
-    return str(SITE) if SITE.exists() else ""
 
 
 def checked(command: Sequence[object], log: Path, seconds: float, **settings: Any) -> str:
@@ -929,6 +927,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.dry_run:
         dry_run(parts, options.minutes)
         return 0
+    if importlib.util.find_spec("torch") is None:
+        print(f"gpu-check: {sys.executable} has no PyTorch, so nothing was checked; name one that has by PYTHON=.", file=sys.stderr)
+        return 2
     gpu = find_gpu()
     if gpu is None:
         print(f"gpu-check: PyTorch of {sys.executable} finds no NVIDIA GPU here, so nothing was checked.", file=sys.stderr)

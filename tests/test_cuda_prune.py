@@ -192,6 +192,23 @@ def test_extreme_magnitudes(scale, dtype, memory_format):
     check(Emulator(), grad, memory_format is torch.channels_last)
 
 
+@pytest.mark.parametrize("predicts", [False, True], ids=["exact", "predicted"])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=["f32", "bf16"])
+def test_magnitudes_are_added_in_float64(dtype, memory_format, predicts):
+    """Sums of float32 would lose each 1 that comes after the first 2^24 of a thread."""
+    generator = torch.Generator().manual_seed(0)
+    large = torch.rand(1, 64, 32, 32, generator=generator) < 0.1
+    grad = torch.where(large, 2.0**24, 1.0).to(dtype).contiguous(memory_format=memory_format)
+    sigma, _ = threshold(grad)
+    history = torch.zeros(5, dtype=torch.int32)
+    if predicts:
+        history[0], history[1] = 1, torch.tensor(1.0).view(torch.int32)
+    channels_last = memory_format is torch.channels_last
+    result = Emulator(device=DEVICES[0]).prune(grad, pruning(history=history), channels_last=channels_last)
+    assert_bit_equal(result.stats[1], sigma, "sigma")
+    assert history[0] == predicts + 1
+
+
 # ---- predicted thresholds
 
 

@@ -213,16 +213,17 @@ class Walk {
     typename K::Sums sums = {};
     float* const memory = partials + static_cast<int64_t>(blockIdx.x) * K::kBlockSums +
                           (warp() * K::kSums * 32 + lane() * K::kStore);
-#pragma unroll
-    for (int i = 0; i < K::kSums; i += K::kStore)
-      *reinterpret_cast<typename K::Store*>(memory + i * 32) = {};
+    bool first = true;
     for (int left = rows_, buffer = 0; left > 0; left -= step, buffer ^= 1) {
       cp_async_wait<0>();
       __syncthreads();
       stage(left - step, buffer ^ 1, mask);
       mask = load_mask(left - 2 * step);
       compute(left < step ? left : step, buffer, sums);
-      if (values_ >= kChain * kGroup || left <= step) add_to(memory, sums);
+      if (values_ >= kChain * kGroup || left <= step) {
+        add_to(memory, sums, first);
+        first = false;
+      }
     }
   }
 
@@ -396,15 +397,16 @@ class Walk {
     }
   }
 
-  // Adds the sums to those in memory and goes on from 0.
-  __device__ __forceinline__ void add_to(float* memory, typename K::Sums& sums) {
+  // Adds the sums to those in memory, of which there are none the first time, and goes on from 0.
+  __device__ __forceinline__ void add_to(float* memory, typename K::Sums& sums, bool first) {
     float* const flat = &sums[0][0][0][0];
 #pragma unroll
     for (int i = 0; i < K::kSums; i += K::kStore) {
       // Keeps the compiler from loading all at once, for which there are not registers enough.
       if (i % 16 == 0) __syncwarp();
       typename K::Store* const at = reinterpret_cast<typename K::Store*>(memory + i * 32);
-      typename K::Store sum = *at;
+      typename K::Store sum = {};
+      if (!first) sum = *at;
 #pragma unroll
       for (int e = 0; e < K::kStore; ++e) {
         sum.element[e] += flat[i + e];
@@ -565,7 +567,7 @@ bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) 
 
 bool is_sparse(const ConvCall& call) {
   const ConvProblem& problem = call.problem;
-  return wgc_refusal(problem, call.dtype) == nullptr && call.nonzeros != nullptr &&
+  return problem.n > 0 && wgc_refusal(problem, call.dtype) == nullptr && call.nonzeros != nullptr &&
          aligned(call.grad_output) && aligned(call.operand) &&
          is_channels_last(call.grad_output_strides, problem.n, problem.k, problem.p(), problem.q()) &&
          is_channels_last(call.operand_strides, problem.n, problem.c, problem.h, problem.w);

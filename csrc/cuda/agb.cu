@@ -1,41 +1,44 @@
 // SPDX-License-Identifier: Apache-2.0
 // K2, AGB: the gradient of the input, from a gradient of the output most of which is zero.
 //
-// Idea. A warp owns a strip of neighbouring columns of grad_input times 32 * Lane channels, and sweeps
-// down the rows of gradients. What a gradient g at (p, q, k) contributes lies in Taps x Taps pixels
-// around it, so that sums of Taps rows of the strip are all it needs to hold, and it holds them in
-// registers. For each row and each k that has a non-zero among the pixels that the strip sees, it
-// loads the weights of that k, all taps of its channels, into registers, and adds them, times g, to
-// the sums at places that are known when compiling: for each pixel there is its own code, that a
-// branch passes by if g is zero. When a row of sums is complete it is stored, and the others move up.
+// Idea. A warp owns a strip of neighbouring columns of grad_input times 32 * Lane channels, and
+// sweeps down the rows of gradients. What a gradient g at (p, q, k) contributes lies in Taps x Taps
+// pixels around it, so that sums of Taps rows of the strip are all it needs to hold, and it holds
+// them in registers. For each row and each k that has a non-zero among the pixels that the strip
+// sees, it loads the weights of that k, all taps of its channels, into registers, and adds them,
+// times g, to the sums at places that are known when compiling: for each pixel there is its own
+// code, that a branch passes by if g is zero. When a row of sums is complete it is stored, and the
+// others move up.
 //
 // Masks and values. Lane j has the mask of pixel j, 32 k a word; a ballot turns it into a mask of
-// pixels for each k. Values are loaded where the mask has a bit, lane = k, one register a pixel, and
-// handed to all lanes by a shuffle. Weights, packed by a kernel of its
-// own as float32 in the order in which lanes read them, come through the L1 cache: all warps of a
-// multiprocessor are one block, have the same channels, and so read the same weights at about the
-// same time; where the weights of a tile of channels are too many for the cache to forgive when
-// they drift apart, they wait for each other at each row.
+// pixels for each k. Values are loaded where the mask has a bit, lane = k, one register a pixel,
+// and handed to all lanes by a shuffle. Weights, packed by a kernel of its own as float32 in the
+// order in which lanes read them, come through the L1 cache: all warps of a multiprocessor are one
+// block, have the same channels, and so read the same weights at about the same time; where the
+// weights of a tile of channels are too many for the cache to forgive when they drift apart, they
+// wait for each other at each row.
 //
 // Columns. Images are laid side by side, kPad columns apart, and cut into strips, so that no width
 // leaves a strip half empty. What the gap receives is not stored; gradients there are none.
 //
-// Work. The rows of all strips, one strip after the other, are cut into equal runs, one for each warp
-// of the device; a run that begins or ends within a strip needs rows of gradients around it too, of
-// those only the taps that reach it. Where runs would be short, two or four warps share one: each has
-// part of k, and complete rows are added up through shared memory, in a fixed order.
+// Work. The rows of all strips, one strip after the other, are cut into equal runs, one for each
+// warp of the device; a run that begins or ends within a strip needs rows of gradients around it
+// too, of those only the taps that reach it. Where runs would be short, two or four warps share
+// one: each has part of k, and complete rows are added up through shared memory, in a fixed order.
 //
 // Cost on sm_90 (counted in the machine code), 3x3, stride 1, d = density, for each k and strip, in
-// issue slots: 306 d for products and shuffles, 18 + 12 where there is any non-zero, 6 for each three
-// pixels that are not all zeros, 5.5 to fetch masks and values. And in clocks of the load-store unit,
-// which four warps share: 18 for weights where there is any non-zero, 18 d for shuffles, 1.7 to fetch.
-// Against a dense kernel that reaches 53 TFLOP/s on an H100 (80.6 clocks of a multiprocessor for the
-// same) that PREDICTS, before latencies that three warps a scheduler do not hide:
+// issue slots: 306 d for products and shuffles, 18 + 12 where there is any non-zero, 6 for each
+// three pixels that are not all zeros, 5.5 to fetch masks and values. And in clocks of the
+// load-store unit, which four warps share: 18 for weights where there is any non-zero, 18 d for
+// shuffles, 1.7 to fetch. Against a dense kernel that reaches 53 TFLOP/s on an H100 (80.6 clocks of
+// a multiprocessor for the same) that PREDICTS, before latencies that three warps a scheduler do
+// not hide:
 //   density            .4    .3    .2    .1    .05   .01
 //   slots / 4          46.5  37.8  28.4  17.8  11.0   3.7
 //   load-store unit    26.9  25.1  23.0  18.8  13.5   4.7
 //   speed-up, at most  1.7   2.1   2.8   4.3   6.0    17
-// Not measured on a GPU. The cut costs 8 % (56x56x64, batch 256) to 30 % (7x7x512) of that.
+// Not measured on a GPU. The cut leaves idle, or spends on rows twice and on gaps, 7 % of that
+// (56x56, 64 channels, batch 256) to 29 % (7x7, 512 channels) on 132 multiprocessors.
 #include <algorithm>
 
 #include "element.cuh"
@@ -46,24 +49,24 @@
 namespace sparsebwd::cuda {
 namespace {
 
-constexpr int kWarps = 12;  // of a block, which has a multiprocessor to itself: 168 registers a thread
+constexpr int kWarps = 12;  // of a block, one on a multiprocessor: 168 registers a thread
 constexpr int kThreads = 32 * kWarps;
 constexpr int kPackThreads = 256;
-constexpr int kWaveSteps = 24;  // a warp with more than twice as much to do shares it with later blocks
+constexpr int kWaveSteps = 24;  // a warp with twice as much leaves half of it to later blocks
 constexpr int kMostWaves = 4;
-constexpr int kFewSteps = 16;  // a warp with fewer shares them with another
-constexpr int kGroup = 3;  // pixels of a strip that one branch passes by, if all are zeros
+constexpr int kFewSteps = 24;   // a warp with fewer shares them with another
+constexpr int kGroup = 3;       // pixels of a strip that one branch passes by, if all are zeros
 constexpr uint32_t kAll = ~0u;
 
-// One compiled form of the kernel: Taps x Taps filters of which the outer ones stick out at the edge
-// of the image, moved on by Stride; a warp has Columns of grad_input and 32 * Lane channels.
+// One compiled form of the kernel: Taps x Taps filters of which the outer ones stick out at the
+// edge of the image, moved on by Stride; a warp has Columns of grad_input and 32 * Lane channels.
 template <class Element, int Taps, int Stride, int Columns, int Lane>
 struct Form {
   using T = Element;
   static constexpr int kTaps = Taps, kStride = Stride, kColumns = Columns, kLane = Lane;
   static constexpr int kPad = (Taps - 1) / 2;
-  // Gradient pixel j of a strip reaches columns kStride * j - kOffset + tap; the strip sees kPixels of
-  // them, kBefore of which lie before the one that belongs to its first column.
+  // Gradient pixel j of a strip reaches columns kStride * j - kOffset + tap; the strip sees kPixels
+  // of them, kBefore of which lie before the one that belongs to its first column.
   static constexpr int kBefore = (Taps - 1 - kPad) / Stride;
   static constexpr int kOffset = Stride * kBefore + kPad;
   static constexpr int kPixels = (Columns - 1 + kOffset) / Stride + 1;
@@ -96,8 +99,8 @@ struct Plan {
   int alone;         // 0: warps of a block wait for each other at each row; ~0: they do not
 };
 
-// Weights are packed as float32 [tile of channels][k][...]: the kWeights of each lane, tap by tap, four
-// at a time and the last two together, so that a warp loads whole lines.
+// Weights are packed as float32 [tile of channels][k][...]: the kWeights of each lane, tap by tap,
+// four at a time and the last two together, so that a warp loads whole lines.
 template <class F>
 __global__ void __launch_bounds__(kPackThreads)
 pack_kernel(Plan plan, const typename F::T* weight, Strides strides, float* packed, int64_t count) {
@@ -247,7 +250,8 @@ agb_kernel(Plan plan, const typename F::T* __restrict__ grad_output,
     if (p < plan.p) {
       const int at = pixel < 0 ? -1 : pixel + p * plan.q;
       if (F::kLead > 0 && p == first_p - F::kLead) {
-        add_row<F, F::kLead * F::kStride, F::kTaps>(sums, plan, grad_output, nonzeros, packed, share, at);
+        constexpr int kFirst = F::kLead * F::kStride;
+        add_row<F, kFirst, F::kTaps>(sums, plan, grad_output, nonzeros, packed, share, at);
       } else if (F::kLead > 0 && p == last_p - 1) {
         add_row<F, 0, F::kLast>(sums, plan, grad_output, nonzeros, packed, share, at);
       } else {
@@ -349,14 +353,15 @@ Plan make_plan(const ConvProblem& problem, const Device& device) {
   };
   const int64_t wanted = ceil_div(plan.steps, tile_blocks(1) * kWarps) / kWaveSteps;
   const int64_t waves = std::clamp<int64_t>(wanted, 1, kMostWaves);
-  // Runs of few rows see many rows around them. Warps that share a run have it longer, but do not read
-  // the same weights at the same time.
+  // Runs of few rows see many rows around them. Warps that share a run have it longer, but do not
+  // read the same weights at the same time.
   const int64_t steps = plan.steps / (tile_blocks(waves) * kWarps);
   plan.sharers = F::kLead == 0 || steps >= kFewSteps ? 1 : steps > 1 ? 2 : 4;
   while (plan.sharers > 1 && plan.words % plan.sharers != 0 && plan.words < 4 * plan.sharers)
     plan.sharers /= 2;
   const int block_parts = kWarps / plan.sharers;
-  plan.tile_blocks = static_cast<int>(std::min(tile_blocks(waves), ceil_div(plan.steps, block_parts)));
+  plan.tile_blocks =
+      static_cast<int>(std::min(tile_blocks(waves), ceil_div(plan.steps, block_parts)));
   plan.warp_steps = static_cast<int>(ceil_div(plan.steps, int64_t(plan.tile_blocks) * block_parts));
   const int64_t bytes = int64_t(plan.k) * F::kPack * 4;
   plan.alone = bytes > 2 * int64_t(device.shared_per_multiprocessor) ? 0 : ~0;
@@ -382,10 +387,10 @@ cudaError_t run(const ConvCall& call, const Device& device, cudaStream_t stream)
 }
 
 bool is_sparse(const ConvCall& call) {
-  const ConvProblem& problem = call.problem;
-  return call.nonzeros != nullptr && agb_refusal(problem, call.dtype) == nullptr &&
-         is_channels_last(call.grad_output_strides, problem.n, problem.k, problem.p(), problem.q()) &&
-         is_channels_last(call.result_strides, problem.n, problem.c, problem.h, problem.w);
+  const ConvProblem& p = call.problem;
+  return call.nonzeros != nullptr && agb_refusal(p, call.dtype) == nullptr &&
+         is_channels_last(call.grad_output_strides, p.n, p.k, p.p(), p.q()) &&
+         is_channels_last(call.result_strides, p.n, p.c, p.h, p.w);
 }
 
 }  // namespace

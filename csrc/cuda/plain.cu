@@ -55,7 +55,8 @@ __device__ __forceinline__ int64_t output_position(int64_t in, int64_t tap, int6
 
 // A thread for each element of grad_input.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) agb_plain_kernel(Operands<T> op, bool channels_first) {
+__global__ void __launch_bounds__(kThreads, 2)
+agb_plain_kernel(Operands<T> op, bool channels_first) {
   const ConvProblem& problem = op.problem;
   const Strides &gs = op.grad_output_strides, &ws = op.operand_strides, &xs = op.result_strides;
   const int64_t height = problem.p(), width = problem.q();
@@ -92,7 +93,8 @@ __global__ void __launch_bounds__(kThreads, 2) agb_plain_kernel(Operands<T> op, 
 // A block for each k, tap and run of `lanes` channels: its threads are lanes x pixels, and the sums
 // over pixels are added up in shared memory. lanes is a power of 2.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) wgc_plain_kernel(Operands<T> op, int lanes) {
+__global__ void __launch_bounds__(kThreads, 2)
+wgc_plain_kernel(Operands<T> op, int lanes) {
   const ConvProblem& problem = op.problem;
   const Strides &gs = op.grad_output_strides, &xs = op.operand_strides, &ws = op.result_strides;
   double* sums = reinterpret_cast<double*>(dynamic_shared());
@@ -154,7 +156,8 @@ cudaError_t wgc_plain(const ConvCall& call, cudaStream_t stream) {
   const int64_t pixels = problem.n * problem.p() * problem.q();
   const int wanted = channels_first ? 1 : 32;  // or more, if there are few pixels
   int lanes = 1;
-  while (lanes < group_c && lanes < kThreads && (lanes < wanted || lanes * pixels < kThreads)) lanes *= 2;
+  while (lanes < group_c && lanes < kThreads && (lanes < wanted || lanes * pixels < kThreads))
+    lanes *= 2;
   const int64_t runs = (group_c + lanes - 1) / lanes;
   return with_element(call.dtype, [&](auto element) {
     using T = typename decltype(element)::type;

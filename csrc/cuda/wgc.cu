@@ -23,14 +23,14 @@
 // sums in the workspace. wgc_reduce adds those of all ranges in double precision. Nothing depends on
 // the order in which threads run.
 //
-// Load balance. Warps of a block may differ in density, therefore two blocks share a multiprocessor:
+// Load balance. Warps of a block may differ in density; two blocks share a multiprocessor, therefore:
 // while one waits at a barrier the other computes. Blocks may, too, since images differ; ranges are
 // as long as choose_row_ranges finds best for blocks that do by a quarter.
 //
 // Cost, counted in the machine code for sm_90a (float32, 3x3, stride 1, rows of 56): instructions
 // of a warp
 //   18   for a non-zero
-//   25   for a pixel that is not empty (16 of them test and branch), 12 more if the one before was
+//   25   for a pixel that is not empty (16 of them test and branch), 12 more after an empty one
 //   12.3 for any pixel: 21 for four to read masks and loop, 136 for a row of 28 and 180 for three
 //        such rows to stage and set up
 // At 4 instructions a clock and multiprocessor, against a dense kernel of 53 TFLOP/s on an H100 (161

@@ -302,6 +302,7 @@ LAYER = ConvProblem(n=2, c=8, h=9, w=9, k=8, r=3, s=3, padding=(1, 1))
         ({"padding": (0, 0)}, "padding"),
         ({"r": 1, "s": 1}, "padding"),
         ({"n": 2**25}, "2^31 pixels"),
+        ({"k": 2**28}, "2^28 channels"),
     ],
 )
 def test_refusals_say_why(emulator, dtype, changes, words):

@@ -405,10 +405,10 @@ const char* agb_refusal(const ConvProblem& problem, DType) {
     return "the sparse kernel takes strides of 1 and 2 only, the same in both directions";
   if (problem.pad_h != problem.r / 2 || problem.pad_w != problem.r / 2)
     return "the sparse kernel takes a padding of 1 for 3x3 and of 0 for 1x1 only";
-  // Pixels, and columns with their gaps, are counted in 32 bits.
+  // Pixels, columns with their gaps, and bytes of a pixel are counted in 32 bits.
   if (static_cast<double>(problem.n) * (problem.h + 2.0) * (problem.w + 2.0) > INT32_MAX ||
-      problem.c > INT32_MAX || problem.k > INT32_MAX)
-    return "the sparse kernel takes 2^31 pixels or channels at most";
+      problem.c > INT32_MAX / 8 || problem.k > INT32_MAX / 8)
+    return "the sparse kernel takes fewer than 2^31 pixels and 2^28 channels";
   return nullptr;
 }
 

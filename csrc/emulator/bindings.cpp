@@ -7,21 +7,6 @@
 
 #include "kernels.h"
 
-namespace sparsebwd::cuda {
-
-// Not all may be compiled yet.
-#define SPARSEBWD_MAYBE __attribute__((weak))
-SPARSEBWD_MAYBE size_t prune_workspace(const PruneCall&, const Device&);
-SPARSEBWD_MAYBE cudaError_t prune(const PruneCall&, const Device&, cudaStream_t);
-SPARSEBWD_MAYBE const char* agb_refusal(const ConvProblem&, DType);
-SPARSEBWD_MAYBE const char* wgc_refusal(const ConvProblem&, DType);
-SPARSEBWD_MAYBE size_t agb_workspace(const ConvCall&, const Device&);
-SPARSEBWD_MAYBE cudaError_t agb(const ConvCall&, const Device&, cudaStream_t);
-SPARSEBWD_MAYBE size_t wgc_workspace(const ConvCall&, const Device&);
-SPARSEBWD_MAYBE cudaError_t wgc(const ConvCall&, const Device&, cudaStream_t);
-
-}  // namespace sparsebwd::cuda
-
 namespace {
 
 namespace py = pybind11;
@@ -53,7 +38,6 @@ void run_prune(const py::array& g, int dtype, const std::array<int64_t, 4>& shap
                bool channels_last, const py::object& key, double sigma_coefficient, double quantile,
                const py::object& sigma_history, const py::object& out, const py::object& nonzeros,
                const py::array& stats) {
-  if (!&cuda::prune) throw std::runtime_error("prune.cu is not compiled");
   Operands operands;
   Pruning pruning = {};
   PruneCall call = {};
@@ -80,7 +64,6 @@ template <size_t (*Workspace)(const ConvCall&, const Device&),
 void run_convolution(const Problem& problem, int dtype, const py::array& grad_output,
                      const py::object& nonzeros, const py::array& operand,
                      const py::array& result) {
-  if (!Run) throw std::runtime_error("its .cu file is not compiled");
   Operands operands;
   ConvCall call = {};
   call.problem = problem_of(problem);
@@ -99,7 +82,6 @@ void run_convolution(const Problem& problem, int dtype, const py::array& grad_ou
 
 template <const char* (*Refusal)(const ConvProblem&, DType)>
 const char* refusal(const Problem& problem, int dtype) {
-  if (!Refusal) throw std::runtime_error("its .cu file is not compiled");
   return Refusal(problem_of(problem), static_cast<DType>(dtype));
 }
 

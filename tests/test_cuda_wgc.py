@@ -166,11 +166,12 @@ def test_rows_that_shared_memory_cannot_hold_are_cut(text, generator):
     _check_exact(Emulator(device=Device(3, 99 * 1024, 100 * 1024)), problem, *operands)
 
 
-def test_many_ranges_are_added_in_parts(generator):
+@pytest.mark.parametrize("variant", ["fast", "checked"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_ranges_are_added_in_parts(dtype, variant, generator):
     problem = ConvProblem.parse("n9c8h14w33k8r3s3p1")
-    for dtype in DTYPES:
-        operands = _operands(problem, 0.3, dtype, generator, integer=True)
-        _check_exact(Emulator(device=Device(132)), problem, *operands)
+    operands = _operands(problem, 0.3, dtype, generator, integer=True)
+    _check_exact(Emulator(variant, device=Device(132)), problem, *operands)
 
 
 def test_empty_batch_gives_zeros():

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "device.cuh"
+#include "kernels.h"
 
 namespace sparsebwd::cuda {
 
@@ -11,6 +12,7 @@ struct LaunchShape {
   dim3 block;
   size_t shared = 0;         // bytes of dynamic shared memory
   bool cooperative = false;  // all blocks resident at once, as grid_sync() needs
+  bool prefers_cache = false;  // an L1 cache as large as `shared` leaves room for
 };
 
 #ifdef SPARSEBWD_EMULATOR
@@ -20,11 +22,17 @@ using emulator::resident_blocks;
 
 #else
 
+// Allows the kernel more shared memory than the 48 KB that any may have: as much as there is, not
+// `bytes`, since what is allowed holds for all launches, those of other threads and of graphs too.
 template <class... Parameters>
 cudaError_t allow_shared(void (*kernel)(Parameters...), size_t bytes) {
   if (bytes <= 48 * 1024) return cudaSuccess;
+  Device device;
+  const cudaError_t error = current_device(&device);
+  if (error != cudaSuccess) return error;
   return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+                              cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              device.shared_per_block);
 }
 
 // Starts kernel(arguments...) on the stream. An empty grid starts nothing.
@@ -32,7 +40,12 @@ template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream,
                    Arguments... arguments) {
   if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return cudaSuccess;
-  const cudaError_t error = allow_shared(kernel, shape.shared);
+  cudaError_t error = allow_shared(kernel, shape.shared);
+  // Else the multiprocessors may stay divided as the kernel before needed it.
+  if (error == cudaSuccess && shape.prefers_cache)
+    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                 cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxL1);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeCooperative;

@@ -239,15 +239,16 @@ def test_captured_graphs_take_their_key_from_the_device(dtype, memory_format, ge
 def test_captured_graphs_predict(generator):
     problem, operands = operands_of(LAYER, generator)
     histories = [torch.zeros(1 + reference.SIGMA_HISTORY, dtype=torch.int32, device=DEVICE) for _ in range(2)]
-    backward(problem, operands, history=histories[0].clone())
+    key = key_of(1, 2)
+    backward(problem, operands, key, history=histories[0].clone())
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = backward(problem, operands, history=histories[0])
+        results = backward(problem, operands, key, history=histories[0])
     for step in range(1, 7):
         operands[2].mul_(1.5)
         graph.replay()
-        for actual, eager in zip(results, backward(problem, operands, history=histories[1])):
+        for actual, eager in zip(results, backward(problem, operands, key, history=histories[1])):
             assert_bit_equal(actual, eager, f"step {step}")
         assert torch.equal(*histories) and histories[0][0] == step
 
@@ -281,17 +282,18 @@ def test_layers_can_be_captured(threshold, memory_format):
 
 def test_work_is_on_the_current_stream(generator):
     problem, operands = operands_of(LAYER, generator)
-    expected = backward(problem, operands)
+    key = key_of(1, 2)  # to copy it to the device is to wait for it
+    expected = backward(problem, operands, key)
     late = [torch.zeros_like(operand) for operand in operands]
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        backward(problem, late)  # the stream has memory now
+        backward(problem, late, key)  # the stream has memory now
         stream.synchronize()
         torch.cuda._sleep(200_000_000)  # a tenth of a second
         for target, operand in zip(late, operands):
             target.copy_(operand)
-        results = backward(problem, late)
+        results = backward(problem, late, key)
     assert not stream.query(), "something waited for the device"
     stream.synchronize()
     for actual, wanted in zip(results, expected):

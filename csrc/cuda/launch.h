@@ -2,6 +2,8 @@
 // Kernel launches as function calls that check their arguments: plain C++, no <<< >>>.
 #pragma once
 
+#include <algorithm>
+
 #include "device.cuh"
 #include "kernels.h"
 
@@ -22,17 +24,19 @@ using emulator::resident_blocks;
 
 #else
 
-// Allows the kernel more shared memory than the 48 KB that any may have: as much as there is, not
-// `bytes`, since what is allowed holds for all launches, those of other threads and of graphs too.
+// Allows the kernel more shared memory than the 48 KB that any may have: as much as there is but
+// for what compilers may count as the kernel's own, since what is allowed holds for all launches,
+// those of other threads and of graphs too.
 template <class... Parameters>
 cudaError_t allow_shared(void (*kernel)(Parameters...), size_t bytes) {
   if (bytes <= 48 * 1024) return cudaSuccess;
+  constexpr int kReserved = 1024;
   Device device;
   const cudaError_t error = current_device(&device);
   if (error != cudaSuccess) return error;
   return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                               cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              device.shared_per_block);
+                              std::max(static_cast<int>(bytes), device.shared_per_block - kReserved));
 }
 
 // Starts kernel(arguments...) on the stream. An empty grid starts nothing.

@@ -200,7 +200,11 @@ def tests_command(report: Path) -> list[object]:
     # Only files that have such tests: others import what need not be here.
     files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if re.search(r"\bmark\.gpu\b", path.read_text("utf-8"))]
     names = [path.relative_to(ROOT) for path in files]
-    return [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}", *names]
+    # A test that hangs shows where in the log: after a minute all stacks go there.
+    return [
+        sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--tb=short", "-o", "faulthandler_timeout=60", "-p",
+        "no:cacheprovider", f"--junitxml={report}", *names,
+    ]  # fmt: skip
 
 
 def tests(check: Check) -> dict[str, Any]:
@@ -503,7 +507,7 @@ def counters_command() -> list[object]:
     sections = [part for name in SECTIONS for part in ("--section", name)]
     return [
         "ncu", "--clock-control", "none", "--profile-from-start", "off", "--kernel-name-base", "demangled", "--kernel-name",
-        "regex:sparsebwd", *sections, "--csv", "--page", "raw", sys.executable, WORKLOAD, "layer",
+        "regex:sparsebwd", *sections, "--csv", "--page", "raw", "--print-units", "base", sys.executable, WORKLOAD, "layer",
     ]  # fmt: skip
 
 

@@ -12,8 +12,8 @@ namespace sparsebwd::cuda {
 struct LaunchShape {
   dim3 grid;
   dim3 block;
-  size_t shared = 0;         // bytes of dynamic shared memory
-  bool cooperative = false;  // all blocks resident at once, as grid_sync() needs
+  size_t shared = 0;           // bytes of dynamic shared memory
+  bool cooperative = false;    // all blocks resident at once, as grid_sync() needs
   bool prefers_cache = false;  // an L1 cache as large as `shared` leaves room for
 };
 
@@ -29,14 +29,15 @@ using emulator::resident_blocks;
 // those of other threads and of graphs too.
 template <class... Parameters>
 cudaError_t allow_shared(void (*kernel)(Parameters...), size_t bytes) {
-  if (bytes <= 48 * 1024) return cudaSuccess;
   constexpr int kReserved = 1024;
+  const int wanted = static_cast<int>(bytes);
+  if (wanted + kReserved <= 48 * 1024) return cudaSuccess;
   Device device;
   const cudaError_t error = current_device(&device);
   if (error != cudaSuccess) return error;
   return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                               cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              std::max(static_cast<int>(bytes), device.shared_per_block - kReserved));
+                              std::max(wanted, device.shared_per_block - kReserved));
 }
 
 // Starts kernel(arguments...) on the stream. An empty grid starts nothing.

@@ -448,6 +448,7 @@ __global__ void arithmetic(Arguments a) {
                               __funnelshift_l(x, y, 5),
                               __funnelshift_r(x, y, 5),
                               __byte_perm(x, y, 0x5140u),
+                              __vmaxu2(x, y),
                               min(x, y),
                               max(x, y),
                               __float_as_uint(__fmaf_rn(1.5f, 2.0f, -0.5f)),

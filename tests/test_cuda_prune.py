@@ -192,6 +192,28 @@ def test_extreme_magnitudes(scale, dtype, memory_format):
     check(Emulator(), grad, memory_format is torch.channels_last)
 
 
+@pytest.mark.parametrize("exponent", [0, -14, -24, -102, -103, -126, -133, -149])
+def test_any_bits_and_magnitudes_around_what_is_kept(exponent, dtype, memory_format):
+    """At thresholds near a power of two, subnormal ones too: any bits, and magnitudes at tau * r and next to it."""
+    generator = torch.Generator().manual_seed(exponent)
+    sigma = torch.tensor(2.0**exponent)
+    tau = (sigma.double() * reference.quantile(PERCENTILE)).float().to(dtype).float()
+    shape = (2, 40, 16, 18)
+    integers = torch.int32 if dtype == torch.float32 else torch.int16
+    lowest = torch.iinfo(integers).min
+    any_bits = torch.randint(lowest, -lowest, shape, generator=generator, dtype=integers)
+    around = (tau * reference.uniform(shape, KEY)).to(dtype).view(integers)
+    around = (around + torch.randint(-1, 2, shape, generator=generator, dtype=integers)).clamp(min=0)
+    around = torch.where(torch.rand(shape, generator=generator) < 0.5, around, around | lowest)
+    grad = torch.where(torch.rand(shape, generator=generator) < 0.5, any_bits, around).view(dtype)
+    grad = grad.contiguous(memory_format=memory_format)
+    history = torch.tensor([1, sigma.view(torch.int32), 0, 0, 0], dtype=torch.int32)
+    channels_last = memory_format is torch.channels_last
+    result = Emulator().prune(grad, pruning(history=history), channels_last=channels_last, nonzeros=channels_last)
+    assert result.stats[1].isnan()
+    assert_pruned(result, grad, KEY, result.stats[1], tau)
+
+
 @pytest.mark.parametrize("predicts", [False, True], ids=["exact", "predicted"])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=["f32", "bf16"])
 def test_magnitudes_are_added_in_float64(dtype, memory_format, predicts):

@@ -249,12 +249,12 @@ def test_indices(kernels):
 
 def test_arithmetic(kernels):
     x, y = 0x00F0A55A, 0x9234567B
-    out = kernels.run("arithmetic", np.array([x, y], np.uint32), np.zeros(12, np.uint32), 0, block=1)
+    out = kernels.run("arithmetic", np.array([x, y], np.uint32), np.zeros(13, np.uint32), 0, block=1)
     both = y << 32 | x
     permuted = (y & 0xFF) << 8 | x & 0xFF | (x >> 8 & 0xFF) << 16 | (y >> 8 & 0xFF) << 24
     expected = [
         x.bit_count(), 2, 8, int(f"{x:032b}"[::-1], 2), x * y >> 32, (both << 5 >> 32) & 0xFFFFFFFF,
-        both >> 5 & 0xFFFFFFFF, permuted, x, y, np.float32(2.5).view(np.uint32), 3,
+        both >> 5 & 0xFFFFFFFF, permuted, 0x9234A55A, x, y, np.float32(2.5).view(np.uint32), 3,
     ]  # fmt: skip
     np.testing.assert_array_equal(out, np.array(expected, np.uint32))
 

@@ -52,6 +52,39 @@ __device__ __forceinline__ Float16 from_float<Float16>(float value) {
 #endif
 }
 
+// Two 16-bit elements in a word, `low` in its low half, rounded toward zero.
+template <class T>
+__device__ __forceinline__ uint32_t pair_toward_zero(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t pair_toward_zero<BFloat16>(float low, float high) {
+  return __byte_perm(float_bits(low), float_bits(high), 0x7632);
+}
+template <>
+__device__ __forceinline__ uint32_t pair_toward_zero<Float16>(float low, float high) {
+#ifdef __CUDA_ARCH__
+  uint32_t result;
+  asm("cvt.rz.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+#else
+  const auto half = [](float value) -> uint32_t {
+    const uint16_t nearest = float16_of_float(value);
+    return nearest - (fabsf(float_of_float16(nearest)) > fabsf(value));
+  };
+  return half(high) << 16 | half(low);
+#endif
+}
+
+// For each half of a word all ones if its highest bit is set, else zeros.
+__device__ __forceinline__ uint32_t masks_of_halves(uint32_t word) {
+#ifdef __CUDA_ARCH__
+  uint32_t result;
+  asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(result) : "r"(word));
+  return result;
+#else
+  return (word >> 15 & 0x10001u) * 0xFFFFu;
+#endif
+}
+
 template <class T>
 struct Type {
   using type = T;

@@ -21,11 +21,12 @@
 // and the result written once; beyond, g is read again but for what L2 keeps. At 3 TB/s and
 // 1.75 GHz a multiprocessor can move 13 bytes a cycle, a float32 in 0.31 and a bfloat16 in 0.15
 // cycles each way. The random numbers make the second pass heavy. Of its machine code for sm_90a, a
-// pack of 4 float32 takes about 150 instructions and one of 8 bfloat16 245, of which 84 and 150 are
-// for the integer pipe, 64 lanes a cycle: 0.33 and 0.29 cycles an element. So a predicted threshold
-// is bound by memory (float32: 0.33 of 0.62 cycles, bfloat16: 0.30 of 0.31). With the exact one,
-// the second pass only writes, and takes 0.33 instead of 0.31 and 0.29 instead of 0.15 cycles: at
-// best 97 % and 69 % of the copy bandwidth. Counted, not measured.
+// pack of 4 float32 takes about 150 instructions and one of 8 bfloat16 200, of which 82 and 113 are
+// for the integer pipe, 64 lanes a cycle: 0.32 and 0.22 cycles an element. So a predicted threshold
+// is bound by memory (float32: 0.32 of 0.62 cycles, bfloat16: 0.24 of 0.31). With the exact one,
+// the second pass only writes, and takes 0.32 instead of 0.31 and 0.22 instead of 0.15 cycles: at
+// best 98 % and 83 % of the copy bandwidth. Multiplications, the integer ones of the random numbers
+// too, have a pipe of their own, with less to do. Counted, not measured.
 #include "prune.cuh"
 
 #include <algorithm>

@@ -323,48 +323,89 @@ __device__ __forceinline__ void add_magnitudes(double& sum, const Words<Count>& 
 
 __device__ __forceinline__ bool is_finite(float value) { return fabsf(value) <= FLT_MAX; }
 
-// prune_element (sparsebwd/prune.h) for all elements of a pack, on their bits: those that stay as
-// they are keep them, NaN included.
+// On the bits of all elements in a word at once: float32 values rounded toward zero, all ones for
+// elements with a sign and zeros for others, and the larger of magnitudes.
+template <class T>
+__device__ __forceinline__ uint32_t word_toward_zero(const float* values) {
+  if constexpr (kPerWord<T> == 1) {
+    return float_bits(values[0]);
+  } else {
+    return pair_toward_zero<T>(values[0], values[1]);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t sign_masks(uint32_t word) {
+  return kPerWord<T> == 1 ? static_cast<uint32_t>(static_cast<int32_t>(word) >> 31)
+                          : masks_of_halves(word);
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
+  return kPerWord<T> > 1 ? __vmaxu2(a, b) : a > b ? a : b;
+}
+
+// prune_element (sparsebwd/prune.h) for all elements of a pack, with integer instructions, which
+// take those of a word together: magnitudes are in the order of their bits, and NaN comes last.
+// - An element remains if its magnitude is more than its bound, tau * r. The bound may be rounded
+//   toward zero, since it is then still not less than the same magnitudes.
+// - What remains is the larger of its magnitude and tau: itself if it is at least tau.
+// A bound is less than tau. So elements from tau on remain without a test of their own.
 template <class T>
 class Pruner {
   static constexpr int kParts = kPerWord<T>;
-  static constexpr uint32_t kSigns = kParts == 1 ? 0x80000000u : 0x80008000u;  // of a word's parts
+  static constexpr uint32_t kOnes = kParts == 1 ? 1u : 0x10001u;  // 1 in each part of a word
+  static constexpr uint32_t kSigns = kOnes << (32 / kParts - 1);
 
  public:
   __device__ explicit Pruner(T tau)
       : tau_(to_float(tau)),
-        // Where nothing is pruned, what is below the limit is a zero; it stays as it is, too.
-        limit_(tau_ > 0.0f ? tau_ : float_of_bits(1)),
-        zeros_(tau_ > 0.0f ? 0u : ~0u),
-        tau_bits_(bits_of(tau) * (kParts == 1 ? 1u : 0x10001u)) {}
+        tau_bits_(bits_of(tau) * kOnes),
+        keeps_(sign_masks<T>(kSigns - tau_bits_)) {}
 
   // Returns which elements are not zero then, one bit each.
   template <int Count>
   __device__ __forceinline__ uint32_t operator()(Words<Count>& pack,
                                                  const uint32_t (&random)[Count * kParts]) const {
-    uint32_t nonzeros = 0;
+    float bounds[Count * kParts];
+    set_bounds(bounds, random);
+    uint32_t zeros = 0;
 #pragma unroll
     for (int i = 0; i < Count; ++i) {
-      const uint32_t word = pack.word[i];
-      const uint32_t survivor = (word & kSigns) | tau_bits_, zero = word & zeros_;
-      uint32_t parts[kParts];  // right in their own bits
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        const int element = i * kParts + part;
-        const float magnitude = fabsf(value_of<T>(word, part));
-        const bool stays = !(magnitude < limit_);
-        const bool remains = stays || magnitude > tau_ * uniform_of_word(random[element]);
-        parts[part] = stays ? word : remains ? survivor : zero;
-        if (remains) nonzeros += 1u << element;
-      }
-      pack.word[i] = kParts == 1 ? parts[0] : __byte_perm(parts[0], parts[kParts - 1], 0x7610);
+      const uint32_t word = pack.word[i], magnitudes = word & ~kSigns;
+      // The sign of a bound is set. It stays so unless more than the bound is subtracted.
+      const uint32_t pruned = sign_masks<T>(word_toward_zero<T>(bounds + kParts * i) - magnitudes);
+      const uint32_t remaining = larger<T>(magnitudes, tau_bits_) | (word & kSigns);
+      pack.word[i] = remaining & (~pruned | keeps_);
+      zeros |= pruned & (kParts == 1 ? 1u << i : 0x20001u << 2 * i);
     }
-    return nonzeros;
+    if (kParts == 2) zeros |= zeros >> 16;
+    return ~zeros & ((1u << Count * kParts) - 1);
   }
 
  private:
-  float tau_, limit_;
-  uint32_t zeros_, tau_bits_;
+  // The bounds, with their signs set.
+  template <int Elements>
+  __device__ __forceinline__ void set_bounds(float (&bounds)[Elements],
+                                             const uint32_t (&random)[Elements]) const {
+    if (tau_ > 0.0f && tau_ < 0x1p-102f) {
+      // The product may be subnormal, thus rounded by more, even up to tau.
+      const float below_tau = float_of_bits(float_bits(tau_) - 1);
+#pragma unroll
+      for (int i = 0; i < Elements; ++i)
+        bounds[i] = -fminf(tau_ * uniform_of_word(random[i]), below_tau);
+    } else {
+      // One multiplication for two: that of tau by a power of two is exact.
+#pragma unroll
+      for (int i = 0; i < Elements; ++i)
+        bounds[i] = static_cast<float>(random[i] >> 8) * (tau_ * -0x1p-24f);
+    }
+  }
+
+  float tau_;
+  uint32_t tau_bits_;
+  // All ones if tau is 0: then only zeros are not more than their bound, and -0 stays.
+  uint32_t keeps_;
 };
 
 // ---- packs in shared memory: each thread has its own

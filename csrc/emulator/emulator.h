@@ -431,6 +431,10 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
     result |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
   return result;
 }
+inline unsigned __vmaxu2(unsigned x, unsigned y) {
+  const unsigned low_x = x & 0xFFFF, low_y = y & 0xFFFF, high = (x > y ? x : y) & 0xFFFF0000;
+  return high | (low_x > low_y ? low_x : low_y);
+}
 inline unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
 }

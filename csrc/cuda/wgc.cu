@@ -14,6 +14,7 @@
 // if the pixel before was not empty, all but the newest columns are there already, and columns take
 // registers in turn (kColumns), so that none is moved. Then for each of the 8 bits: branch around
 // taps x taps x lane multiply-adds if it is 0. The branches are real and uniform: see compute_row.
+// Runs of four pixels, and rows, without a non-zero are passed over.
 //
 // Input, values and masks come through shared memory. Rows of the input lie in a ring and are read
 // once for each block; while a step of a few rows is computed, the next one is fetched, with one
@@ -30,14 +31,14 @@
 // Cost, counted in the machine code for sm_90a (float32, 3x3, stride 1, rows of 56): instructions
 // of a warp
 //   18   for a non-zero
-//   25   for a pixel that is not empty (16 of them test and branch), 12 more after an empty one
-//   12.3 for any pixel: 21 for four to read masks and loop, 136 for a row of 28 and 180 for three
-//        such rows to stage and set up
+//   26   for a pixel that is not empty (16 of them test and branch), 11 more after an empty one
+//   16   for a run of four pixels that is not empty, 2 more for each empty pixel in it
+//   5.0  for any pixel: 87 for a row of 28 and 163 for three such rows to stage and set up
 // At 4 instructions a clock and multiprocessor, against a dense kernel of 53 TFLOP/s on an H100 (161
 // such instructions for the same work), that predicts, not measured, with nothing else in the way:
 //   density   .4   .3   .2   .1   .05  .01
-//   speed-up  1.7  2.0  2.5  3.7  5.3  9.8
-// Shared memory is read for 38 % (.4) to 83 % (.05) of that time.
+//   speed-up  1.7  2.1  2.6  3.9  5.8  15
+// Shared memory is busy for 40 % (.4) to 92 % (.05) of that time.
 #include <algorithm>
 
 #include "element.cuh"
@@ -54,7 +55,7 @@ constexpr int kBlocks = 2;     // on a multiprocessor: registers and shared memo
 constexpr int kGroup = 8;      // output channels of a warp: a byte of the mask
 constexpr int kTileK = 32;     // output channels of a block: a word of the mask
 constexpr int kRun = 4;        // pixels whose mask bytes a warp reads at once: a word
-constexpr int kMostStrip = 32; // pixels of a row that a block walks along
+constexpr int kMostStrip = 32; // pixels of a row that a block walks along: a bit of a ballot for each
 // Sums of float32 get less accurate as they get longer. After so many values of a channel (on average
 // over a group) those in registers are added to those in memory.
 constexpr int kChain = 384;
@@ -114,14 +115,12 @@ struct Kernel {
 
   struct Shared {
     size_t masks, values, bytes;
-    int mask_pitch;  // bytes of the mask of a row for one warp: two words of zeros end it
-    int mask_bytes;  // of a step
+    int mask_bytes;  // of a step: for each warp and row kMostStrip, of which zeros end it
     int value_bytes;
   };
   static __host__ __device__ Shared shared(const Plan& plan) {
     Shared s;
-    s.mask_pitch = plan.strip + 2 * kRun;
-    s.mask_bytes = plan.step_rows * s.mask_pitch * kWarps;
+    s.mask_bytes = plan.step_rows * kMostStrip * kWarps;
     s.value_bytes = plan.step_rows * plan.strip * kTileK * static_cast<int>(sizeof(T));
     s.values = static_cast<size_t>(plan.ring_rows) * plan.columns * kPixelBytes;
     s.masks = s.values + 2 * s.value_bytes;
@@ -186,14 +185,15 @@ class Walk {
     has_pixel_ = pixel_row_ < plan.step_rows && pixel < width_;
     g_ = g + first_pixel * plan.k + k0_ + lane() % kValueChunks * K::kChunk;
 
-    p_ = stage_p_ = static_cast<int>(row % plan.p);
+    p_ = static_cast<int>(row % plan.p);
     stage_row_ = p_ * plan.stage_stride;
+    stage_end_ = stage_row_ + K::kTaps;
     const int c = c0_ + static_cast<int>(threadIdx.x) % kInputChunks * K::kChunk;
     const int first = threadIdx.x / kInputChunks, columns = (width_ - 1) * K::kStride + K::kTaps;
     const int input_column = (q0 * K::kStride + first) * plan.column_step - plan.pad_w;
     for (int pass = 0; first + pass * kInputColumns < columns; ++pass) {
       const int at = input_column + pass * kInputColumns * plan.column_step;
-      (at >= 0 && at < plan.w && c < plan.c ? inside_ : outside_) |= 1u << pass;
+      if (at >= 0 && at < plan.w && c < plan.c) inside_ |= 1u << pass;
     }
     pass_bytes_ = kInputColumns * plan.column_step * plan.c * kBytes;
     const int64_t input_row = row / plan.p * plan.h + stage_row_ * plan.row_step - plan.pad_h;
@@ -204,8 +204,8 @@ class Walk {
   // All steps, one barrier each. While one is computed, the input and the values of the next are on
   // their way to shared memory, and the masks of the one after that to registers.
   __device__ __forceinline__ void run(float* partials) {
-    for (int i = threadIdx.x; i < 2 * shared_.mask_bytes / 4; i += kThreads)
-      reinterpret_cast<uint32_t*>(dynamic_shared() + shared_.masks)[i] = 0;
+    clear(0, shared_.values);
+    clear(shared_.masks, shared_.bytes);
     __syncthreads();
     const int step = plan_.step_rows;
     stage(rows_, 0, load_mask(rows_));
@@ -220,7 +220,7 @@ class Walk {
       stage(left - step, buffer ^ 1, mask);
       mask = load_mask(left - 2 * step);
       compute(left < step ? left : step, buffer, sums);
-      if (values_ >= kChain * kGroup || left <= step) {
+      if (__reduce_add_sync(~0u, lane_values_) >= kChain * kGroup || left <= step) {
         add_to(memory, sums, first);
         first = false;
       }
@@ -238,6 +238,12 @@ class Walk {
   static __device__ int warp() { return threadIdx.x / 32; }
   static __device__ int lane() { return threadIdx.x % 32; }
 
+  // These bytes of shared memory.
+  static __device__ void clear(unsigned begin, unsigned end) {
+    for (unsigned at = begin + threadIdx.x * 16; at < end; at += kThreads * 16)
+      *reinterpret_cast<Vector<uint32_t, 4>*>(dynamic_shared() + at) = {};
+  }
+
   // The mask word of this thread's pixel in the next step, which has `left` rows or plan_.step_rows,
   // whichever is less; 0 where there is no such pixel.
   __device__ uint32_t load_mask(int left) {
@@ -252,17 +258,15 @@ class Walk {
     if (left <= 0) return;
     stage_masks(buffer, mask);
     stage_values(buffer, mask);
-    const int rows = left < plan_.step_rows ? left : plan_.step_rows;
 #pragma unroll 1
-    for (int i = 0; i < rows; ++i) stage_input();
+    for (int rows = left < plan_.step_rows ? left : plan_.step_rows; rows > 0; --rows) stage_input();
     cp_async_commit();
   }
 
   __device__ __forceinline__ void stage_masks(int buffer, uint32_t mask) const {
     if (!has_pixel_) return;
-    unsigned char* const to =
-        dynamic_shared() + shared_.masks + buffer * shared_.mask_bytes +
-                              pixel_offset_ + pixel_row_ * (shared_.mask_pitch - plan_.q);
+    unsigned char* const to = dynamic_shared() + shared_.masks + buffer * shared_.mask_bytes +
+                              pixel_offset_ + pixel_row_ * (kMostStrip - plan_.q);
 #pragma unroll
     for (int w = 0; w < kWarps; ++w)
       to[w * (shared_.mask_bytes / kWarps)] = static_cast<unsigned char>(mask >> (8 * w));
@@ -271,129 +275,144 @@ class Walk {
   // A warp copies the values of its lanes' pixels, for all warps. A group that has no set bit is not
   // read.
   __device__ __forceinline__ void stage_values(int buffer, uint32_t mask) {
-    unsigned char* const to = dynamic_shared() + shared_.values + buffer * shared_.value_bytes +
-                              (threadIdx.x - lane()) * (kTileK * kBytes) + lane() * 16;
-    const int pixel_bytes = plan_.k * kBytes;
+    unsigned char* const to =
+        in_register(dynamic_shared() + shared_.values + buffer * shared_.value_bytes +
+                    (threadIdx.x - lane()) * (kTileK * kBytes) + lane() * 16);
+    const unsigned pixel_bytes = plan_.k * kBytes;
     const uint32_t group = 255u << (lane() % kValueChunks * K::kChunk / kGroup * kGroup);
 #pragma unroll
     for (int pass = 0; pass < kValueChunks; ++pass) {
       const int owner = pass * (32 / kValueChunks) + lane() / kValueChunks;
       const uint32_t bits = __shfl_sync(~0u, mask, owner);
-      const int offset = __shfl_sync(~0u, pixel_offset_, owner);
+      const unsigned offset = __shfl_sync(~0u, pixel_offset_, owner);
       if (bits & group)
         cp_async16(to + pass * 512, reinterpret_cast<const unsigned char*>(g_) +
-                                        static_cast<int64_t>(offset) * pixel_bytes);
+                                        static_cast<uint64_t>(offset) * pixel_bytes);
     }
     g_ += plan_.step_rows * static_cast<int64_t>(plan_.q) * plan_.k;
   }
 
-  // The rows of the input that the next row of grad_output sees and the one before did not. Outside
-  // of the image the input is zeros.
+  // The rows of the input that the next row of grad_output sees and the one before did not. Rows
+  // outside of the image are cleared; columns outside, and channels that the input does not have, are
+  // never written to: they are the zeros that the ring begins with.
   __device__ __forceinline__ void stage_input() {
     const int64_t row_bytes = static_cast<int64_t>(plan_.w) * plan_.c * kBytes;
 #pragma unroll 1
-    for (const int end = stage_p_ * plan_.stage_stride + K::kTaps; stage_row_ < end; ++stage_row_) {
-      const bool inside = static_cast<unsigned>(stage_row_ * plan_.row_step - plan_.pad_h) <
-                          static_cast<unsigned>(plan_.h);
-      const uint32_t copied = inside ? inside_ : 0, cleared = inside ? outside_ : inside_ | outside_;
-      unsigned char* const to =
-          dynamic_shared() + stage_slot_ * plan_.columns * K::kPixelBytes + threadIdx.x * 16;
+    do {
+      unsigned char* const to = in_register(
+          dynamic_shared() + stage_slot_ * plan_.columns * K::kPixelBytes + threadIdx.x * 16);
+      if (static_cast<unsigned>(stage_row_ * plan_.row_step - plan_.pad_h) <
+          static_cast<unsigned>(plan_.h)) {
 #pragma unroll
-      for (int pass = 0; pass < kInputPasses; ++pass)
-        if (copied >> pass & 1u)
-          cp_async16(to + pass * kThreads * 16, input_ + static_cast<int64_t>(pass_bytes_) * pass);
-      // Not by cp.async, which could: with a size that varies it is four instructions.
-      if (cleared != 0) {
         for (int pass = 0; pass < kInputPasses; ++pass)
-          if (cleared >> pass & 1u)
+          if (inside_ >> pass & 1u)
+            cp_async16(to + pass * kThreads * 16, input_ + static_cast<uint64_t>(pass_bytes_) * pass);
+      } else {
+        // Not by cp.async, which could: with a size that varies it is four instructions.
+#pragma unroll
+        for (int pass = 0; pass < kInputPasses; ++pass)
+          if (inside_ >> pass & 1u)
             *reinterpret_cast<Vector<uint32_t, 4>*>(to + pass * kThreads * 16) = {};
       }
       if (++stage_slot_ == plan_.ring_rows) stage_slot_ = 0;
       input_ += plan_.row_step * row_bytes;
-    }
-    if (++stage_p_ == plan_.p) {
-      stage_p_ = stage_row_ = 0;
+    } while (++stage_row_ < stage_end_);
+    if (stage_end_ == plan_.stage_rows) {
+      stage_row_ = 0;
+      stage_end_ = K::kTaps;
       input_ += (plan_.h - plan_.stage_rows * static_cast<int64_t>(plan_.row_step)) * row_bytes;
+    } else {
+      stage_end_ += plan_.stage_stride;
     }
   }
 
   __device__ __forceinline__ void compute(int rows, int buffer, typename K::Sums& sums) {
-    const unsigned char* const shared = dynamic_shared();
-    const unsigned char* const masks =
-        shared + shared_.masks + buffer * shared_.mask_bytes + warp() * (shared_.mask_bytes / kWarps);
-    const unsigned char* const values = shared + shared_.values + buffer * shared_.value_bytes +
-                                        warp() * kGroup * kBytes;
-    for (int i = 0; i < rows; ++i) {
-      const unsigned char* input[K::kTaps];
-#pragma unroll
-      for (int r = 0; r < K::kTaps; ++r) {
-        const int at = slot_ + r < plan_.ring_rows ? slot_ + r : slot_ + r - plan_.ring_rows;
-        input[r] = shared + at * plan_.columns * K::kPixelBytes +
-                   lane() * K::kVector * kBytes;
-      }
-      compute_row(reinterpret_cast<const uint32_t*>(masks + i * shared_.mask_pitch),
-                  values + i * plan_.strip * kTileK * kBytes, input, sums);
+    unsigned char* const shared = dynamic_shared();
+    const unsigned char* masks =
+        in_register(shared + shared_.masks + buffer * shared_.mask_bytes +
+                    warp() * (shared_.mask_bytes / kWarps));
+    const unsigned char* values = in_register(
+        shared + shared_.values + buffer * shared_.value_bytes + warp() * kGroup * kBytes);
+    unsigned char* const ring = in_register(shared + lane() * K::kVector * kBytes);
+    for (; rows > 0; --rows) {
+      compute_row(masks, values, ring, sums);
+      masks += kMostStrip;
+      values += plan_.strip * (kTileK * kBytes);
       const bool last = p_ + 1 == plan_.p;
       p_ = last ? 0 : p_ + 1;
-      slot_ += last ? K::kTaps : plan_.stage_stride;
-      if (slot_ >= plan_.ring_rows) slot_ -= plan_.ring_rows;
+      slot_ = wrap(slot_ + (last ? K::kTaps : plan_.stage_stride));
     }
   }
 
-  // Adds what the pixels of one row of the strip contribute.
-  __device__ __forceinline__ void compute_row(const uint32_t* masks, const unsigned char* values,
-                                              const unsigned char* (&input)[K::kTaps],
-                                              typename K::Sums& sums) {
+  // The place in the ring of a row that is less than a ring after it.
+  __device__ unsigned wrap(unsigned slot) const {
+    const unsigned wrapped = slot - plan_.ring_rows;
+    return slot < wrapped ? slot : wrapped;  // the one that is not negative
+  }
+
+  // Adds what the pixels of one row of the strip contribute. `ring`: where this lane's channels of the
+  // first row of the ring are.
+  __device__ __forceinline__ void compute_row(const unsigned char* masks, const unsigned char* values,
+                                              unsigned char* ring, typename K::Sums& sums) {
     typename K::Column columns[K::kColumns];
     float value[2][kGroup];
-    const uint32_t lane_bit = 1u << lane();
-    // All lanes read the same word. Voting on it bit by bit tells the compiler that they do, so that
-    // it branches without caring for lanes that might go another way; the loop must count what is
-    // the same for all threads, not a pointer that depends on the warp, for the same reason.
-    uint32_t before = 0, mask = __ballot_sync(~0u, masks[0] & lane_bit), loaded = masks[1];
-    for (int run = 0; run < plan_.strip / kRun; ++run) {
-      const uint32_t after = __ballot_sync(~0u, loaded & lane_bit);
-      loaded = masks[run + 2];
-      values_ += __popc(mask);
-      if (mask != 0) {
+    const unsigned char own = masks[31 - lane()];
+    const uint32_t pixels = __ballot_sync(~0u, own != 0);  // bit 31 - i: pixel i has a non-zero
+    if (pixels == 0) return;
+    lane_values_ += __popc(own);
+    unsigned char* input[K::kTaps];
 #pragma unroll
-        for (int i = 0; i < kRun; ++i) {
-          if ((mask >> (8 * i) & 255u) == 0) continue;
-          if (((i == 0 ? before >> 24 : mask >> (8 * (i - 1))) & 255u) == 0) {
-            load_values<K>(value[i % 2], values + i * kTileK * kBytes);
+    for (int r = 0; r < K::kTaps; ++r)
+      input[r] = in_register(ring + wrap(slot_ + r) * (plan_.columns * K::kPixelBytes));
+    int next = __clz(pixels) & -kRun;
+    uint32_t loaded = *reinterpret_cast<const uint32_t*>(masks + next);
+    for (bool more = true; more;) {
+      const int first = next;
+      // All lanes have the same word. This tells the compiler that they do, so that it branches
+      // without caring for lanes that might go another way, as `pixels` being a vote does.
+      const uint32_t mask = __reduce_or_sync(~0u, loaded);
+      // Bit 31: of the pixel before the run, of the one after it.
+      const uint32_t before = pixels >> 1 << first, after = pixels << first << kRun;
+      more = after != 0;
+      next = first + kMostStrip - ((31 - __clz(after)) & -kRun);
+      if (more) loaded = *reinterpret_cast<const uint32_t*>(masks + next);
+      const unsigned char* const run_values = values + first * (kTileK * kBytes);
+      const unsigned char* run_input[K::kTaps];
 #pragma unroll
-            for (int s = 0; s < K::kTaps; ++s)
-              load_column<K>(columns[(i * K::kStride + s) % K::kColumns], input, i * K::kStride + s);
+      for (int r = 0; r < K::kTaps; ++r)
+        run_input[r] = in_register(input[r] + first * (K::kStride * K::kPixelBytes));
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) {
+        if ((mask >> (8 * i) & 255u) == 0) continue;
+        if (((i == 0 ? before >> 31 : mask >> (8 * (i - 1))) & 255u) == 0) {
+          load_values<K>(value[i % 2], run_values + i * kTileK * kBytes);
+#pragma unroll
+          for (int s = 0; s < K::kTaps; ++s)
+            load_column<K>(columns[(i * K::kStride + s) % K::kColumns], run_input, i * K::kStride + s);
+        }
+        if (((i + 1 == kRun ? after >> 31 : mask >> (8 * (i + 1))) & 255u) != 0) {
+          load_values<K>(value[(i + 1) % 2], run_values + (i + 1) * kTileK * kBytes);
+#pragma unroll
+          for (int s = 0; s < K::kStride; ++s) {
+            const int index = i * K::kStride + K::kTaps + s;
+            load_column<K>(columns[index % K::kColumns], run_input, index);
           }
-          if (((i + 1 == kRun ? after : mask >> (8 * (i + 1))) & 255u) != 0) {
-            load_values<K>(value[(i + 1) % 2], values + (i + 1) * kTileK * kBytes);
+        }
 #pragma unroll
-            for (int s = 0; s < K::kStride; ++s) {
-              const int index = i * K::kStride + K::kTaps + s;
-              load_column<K>(columns[index % K::kColumns], input, index);
-            }
-          }
+        for (int k = 0; k < kGroup; ++k) {
+          if (mask >> (8 * i + k) & 1u) {
 #pragma unroll
-          for (int k = 0; k < kGroup; ++k) {
-            if (mask >> (8 * i + k) & 1u) {
+            for (int r = 0; r < K::kTaps; ++r)
 #pragma unroll
-              for (int r = 0; r < K::kTaps; ++r)
+              for (int s = 0; s < K::kTaps; ++s)
 #pragma unroll
-                for (int s = 0; s < K::kTaps; ++s)
-#pragma unroll
-                  for (int c = 0; c < K::kLane; ++c)
-                    sums[k][r][s][c] =
-                        fmaf(value[i % 2][k], columns[(i * K::kStride + s) % K::kColumns].x[r][c],
-                             sums[k][r][s][c]);
-            }
+                for (int c = 0; c < K::kLane; ++c)
+                  sums[k][r][s][c] =
+                      fmaf(value[i % 2][k], columns[(i * K::kStride + s) % K::kColumns].x[r][c],
+                           sums[k][r][s][c]);
           }
         }
       }
-      before = mask;
-      mask = after;
-      values += kRun * kTileK * kBytes;
-#pragma unroll
-      for (int r = 0; r < K::kTaps; ++r) input[r] += kRun * K::kStride * K::kPixelBytes;
     }
   }
 
@@ -414,10 +433,11 @@ class Walk {
       }
       *at = sum;
     }
-    values_ = 0;
+    lane_values_ = 0;
   }
 
-  int values_ = 0;  // that were multiplied since sums were last added to memory
+  // Of this lane's pixels of a row, that were multiplied since sums were last added to memory.
+  int lane_values_ = 0;
   const Plan& plan_;
   const typename K::Shared shared_;
   int k0_, c0_, range_, rows_, width_;  // what the block does; width_: pixels of a row
@@ -425,15 +445,16 @@ class Walk {
   bool has_pixel_;
   const uint32_t* mask_;  // where the next one is
   const T* g_;  // first pixel of the next step to stage, this lane's channels
-  // The next input row to stage: which row of an image sees it first, its place in the image and in
-  // the ring. This thread stages 16 bytes of a row in each of its passes: which ones copy them, as
-  // they are inside the image, and which clear them.
-  int stage_p_, stage_row_, stage_slot_ = 0;
-  uint32_t inside_ = 0, outside_ = 0;
-  int pass_bytes_;  // from what it copies in a pass to what it does in the next
+  // The next input row to stage: its place in its image, where the rows that the next row of
+  // grad_output sees end, its place in the ring. This thread stages 16 bytes of a row in each of its
+  // passes, those of which columns and channels are inside the image.
+  int stage_row_, stage_end_, stage_slot_ = 0;
+  uint32_t inside_ = 0;
+  unsigned pass_bytes_;  // from what it copies in a pass to what it does in the next
   const unsigned char* input_;  // in the first pass, if it is inside
   // The next row to compute: its place in its image, the ring row that it sees first.
-  int p_, slot_ = 0;
+  int p_;
+  unsigned slot_ = 0;
 };
 
 // partials: kBlockSums for each block.

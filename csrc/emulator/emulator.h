@@ -224,6 +224,8 @@ inline void named_barrier(int id, int threads, emulator::Site site = emulator::S
   emulator::group_barrier(id, threads, site);
 }
 
+inline unsigned char* in_register(unsigned char* shared) { return shared; }
+
 inline void cp_async16(void* shared, const void* global, int bytes = 16,
                        emulator::Site site = emulator::Site::here()) {
   emulator::copy_async(shared, global, bytes, site);

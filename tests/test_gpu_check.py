@@ -11,6 +11,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import gpu_check
+import gpu_workload
 import pytest
 import torch
 from test_bench import CudaOnCpu
@@ -20,10 +22,6 @@ from typer.testing import CliRunner
 from sparsebwd.bench import cli, devices, suites
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
-
-import gpu_check  # noqa: E402
-import gpu_workload  # noqa: E402
 
 GPU = {"name": "Some GPU 80GB", "capability": "9.0", "memory_bytes": 80 * 2**30, "devices": 1, "torch": "2.11.0",
        "cuda": "13.0", "cudnn": 91000, "shared_bytes": 30_000_000}  # fmt: skip

@@ -7,7 +7,7 @@
 
 #include "conv_backward.h"
 #include "conv_kernels.h"
-#include "integers.h"
+#include "sparsebwd/integers.h"
 
 namespace sparsebwd {
 

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "integers.h"
+#include "sparsebwd/integers.h"
 
 namespace sparsebwd {
 namespace {

@@ -5,7 +5,7 @@
 #include <atomic>
 #include <vector>
 
-#include "integers.h"
+#include "sparsebwd/integers.h"
 
 namespace sparsebwd {
 namespace {

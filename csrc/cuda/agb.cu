@@ -45,6 +45,7 @@
 #include "kernels.h"
 #include "launch.h"
 #include "plain.h"
+#include "sparsebwd/integers.h"
 
 namespace sparsebwd::cuda {
 namespace {
@@ -323,8 +324,6 @@ auto with_form(const ConvProblem& problem, F&& f) {
   if (problem.c <= 64) return strided ? f(Form<T, 1, 2, 32, 2>()) : f(Form<T, 1, 1, 32, 2>());
   return strided ? f(Form<T, 1, 2, 24, 8>()) : f(Form<T, 1, 1, 12, 8>());
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class F>
 int64_t packed_floats(const ConvProblem& problem) {

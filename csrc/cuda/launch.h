@@ -20,7 +20,6 @@ struct LaunchShape {
 #ifdef SPARSEBWD_EMULATOR
 
 using emulator::launch;
-using emulator::resident_blocks;
 
 #else
 
@@ -65,14 +64,11 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cuda
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 
-// How many blocks of this kernel a multiprocessor holds at once.
-template <class... Parameters>
-cudaError_t resident_blocks(void (*kernel)(Parameters...), int threads, size_t shared, int* blocks) {
-  const cudaError_t error = allow_shared(kernel, shared);
-  if (error != cudaSuccess) return error;
-  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, shared);
-}
-
 #endif
+
+// Whether vectors of so many bytes can be loaded from there.
+inline bool is_aligned(const void* pointer, size_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
 
 }  // namespace sparsebwd::cuda

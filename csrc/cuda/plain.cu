@@ -6,6 +6,7 @@
 #include "element.cuh"
 #include "launch.h"
 #include "plain.h"
+#include "sparsebwd/integers.h"
 
 namespace sparsebwd::cuda {
 namespace {
@@ -101,7 +102,7 @@ wgc_plain_kernel(Operands<T> op, int lanes) {
   const int thread = threadIdx.x, lane = thread % lanes;
   const int64_t height = problem.p(), width = problem.q(), pixels = problem.n * height * width;
   const int64_t group_c = problem.c / problem.groups, group_k = problem.k / problem.groups;
-  const int64_t runs = (group_c + lanes - 1) / lanes;
+  const int64_t runs = ceil_div(group_c, lanes);
   const int64_t jobs = problem.k * problem.r * problem.s * runs;
   for (int64_t job = blockIdx.x; job < jobs; job += gridDim.x) {
     int64_t k = job;
@@ -144,7 +145,7 @@ cudaError_t agb_plain(const ConvCall& call, cudaStream_t stream) {
   const bool channels_first = call.result_strides.w < call.result_strides.c;
   return with_element(call.dtype, [&](auto element) {
     using T = typename decltype(element)::type;
-    const LaunchShape shape = {blocks_for((count + kThreads - 1) / kThreads), kThreads};
+    const LaunchShape shape = {blocks_for(ceil_div(count, kThreads)), kThreads};
     return launch(agb_plain_kernel<T>, shape, stream, operands_of<T>(call), channels_first);
   });
 }
@@ -158,7 +159,7 @@ cudaError_t wgc_plain(const ConvCall& call, cudaStream_t stream) {
   int lanes = 1;
   while (lanes < group_c && lanes < kThreads && (lanes < wanted || lanes * pixels < kThreads))
     lanes *= 2;
-  const int64_t runs = (group_c + lanes - 1) / lanes;
+  const int64_t runs = ceil_div(group_c, lanes);
   return with_element(call.dtype, [&](auto element) {
     using T = typename decltype(element)::type;
     const LaunchShape shape = {blocks_for(problem.k * problem.r * problem.s * runs), kThreads,

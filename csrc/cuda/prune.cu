@@ -34,6 +34,7 @@
 #include "element.cuh"
 #include "kernels.h"
 #include "launch.h"
+#include "sparsebwd/integers.h"
 
 namespace sparsebwd::cuda {
 namespace {
@@ -131,7 +132,7 @@ struct Rows {
 __device__ Rows rows_of_warp(int64_t rows) {
   const int64_t first = rows * blockIdx.x / gridDim.x + threadIdx.x / kWarp;
   const int64_t end = rows * (blockIdx.x + 1) / gridDim.x;
-  return {first, first < end ? static_cast<uint32_t>((end - first + kWarps - 1) / kWarps) : 0u};
+  return {first, first < end ? static_cast<uint32_t>(ceil_div(end - first, kWarps)) : 0u};
 }
 
 // Adds up magnitudes and parks packs, front to back. `position` moves from the first row to behind
@@ -243,8 +244,6 @@ __global__ void __launch_bounds__(kThreads) prune_kernel(const Arguments a) {
 
 // ---- launch
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // The step by `packs` packs, each of which counts `step` in the innermost loop.
 Step step_of(const Geometry& geometry, int64_t packs, int step) {
   Step result = {};
@@ -328,10 +327,6 @@ cudaError_t launch_view(const PruneCall& call, const Device& device, cudaStream_
   return launch(prune_kernel<View>, launch_shape, stream, a);
 }
 
-bool aligned(const void* pointer, size_t bytes) {
-  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
-}
-
 }  // namespace
 
 size_t prune_workspace(const PruneCall&, const Device& device) {
@@ -349,7 +344,7 @@ cudaError_t prune(const PruneCall& call, const Device& device, cudaStream_t stre
     const size_t bytes = shape.channels_last ? 16 : 2 * sizeof(T);
     const int64_t inner = shape.channels_last ? shape.c : shape.h * shape.w;
     const bool vectors = static_cast<size_t>(inner) * sizeof(T) % bytes == 0 &&
-                         aligned(call.g, bytes) && aligned(call.out, bytes);
+                         is_aligned(call.g, bytes) && is_aligned(call.out, bytes);
     if (shape.channels_last)
       return vectors ? launch_view<ChannelsLast<T, true>>(call, device, stream)
                      : launch_view<ChannelsLast<T, false>>(call, device, stream);

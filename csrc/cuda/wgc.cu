@@ -45,6 +45,7 @@
 #include "kernels.h"
 #include "launch.h"
 #include "plain.h"
+#include "sparsebwd/integers.h"
 
 namespace sparsebwd::cuda {
 namespace {
@@ -167,29 +168,29 @@ class Walk {
       : plan_(plan), shared_(K::shared(plan)) {
     const unsigned tiles = plan.c_tiles * plan.k_tiles;
     const int k_tile = blockIdx.x % plan.k_tiles;
-    k0_ = k_tile * kTileK;
-    c0_ = blockIdx.x % tiles / plan.k_tiles * K::kTileC;
-    range_ = blockIdx.x / tiles;
-    const int64_t row_range = range_ / plan.strips;
+    const int k0 = k_tile * kTileK;
+    const int c0 = blockIdx.x % tiles / plan.k_tiles * K::kTileC;
+    const int range = blockIdx.x / tiles;
+    const int64_t row_range = range / plan.strips;
     const int64_t row = plan.rows * row_range / plan.row_ranges;
     rows_ = static_cast<int>(plan.rows * (row_range + 1) / plan.row_ranges - row);
 
-    const int q0 = range_ % plan.strips * plan.strip;
-    width_ = plan.q - q0 < plan.strip ? plan.q - q0 : plan.strip;
+    const int q0 = range % plan.strips * plan.strip;
+    const int width = plan.q - q0 < plan.strip ? plan.q - q0 : plan.strip;
     const int pixel = threadIdx.x % plan.strip;
     pixel_row_ = threadIdx.x / plan.strip;
     pixel_offset_ = pixel_row_ * plan.q + pixel;
     const int64_t first_pixel = row * plan.q + q0;
     const int k_words = (plan.k + 31) / 32;
     mask_ = nonzeros + (first_pixel + pixel_offset_) * k_words + k_tile;
-    has_pixel_ = pixel_row_ < plan.step_rows && pixel < width_;
-    g_ = g + first_pixel * plan.k + k0_ + lane() % kValueChunks * K::kChunk;
+    has_pixel_ = pixel_row_ < plan.step_rows && pixel < width;
+    g_ = g + first_pixel * plan.k + k0 + lane() % kValueChunks * K::kChunk;
 
     p_ = static_cast<int>(row % plan.p);
     stage_row_ = p_ * plan.stage_stride;
     stage_end_ = stage_row_ + K::kTaps;
-    const int c = c0_ + static_cast<int>(threadIdx.x) % kInputChunks * K::kChunk;
-    const int first = threadIdx.x / kInputChunks, columns = (width_ - 1) * K::kStride + K::kTaps;
+    const int c = c0 + static_cast<int>(threadIdx.x) % kInputChunks * K::kChunk;
+    const int first = threadIdx.x / kInputChunks, columns = (width - 1) * K::kStride + K::kTaps;
     const int input_column = (q0 * K::kStride + first) * plan.column_step - plan.pad_w;
     for (int pass = 0; first + pass * kInputColumns < columns; ++pass) {
       const int at = input_column + pass * kInputColumns * plan.column_step;
@@ -440,7 +441,7 @@ class Walk {
   int lane_values_ = 0;
   const Plan& plan_;
   const typename K::Shared shared_;
-  int k0_, c0_, range_, rows_, width_;  // what the block does; width_: pixels of a row
+  int rows_;  // of grad_output, that the block walks through
   int pixel_row_, pixel_offset_;  // of this thread's pixel in each step, from the first
   bool has_pixel_;
   const uint32_t* mask_;  // where the next one is
@@ -506,8 +507,6 @@ __global__ void __launch_bounds__(kReduceThreads)
     result[k * strides.n + c * strides.c + r * strides.h + s * strides.w] =
         from_float<typename K::T>(static_cast<float>(sum));
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Fills as many waves of blocks as is best by this model, in units of the time for a pixel: writing
 // and adding up its sums costs a range 256, and ranges may differ so much in density that the
@@ -584,12 +583,10 @@ auto with_kernel(const ConvProblem& problem, DType dtype, F&& f) {
   });
 }
 
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 bool is_sparse(const ConvCall& call) {
   const ConvProblem& problem = call.problem;
   return problem.n > 0 && wgc_refusal(problem, call.dtype) == nullptr && call.nonzeros != nullptr &&
-         aligned(call.grad_output) && aligned(call.operand) &&
+         is_aligned(call.grad_output, 16) && is_aligned(call.operand, 16) &&
          is_channels_last(call.grad_output_strides, problem.n, problem.k, problem.p(), problem.q()) &&
          is_channels_last(call.operand_strides, problem.n, problem.c, problem.h, problem.w);
 }

@@ -183,11 +183,6 @@ cudaError_t launch(void (*kernel)(Parameters...), const Shape& shape, cudaStream
               shape.cooperative, apply, &call, sizeof call});
 }
 
-template <class... Parameters>
-cudaError_t resident_blocks(void (*)(Parameters...), int threads, size_t shared, int* blocks) {
-  return resident_blocks(threads, shared, blocks);
-}
-
 template <class To, class From>
 inline To bits_as(From value) {
   static_assert(sizeof(From) <= sizeof(To) && std::is_trivially_copyable_v<From>);

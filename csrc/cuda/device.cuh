@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// What kernels use of the hardware beyond CUDA C++: every line of PTX, shared memory, and the grid
-// barrier. Kernels include this file and no other CUDA header, so that the emulator
-// (csrc/emulator), which compiles the same kernels for a CPU, has one thing to stand in for.
+// What kernels use of the hardware beyond CUDA C++: shared memory, barriers, and every line of PTX
+// but for the few on element types (element.cuh). Kernels include this file and no other CUDA
+// header, so that the emulator (csrc/emulator), which compiles the same kernels for a CPU, has one
+// thing to stand in for.
 #pragma once
 
 #include <stdint.h>

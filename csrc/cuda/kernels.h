@@ -2,7 +2,8 @@
 // The CUDA kernels as the host sees them: raw device pointers, sizes, a stream. Nothing here waits
 // for the device or allocates: what a call needs beside its operands is `workspace`, of as many
 // bytes as the function beside it says, aligned to 256 bytes, with any contents. Each returns
-// cudaSuccess or what the launch reported. Launches can be captured in graphs.
+// cudaSuccess, cudaErrorInvalidValue for what it does not take, or what the launch reported.
+// Launches can be captured in graphs.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -30,7 +31,8 @@ cudaError_t current_device(Device* device);
 struct Pruning {
   const int64_t* key;         // two words, in device memory: read when the kernel runs
   double sigma_coefficient;   // sigma = float32(sigma_coefficient * (sum |g| / count))
-  double quantile;            // tau = float32(sigma * quantile), then rounded to the dtype of g
+  // tau = float32(sigma * quantile), then rounded to the dtype of g; 0 if it is not finite.
+  double quantile;
   // Null: the threshold is that of this very gradient. Else device memory, 1 + kSigmaHistory words:
   // how many values were recorded so far, then the last kSigmaHistory of them as float32 bits,
   // value i at i % kSigmaHistory. The threshold then comes from the mean of those recorded
@@ -43,7 +45,7 @@ struct Pruning {
 struct PruneCall {
   const void* g;
   DType dtype;
-  PruneShape shape;
+  PruneShape shape;        // of sizes below 2^31
   const Pruning* pruning;  // null: nothing is pruned, g is copied
   void* out;               // pruned g; same dtype and layout; may be g; null: not wanted
   // Null or, channels-last only, [n * h * w][ceil(c / 32)]: bit c % 32 of word c / 32 says whether
@@ -84,7 +86,7 @@ const char* agb_refusal(const ConvProblem& problem, DType dtype);
 const char* wgc_refusal(const ConvProblem& problem, DType dtype);
 
 // The sparse kernel where it is not refused, grad_output, the input and its gradient are dense and
-// channels-last and `nonzeros` is given; else the plain kernel (plain.cu), which takes any problem
+// channels-last, what WGC reads is aligned to 16 bytes, and `nonzeros` is given; else the plain kernel (plain.cu), which takes any problem
 // and any strides.
 size_t agb_workspace(const ConvCall& call, const Device& device);
 cudaError_t agb(const ConvCall& call, const Device& device, cudaStream_t stream);

@@ -2,13 +2,14 @@
 """The cuda backend and its raw operators, on the emulated kernels: what is "on the device" here is a CPU tensor.
 
 csrc/torch/library_cuda.cpp is compiled for the emulator (see tests/emulation.py) and behaves as on a device, but for
-the device guard and the stream. That it compiles for CUDA is tested too, and how setup.py decides to.
+the device guard and the stream. That it compiles for CUDA is tested in test_cuda_compile.py; how setup.py decides to, here.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import itertools
+import logging
 import os
 import runpy
 import shlex
@@ -537,6 +538,15 @@ def test_refusals():
     assert agb and wgc and not agb.endswith(".")
 
 
+def test_refusals_are_logged(caplog):
+    problem = ConvProblem.parse("n2c6h7w8k6r3s3p1g6")
+    cuda._refusals.cache_clear()
+    with caplog.at_level(logging.DEBUG, "sparsebwd"):
+        agb, wgc = cuda._refusals(torch.ops.sparsebwd_emulated, problem, torch.float32)
+    for name, refusal in (("AGB", agb), ("WGC", wgc)):
+        assert f"{problem} in torch.float32: no sparse {name}, since {refusal}" in caplog.text
+
+
 G = torch.ones(2, 4, 3, 5)
 STATS = torch.empty(3)
 HISTORY = torch.zeros(5, dtype=torch.int32)
@@ -565,6 +575,10 @@ INPUT, WEIGHT = torch.ones(BAD.input_size), torch.ones(BAD.weight_size)
         (lambda: _prune(G.double()), "g: got a tensor of dtype Double, accepted are Float .*, BFloat16 and Half"),
         (lambda: _prune(G[0]), "g: got 3 dimensions, accepted are 4"),
         (lambda: _prune(G[:, ::2]), "g: got strides .* accepted are contiguous and channels_last"),
+        (
+            lambda: _prune(torch.empty(0, 2**31, 1, 1)),
+            r"g: got shape \[0, 2147483648, 1, 1\], .* sizes up to 2147483647",
+        ),
         (lambda: _prune(key=KEY.int()), "key: got Int of shape"),
         (lambda: _prune(key=KEY[:1]), r"key: got Long of shape \[1\], accepted"),
         (lambda: _prune(key=KEY.to("meta")), "key: got a tensor on another device, accepted is that of g"),
@@ -642,19 +656,6 @@ def test_cuda_is_refused_where_it_cannot_run(generator):
 
 
 # ---- the build
-
-
-def test_operators_compile_for_cuda(tmp_path):
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        from cuda_toolkit import find_cuda_toolkit
-    finally:
-        sys.path.remove(str(ROOT / "tools"))
-    toolkit = find_cuda_toolkit()
-    if toolkit is None:
-        pytest.skip("no CUDA compiler is found")
-    options = ["-Wall", "-Wextra", "-Wno-missing-field-initializers", "-Werror", '-DSPARSEBWD_CUDA_ARCHITECTURES="8.0"']
-    _run([*_compile(*options, *(f"-isystem{folder}" for folder in toolkit.includes)), "-fsyntax-only"])
 
 
 @pytest.fixture

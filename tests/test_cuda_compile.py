@@ -233,7 +233,8 @@ def test_operators_of_cuda_compile_and_link(compiled, toolkit, tmp_path):
         folders = [ROOT / "csrc" / "include", ROOT / "csrc" / "cuda"]
         systems = [*toolkit.includes, *cpp_extension.include_paths(), sysconfig.get_path("include")]
         definitions = ["TORCH_TARGET_VERSION=0x020b000000000000", 'SPARSEBWD_CUDA_ARCHITECTURES="8.0"']
-        compile = [*COMPILER, "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror"]
+        compile = [*COMPILER, "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden"]
+        compile += ["-Wall", "-Wextra", "-Wno-missing-field-initializers", "-Werror"]
         compile += [*(f"-D{words}" for words in definitions), *(f"-I{folder}" for folder in folders)]
         compile += [*(f"-isystem{folder}" for folder in systems), "-c", ROOT / "csrc" / source, "-o", objects[-1]]
         done = subprocess.run(compile, capture_output=True, text=True)

@@ -59,8 +59,9 @@ inline bool is_dense(const Tensor& tensor, const Sizes& order) {
 inline const Sizes kContiguous = {0, 1, 2, 3};
 inline const Sizes kChannelsLast = {0, 2, 3, 1};
 
-// A gradient that can be pruned: positions are counted in 32 bits.
-inline PruneShape checked_prune_shape(const Tensor& tensor, const char* name) {
+// A gradient that can be pruned, of sizes up to `most`: positions are counted in 32 bits.
+inline PruneShape checked_prune_shape(const Tensor& tensor, const char* name,
+                                      int64_t most = std::numeric_limits<uint32_t>::max()) {
   check(tensor.dim() == 4, name, ": got ", tensor.dim(),
         " dimensions, accepted are 4 (n, c, h, w)");
   const bool channels_last = is_dense(tensor, kChannelsLast);
@@ -68,8 +69,8 @@ inline PruneShape checked_prune_shape(const Tensor& tensor, const char* name) {
         text(tensor.strides()), " for shape ", text(tensor.sizes()),
         ", accepted are contiguous and channels_last tensors");
   for (int64_t dim = 0; dim < 4; ++dim)
-    check(tensor.size(dim) <= std::numeric_limits<uint32_t>::max(), name, ": got shape ",
-          text(tensor.sizes()), ", accepted are sizes below 2^32");
+    check(tensor.size(dim) <= most, name, ": got shape ", text(tensor.sizes()),
+          ", accepted are sizes up to ", most);
   return {tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3), channels_last};
 }
 

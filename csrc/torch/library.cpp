@@ -9,10 +9,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>

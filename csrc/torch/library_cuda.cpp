@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -100,6 +101,8 @@ using sparsebwd::ConvProblem;
 using sparsebwd::DType;
 
 // ---- argument checks
+
+constexpr int64_t kMostOfDimension = std::numeric_limits<int32_t>::max();  // see cuda::PruneCall
 
 void check_on_device(const Tensor& tensor, const char* name) {
   check(is_on_device(tensor), name, ": got a tensor on another device, accepted is ", kDevice);
@@ -238,7 +241,7 @@ void prune(const Tensor& g, std::optional<Tensor> key, double sigma_coefficient,
   check_on_device(g, "g");
   cuda::PruneCall call = {};
   call.dtype = checked_dtype(g, "g");
-  call.shape = checked_prune_shape(g, "g");
+  call.shape = checked_prune_shape(g, "g", kMostOfDimension);
   call.g = g.const_data_ptr();
   const auto pruning =
       checked_pruning(key, sigma_coefficient, quantile, sigma_history, g, "g");
@@ -273,7 +276,7 @@ void conv2d_backward(const Tensor& grad_output, std::optional<Tensor> input,
 
   cuda::PruneCall prune_call = {};
   prune_call.dtype = dtype;
-  prune_call.shape = checked_prune_shape(grad_output, "grad_output");
+  prune_call.shape = checked_prune_shape(grad_output, "grad_output", kMostOfDimension);
   prune_call.g = grad_output.const_data_ptr();
   const auto pruning = checked_pruning(key, sigma_coefficient, quantile, sigma_history, grad_output,
                                        "grad_output");

@@ -73,9 +73,13 @@ def _new_stats(grad: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def _refusals(operators, problem: ConvProblem, dtype: torch.dtype) -> tuple[str, str]:
-    """Why the sparse kernels of AGB and of WGC do not take the problem; "" where they do."""
+    """Why the sparse kernels of AGB and of WGC do not take the problem; "" where they do. Logged when first asked."""
     geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
-    return operators.refusals(problem.input_size, problem.weight_size, *geometry, str(dtype).removeprefix("torch."))
+    found = operators.refusals(problem.input_size, problem.weight_size, *geometry, str(dtype).removeprefix("torch."))
+    for name, refusal in zip(("AGB", "WGC"), found):
+        if refusal:
+            logger.debug("%s in %s: no sparse %s, since %s", problem, dtype, name, refusal)
+    return found
 
 
 _ALIGNMENT = 16

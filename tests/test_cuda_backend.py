@@ -638,6 +638,23 @@ def test_code_for_architectures_runs_on_devices(architectures, capability, runs)
     assert cuda.covers(architectures, capability) == runs
 
 
+def test_each_device_needs_code_of_its_own(monkeypatch):
+    capabilities = [(9, 0), (8, 6)]
+    monkeypatch.setattr(cuda, "why_not_loaded", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    backend = cuda.CudaBackend()
+    backend.operators = SimpleNamespace(build=lambda: ("9.0a 10.0+PTX", 13000, 13000))
+    assert backend.available().startswith(
+        "device 1 has compute capability 8.6, the kernels are built for 9.0a 10.0+PTX;"
+    )
+    capabilities.pop()
+    assert backend.available() is None
+    capabilities.clear()
+    assert backend.available() == "PyTorch finds no CUDA device"
+
+
 def test_module_that_does_not_load_is_a_reason(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(name=name))
     monkeypatch.setitem(sys.modules, "sparsebwd._C_cuda", None)

@@ -110,7 +110,8 @@ class CudaBackend(Backend):
             major, minor = torch.cuda.get_device_capability(index)
             if not covers(architectures.split(), (major, minor)):
                 return (
-                    f"device {index} has compute capability {major}.{minor}, the kernels are built for {architectures}"
+                    f"device {index} has compute capability {major}.{minor}, the kernels are built for {architectures}; "
+                    "TORCH_CUDA_ARCH_LIST, when sparsebwd is installed, adds others from 8.0 on"
                 )
         return None
 

@@ -139,7 +139,7 @@ def test_integers_are_exact_whichever_kernel_runs(
 
 def dense_in_one_chain(problem: ConvProblem, weight: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
     """AGB as dense kernels of GPUs compute it in float32: a fused multiply-add after the other. Those of CPUs, which
-    add up parts of the sums first, are up to four times as accurate."""
+    add up parts of the sums first, are up to five times as accurate."""
     n, c, h, w = problem.input_size
     p, q = problem.output_size[2:]
     (up, left), (down, right) = problem.padding, problem.stride

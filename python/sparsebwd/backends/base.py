@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import reference
 from ..problem import ConvProblem
 from ..reference import PrunedGradient
 
@@ -87,7 +88,6 @@ class Backend(ABC):
     def can_run(self, problem: ConvProblem | None, device_type: str, dtype: torch.dtype) -> str | None:
         """None if it can compute this, else the reason why not. Without a problem: prune."""
 
-    @abstractmethod
     def prune(
         self,
         grad: Tensor,
@@ -96,11 +96,12 @@ class Backend(ABC):
         sigma_estimator: str,
         sigma_history: Tensor | None = None,
     ) -> PrunedGradient:
-        """Prune ``grad`` (N, C, H, W) with the int64[2] ``key``.
+        """Prune ``grad`` (N, C, H, W) with the int64[2] ``key``. Here in plain PyTorch, on any device.
 
         sigma_history: predict the threshold from it, and record sigma of ``grad`` in it, as
         :func:`sparsebwd.reference.threshold` does.
         """
+        return reference.prune(grad, key, percentile, sigma_estimator, sigma_history)
 
     @abstractmethod
     def conv2d_input(self, problem: ConvProblem, weight: Tensor, grad_output: Tensor) -> Tensor:

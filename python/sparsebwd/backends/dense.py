@@ -8,7 +8,6 @@ from torch import Tensor
 
 from .. import reference
 from ..problem import ConvProblem
-from ..reference import PrunedGradient
 from .base import Backend, empty
 
 
@@ -19,16 +18,6 @@ class DenseBackend(Backend):
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"{dtype} is not float32, bfloat16 or float16"
         return None
-
-    def prune(
-        self,
-        grad: Tensor,
-        key: Tensor,
-        percentile: float,
-        sigma_estimator: str,
-        sigma_history: Tensor | None = None,
-    ) -> PrunedGradient:
-        return reference.prune(grad, key, percentile, sigma_estimator, sigma_history)
 
     # PyTorch reads only the shape and the strides of the operand whose gradient it computes. The strides help to choose
     # the layout that it computes in: with those of an expanded tensor it converts the other operands.

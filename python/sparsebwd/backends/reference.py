@@ -8,7 +8,6 @@ from torch import Tensor
 
 from .. import reference
 from ..problem import ConvProblem
-from ..reference import PrunedGradient
 from .base import Backend
 
 
@@ -19,16 +18,6 @@ class ReferenceBackend(Backend):
         if not dtype.is_floating_point:
             return f"{dtype} is not a floating dtype"
         return None
-
-    def prune(
-        self,
-        grad: Tensor,
-        key: Tensor,
-        percentile: float,
-        sigma_estimator: str,
-        sigma_history: Tensor | None = None,
-    ) -> PrunedGradient:
-        return reference.prune(grad, key, percentile, sigma_estimator, sigma_history)
 
     def conv2d_input(self, problem: ConvProblem, weight: Tensor, grad_output: Tensor) -> Tensor:
         return reference.conv2d_input(problem, weight, grad_output).to(grad_output.dtype)

@@ -310,7 +310,8 @@ __global__ void write_global(Arguments a) {
   if (threadIdx.x > 0) return;
   if (P == Place::kBelow) out<int>(a)[-1] = 1;
   if (P == Place::kAbove) out<int>(a)[a.n] = 1;
-  if (P == Place::kFarAbove) out<int>(a)[a.n + 3000000] = 1;
+  // 16 TB: no other array can be there.
+  if (P == Place::kFarAbove) out<int>(a)[a.n + (int64_t{1} << 42)] = 1;
   if (P == Place::kNull)
     *reinterpret_cast<volatile int*>(static_cast<uintptr_t>(a.n - blockDim.x)) = 1;
   if (P == Place::kInput) const_cast<int*>(in<int>(a))[0] = 1;

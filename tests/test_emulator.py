@@ -229,9 +229,10 @@ def test_memory(kernels, rng):
 
 
 def _aligned(array: np.ndarray) -> np.ndarray:
-    """The same values, at a multiple of 16 bytes."""
-    memory = np.zeros(array.nbytes + 16, np.uint8)
-    start = -memory.ctypes.data % 16
+    """The same values, at a multiple of 16 bytes, with no other array within 4 KB: what is nearest is certain."""
+    margin = 4096
+    memory = np.zeros(array.nbytes + 2 * margin + 16, np.uint8)
+    start = margin + -memory.ctypes.data % 16
     result = memory[start : start + array.nbytes].view(array.dtype)
     result[:] = array
     return result

@@ -122,6 +122,13 @@ def test_checked(text, dtype, generator):
     _check_exact(Emulator("checked"), problem, *operands)
 
 
+@pytest.mark.parametrize("text", ["n2c20h8w9k36r3s3p1", "n2c20h8w9k4r1s1"])
+def test_groups_of_which_half_the_channels_exist(text, generator):
+    problem = ConvProblem.parse(text)
+    operands = _operands(problem, 1.0, torch.float32, generator, integer=True)
+    _check_exact(Emulator("checked"), problem, *operands)
+
+
 @pytest.mark.parametrize("density", [1.0, 0.3, 0.01])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("text", GRID)

@@ -184,7 +184,9 @@ class Walk {
     const int k_words = (plan.k + 31) / 32;
     mask_ = nonzeros + (first_pixel + pixel_offset_) * k_words + k_tile;
     has_pixel_ = pixel_row_ < plan.step_rows && pixel < width;
-    g_ = g + first_pixel * plan.k + k0 + lane() % kValueChunks * K::kChunk;
+    // Of a group that only half exists, as with float32 it may, the other half is not to be read.
+    const int k = k0 + lane() % kValueChunks * K::kChunk, last_k = plan.k - K::kChunk;
+    g_ = g + first_pixel * plan.k + (k < last_k ? k : last_k);
 
     p_ = static_cast<int>(row % plan.p);
     stage_row_ = p_ * plan.stage_stride;
@@ -445,7 +447,7 @@ class Walk {
   int pixel_row_, pixel_offset_;  // of this thread's pixel in each step, from the first
   bool has_pixel_;
   const uint32_t* mask_;  // where the next one is
-  const T* g_;  // first pixel of the next step to stage, this lane's channels
+  const T* g_;  // first pixel of the next step to stage, this lane's channels, or the last ones
   // The next input row to stage: its place in its image, where the rows that the next row of
   // grad_output sees end, its place in the ring. This thread stages 16 bytes of a row in each of its
   // passes, those of which columns and channels are inside the image.

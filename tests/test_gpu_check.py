@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -34,6 +35,7 @@ def _quiet(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_check, "clocks", lambda: {"clocks.sm": "1980 MHz"})
     monkeypatch.setattr(gpu_check, "nvcc_release", lambda: "13.0")
     monkeypatch.setattr(gpu_check, "find_gpu", lambda: dict(GPU))
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # gpu_check adds to it
 
 
 # ---- plans
@@ -133,6 +135,30 @@ def test_a_failing_part_does_not_stop_the_others(monkeypatch, tmp_path, capsys):
     assert len(list((tmp_path / "out").iterdir())) == 2
 
 
+def test_parts_may_fail_in_any_way(monkeypatch, tmp_path, capsys):
+    def broken(check):
+        check.record["parts"]["counters"] = {"kernels": [{}]}  # the report cannot be written
+        raise KeyError("what no one thought of")
+
+    monkeypatch.setattr(gpu_check, "PARTS", {"build": broken, "tests": lambda check: {"ran": 3}})
+    assert gpu_check.main(["--output", str(tmp_path / "out")]) == 1
+    assert "Traceback" in capsys.readouterr().out
+    path, text = sorted((tmp_path / "out").iterdir())
+    results = json.loads(path.read_text())["results"]
+    assert results == {"build": "FAILED: KeyError: 'what no one thought of'", "tests": "passed"}
+    assert "The report cannot be written" in text.read_text()
+
+
+def test_tools_need_not_be_on_path(monkeypatch, tmp_path):
+    tool = tmp_path / "cuda" / "bin" / "some-tool-of-cuda"
+    tool.parent.mkdir(parents=True)
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    monkeypatch.setattr(gpu_check, "PARTS", {"build": lambda check: gpu_check.require([], [tool.name]) or {}})
+    assert gpu_check.main(["--output", str(tmp_path / "out")]) == 0
+
+
 def test_what_is_missing_is_named():
     with pytest.raises(gpu_check.Failed, match="missing: the Python module no_such_module, the program no-such-program"):
         gpu_check.require(["json", "no_such_module"], ["sh", "no-such-program"])
@@ -177,6 +203,28 @@ def test_outcomes_of_tests(tmp_path):
     found = gpu_check.outcomes(tmp_path / "report.xml")
     assert (found["ran"], found["skipped"]) == (3, {"no device": 2})
     assert sorted(found["failed"]) == ["test_some::test_bad", "test_some::test_broken"]
+    assert found["messages"]["test_some::test_bad"] == "assert False" and len(found["messages"]) == 2
+
+
+def test_tests_that_take_too_long_report_what_ran(check, monkeypatch, tmp_path):
+    (tmp_path / "test_slow.py").write_text(
+        "import time\n"
+        "def test_bad(): assert False\n"
+        "def test_slow(): time.sleep(60)\n"
+    )  # fmt: skip
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    monkeypatch.setattr(gpu_check, "require", lambda *_: None)
+    monkeypatch.setattr(gpu_check, "tests_command", lambda report: [
+        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", tmp_path / "pytest.ini",
+        f"--junitxml={report}", tmp_path / "test_slow.py",
+    ])  # fmt: skip
+    check.minutes = 0.4
+    assert not check.part("tests", gpu_check.tests)
+    found = check.record["parts"]["tests"]
+    # The one that was interrupted counts as one that ran.
+    assert found["ran"] == 2 and len(found["failed"]) == 1 and "1 of 2 tests failed" in check.record["results"]["tests"]
+    assert "stopped after 0.4 minutes" in check.record["results"]["tests"]
+    assert "test_bad: assert False" in check.path.with_suffix(".md").read_text()
 
 
 NCU = '''==PROF== Connected to process 12

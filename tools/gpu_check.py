@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -64,11 +65,13 @@ class Failed(Exception):
 
 
 def run(
-    command: Sequence[object], log: Path, seconds: float, environment: dict[str, str] | None = None, show: bool = False
-) -> subprocess.CompletedProcess:
+    command: Sequence[object], log: Path, seconds: float, environment: dict[str, str] | None = None, show: bool = False,
+    interrupts: bool = False,
+) -> subprocess.CompletedProcess:  # fmt: skip
     """Run to the end or for so many seconds, output into `log`, and on the terminal too if `show`.
 
-    Raises Failed if the time is over; the process and its children are ended then.
+    Raises Failed if the time is over; the process and its children are ended then. If it `interrupts`, the process is
+    interrupted a while before that, as by Ctrl-C, so that it can write down what it has.
     """
     words = [str(word) for word in command]
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -87,9 +90,11 @@ def run(
                 # A pipe's reader cannot wait with a limit, so another process ends the command.
                 reader = subprocess.Popen(["tee", "-a", str(log)], stdin=process.stdout)
                 process.stdout.close()
-            process.wait(seconds)
+            late = _wait(process, seconds, interrupts)
             if show:
                 reader.wait(10)
+            if late:
+                raise subprocess.TimeoutExpired(words, seconds)
         except subprocess.TimeoutExpired:
             raise Failed(f"stopped after {seconds / 60:.1f} minutes: {shlex.join(words)[:200]}; see {log}") from None
         finally:
@@ -99,6 +104,24 @@ def run(
                 pass
             process.wait()
     return subprocess.CompletedProcess(words, process.returncode, log.read_text("utf-8", errors="replace"))
+
+
+_LAST_SECONDS = 20.0
+"""From the interrupt of a process to its end."""
+
+
+def _wait(process: subprocess.Popen, seconds: float, interrupts: bool) -> bool:
+    """Whether it had to be interrupted. Raises TimeoutExpired."""
+    last = min(_LAST_SECONDS, seconds / 2) if interrupts else 0.0
+    try:
+        process.wait(seconds - last)
+    except subprocess.TimeoutExpired:
+        if not interrupts:
+            raise
+        process.send_signal(signal.SIGINT)
+        process.wait(last)
+        return True
+    return False
 
 
 def checked(command: Sequence[object], log: Path, seconds: float, **settings: Any) -> str:
@@ -213,26 +236,40 @@ def tests(check: Check) -> dict[str, Any]:
     report.unlink(missing_ok=True)
     # cuBLAS asks for this where PyTorch is told to be deterministic.
     environment = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    run(tests_command(report), WORK / "tests.log", 60 * check.minutes, environment=environment, show=True)
+    log, late = WORK / "tests.log", None
+    try:
+        run(tests_command(report), log, 60 * check.minutes, environment=environment, show=True, interrupts=True)
+    except Failed as error:
+        late = error
     if not report.exists():
-        raise Failed(f"pytest wrote no report; see {WORK / 'tests.log'}")
+        raise late or Failed(f"pytest wrote no report; see {log}")
     found = outcomes(report)
     check.record["parts"]["tests"] = found
+    failures = f"{len(found['failed'])} of {found['ran']} tests failed: {', '.join(found['failed'][:20])}"
+    if late:
+        raise Failed(f"{failures}; then {late}" if found["failed"] else f"{found['ran']} tests passed, then {late}")
     if found["failed"]:
-        raise Failed(f"{len(found['failed'])} of {found['ran']} tests failed: {', '.join(found['failed'][:20])}")
+        raise Failed(failures)
     if not found["ran"]:
         raise Failed("no test ran")
     return found
 
 
 def outcomes(report: Path) -> dict[str, Any]:
-    """Of a report of pytest: how many tests ran, the names of those that failed, and why others were skipped."""
+    """Of a report of pytest: how many tests ran, the names of those that failed, what the first ones said, and why others
+    were skipped."""
     cases = list(ElementTree.parse(report).iter("testcase"))
-    failed = [f"{case.get('classname')}::{case.get('name')}" for case in cases if _has(case, "failure", "error")]
+    messages = {}
+    for case in cases:
+        wrong = next((found for name in ("failure", "error") if (found := case.find(name)) is not None), None)
+        if wrong is not None:
+            messages[f"{case.get('classname')}::{case.get('name')}"] = (wrong.get("message") or "").partition("\n")[0][:300]
+    failed = list(messages)
     reasons = [(case.find("skipped").get("message") or "") for case in cases if _has(case, "skipped")]
     skipped = {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
     seconds = sum(float(case.get("time") or 0) for case in cases)
-    return {"ran": len(cases) - len(reasons), "failed": failed, "skipped": skipped, "seconds": round(seconds)}
+    first = dict(list(messages.items())[:10])
+    return {"ran": len(cases) - len(reasons), "failed": failed, "messages": first, "skipped": skipped, "seconds": round(seconds)}
 
 
 def _has(case: ElementTree.Element, *names: str) -> bool:
@@ -606,8 +643,10 @@ def report(record: dict[str, Any]) -> str:
 def _parts(record: dict[str, Any]) -> list[str]:
     lines = table(["part", "result"], [(name, record["results"][name]) for name in PARTS if name in record["results"]])
     left_out = record["parts"].get("bench", {}).get("left_out", [])
-    skipped = record["parts"].get("tests", {}).get("skipped", {})
+    tests = record["parts"].get("tests", {})
+    skipped = tests.get("skipped", {})
     notes = [f"- left out of the benchmark: {text}" for text in left_out]
+    notes += [f"- {name}: {message}" for name, message in tests.get("messages", {}).items()]
     notes += [f"- {count} tests skipped: {reason}" for reason, count in skipped.items()]
     return lines + notes + ([""] if notes else [])
 
@@ -863,7 +902,13 @@ class Check:
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, json.dumps(self.record, indent=1) + "\n")
-        write_whole(self.path.with_suffix(".md"), report(self.record))
+        write_whole(self.path.with_suffix(".md"), self.report())
+
+    def report(self) -> str:
+        try:
+            return report(self.record)
+        except Exception:  # the record is there, and other parts are yet to run
+            return f"The report cannot be written:\n\n{traceback.format_exc()}"
 
     def part(self, name: str, function: Callable[[Check], dict[str, Any]]) -> bool:
         """Run it; whether it passed."""
@@ -874,6 +919,9 @@ class Check:
             result = "passed"
         except Failed as error:
             result = f"FAILED: {error}"
+        except Exception as error:  # a mistake of ours, or an answer that no one thought of
+            result = f"FAILED: {type(error).__name__}: {error}"
+            say(traceback.format_exc())
         minutes = (time.monotonic() - start) / 60
         say(f"   {name}: {result} ({minutes:.1f} minutes)")
         self.record["results"][name] = result.partition("\n")[0]
@@ -939,10 +987,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"gpu-check: PyTorch of {sys.executable} finds no NVIDIA GPU here, so nothing was checked.", file=sys.stderr)
         return 2
     sys.path.insert(0, str(SITE))
+    # Where toolkits are that were installed without being put on PATH.
+    homes = filter(None, [os.environ.get("CUDA_HOME"), "/usr/local/cuda"])
+    places = [os.path.join(home, folder) for home in homes for folder in ("bin", "compute-sanitizer")]
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), *filter(os.path.isdir, places)])
     check = Check(options.output.resolve(), gpu, options.minutes)
     say(f"{gpu['name']}, torch {gpu['torch']}, CUDA {gpu['cuda']}, nvcc {check.record['environment']['nvcc']}")
     passed = [check.part(name, PARTS[name]) for name in parts]
-    say(f"\n{report(check.record)}")
+    say(f"\n{check.report()}")
     say(f"{check.path} and {check.path.with_suffix('.md').name}")
     return 0 if all(passed) else 1
 

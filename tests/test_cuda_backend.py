@@ -456,6 +456,8 @@ def test_auto_while_a_graph_is_captured(fresh, ieee, generator, stats, monkeypat
         capture.setattr(cuda, "_capturing", lambda device: True)
         assert _implementations(SPARSE, [0.9] * 4, generator, stats, 51.0) == ["emulated"] * 4
         assert _implementations(SPARSE, [0.1] * 2, generator, stats, 51.0, layer_id=2) == ["dense"] * 2
+        (first, second) = (layer.history._values for layer in fresh._layers.values())
+        assert len(first) == 2 and not second  # no memory of the host is taken
     assert _implementations(SPARSE, [0.9] * 3, generator, stats, 51.0) == ["emulated", "emulated", "dense"]
 
 

@@ -254,10 +254,10 @@ class _DensityHistory:
     """Densities of one layer, which the host sees two calls later: then it need not wait for them."""
 
     def __init__(self, device: torch.device) -> None:
-        on_cuda = device.type == "cuda"
         self._device = device
-        self._values = torch.empty(2, dtype=torch.float32, pin_memory=on_cuda).unbind()
-        self._events = [torch.cuda.Event() for _ in range(2)] if on_cuda else None
+        # Made when they are needed: pinned memory may not be to be had while a graph is captured.
+        self._values: Sequence[Tensor] = ()
+        self._events: list[torch.cuda.Event] = []
         self._recorded = 0
         self._seen: float | None = None
         self.calls = 0
@@ -273,6 +273,10 @@ class _DensityHistory:
         return self._seen
 
     def record(self, density: Tensor) -> None:
+        if not self._values:
+            on_cuda = self._device.type == "cuda"
+            self._values = torch.empty(2, dtype=torch.float32, pin_memory=on_cuda).unbind()
+            self._events = [torch.cuda.Event() for _ in range(2)] if on_cuda else []
         place = self._recorded % 2
         self._values[place].copy_(density, non_blocking=True)
         if self._events:

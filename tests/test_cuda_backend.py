@@ -32,6 +32,7 @@ from test_cuda_agb import dense_in_one_chain
 from test_parity import GRID
 from torch.utils import cpp_extension
 
+import sparsebwd
 from sparsebwd import SparseConv2d, backends, grad, prune_gradient, reference
 from sparsebwd.backends import cuda
 from sparsebwd.backends.dense import convolution_backward
@@ -660,6 +661,7 @@ def test_each_device_needs_code_of_its_own(monkeypatch):
 def test_module_that_does_not_load_is_a_reason(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(name=name))
     monkeypatch.setitem(sys.modules, "sparsebwd._C_cuda", None)
+    monkeypatch.delattr(sparsebwd, "_C_cuda", raising=False)  # there where it was loaded before
     assert cuda.load().startswith("the native module sparsebwd._C_cuda cannot be loaded: ")
 
 

@@ -990,6 +990,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Where toolkits are that were installed without being put on PATH.
     homes = filter(None, [os.environ.get("CUDA_HOME"), "/usr/local/cuda"])
     places = [os.path.join(home, folder) for home in homes for folder in ("bin", "compute-sanitizer")]
+    places += sorted(map(str, Path("/opt/nvidia/nsight-compute").glob("*")), reverse=True)
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), *filter(os.path.isdir, places)])
     check = Check(options.output.resolve(), gpu, options.minutes)
     say(f"{gpu['name']}, torch {gpu['torch']}, CUDA {gpu['cuda']}, nvcc {check.record['environment']['nvcc']}")

@@ -381,7 +381,7 @@ cudaError_t run(const ConvCall& call, const Device& device, cudaStream_t stream)
   const int64_t tiles = ceil_div(call.problem.c, F::kChannels);
   const size_t shared = plan.sharers > 1 ? kWarps * F::kRowFloats * sizeof(float) : 0;
   LaunchShape shape = {static_cast<unsigned>(tiles * plan.tile_blocks), kThreads, shared};
-  shape.prefers_cache = true;  // for the weights
+  shape.prefers = Prefers::kCache;  // for the weights
   return launch(agb_kernel<F>, shape, stream, plan, static_cast<const T*>(call.grad_output),
                 call.nonzeros, packed, static_cast<T*>(call.result));
 }

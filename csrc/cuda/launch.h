@@ -9,13 +9,16 @@
 
 namespace sparsebwd::cuda {
 
+// What the memory that the L1 cache and shared memory divide is to be, beyond what a block asks for:
+// as the driver likes, cache, or shared memory for several blocks.
+enum class Prefers { kNothing, kCache, kShared };
+
 struct LaunchShape {
   dim3 grid;
   dim3 block;
-  size_t shared = 0;           // bytes of dynamic shared memory
-  bool cooperative = false;    // all blocks resident at once, as grid_sync() needs
-  bool prefers_cache = false;  // an L1 cache as large as `shared` leaves room for
-  bool prefers_shared = false;  // as much shared memory as there is, for several blocks
+  size_t shared = 0;         // bytes of dynamic shared memory
+  bool cooperative = false;  // all blocks resident at once, as grid_sync() needs
+  Prefers prefers = Prefers::kNothing;
 };
 
 #ifdef SPARSEBWD_EMULATOR
@@ -47,10 +50,11 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cuda
   if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return cudaSuccess;
   cudaError_t error = allow_shared(kernel, shape.shared);
   // Else the multiprocessors may stay divided as the kernel before needed it.
-  if (error == cudaSuccess && (shape.prefers_cache || shape.prefers_shared))
-    error = cudaFuncSetAttribute(
-        reinterpret_cast<const void*>(kernel), cudaFuncAttributePreferredSharedMemoryCarveout,
-        shape.prefers_cache ? cudaSharedmemCarveoutMaxL1 : cudaSharedmemCarveoutMaxShared);
+  if (error == cudaSuccess && shape.prefers != Prefers::kNothing)
+    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                 cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 shape.prefers == Prefers::kCache ? cudaSharedmemCarveoutMaxL1
+                                                                  : cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeCooperative;

@@ -633,7 +633,7 @@ cudaError_t wgc(const ConvCall& call, const Device& device, cudaStream_t stream)
     shape.grid = dim3(static_cast<unsigned>(plan.blocks()));
     shape.block = dim3(kThreads);
     shape.shared = K::shared(plan).bytes;
-    shape.prefers_shared = true;  // for kBlocks; what goes through the L1 cache is not read again
+    shape.prefers = Prefers::kShared;  // for kBlocks; what goes through the L1 cache is not read again
     const cudaError_t error =
         launch(wgc_kernel<K>, shape, stream, plan, static_cast<const T*>(call.grad_output), call.nonzeros,
                static_cast<const T*>(call.operand), partials);

@@ -28,7 +28,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import problems
-from test_cuda_agb import dense_in_one_chain
 from test_parity import GRID
 from torch.utils import cpp_extension
 
@@ -165,9 +164,6 @@ def _check_results(problem, operands, results):
     input, weight, grad_output = operands
     wanted = reference.conv2d_input(problem, weight, grad_output), reference.conv2d_weight(problem, input, grad_output)
     agb, wgc = convolution_backward(problem, grad_output, input, weight, (True, True))
-    agb_refusal, _ = cuda._refusals(torch.ops.sparsebwd_emulated, problem, grad_output.dtype)
-    if grad_output.dtype == torch.float32 and not agb_refusal:
-        agb = dense_in_one_chain(problem, weight, grad_output)
     for name, *each in zip(("AGB", "WGC"), results, wanted, (agb, wgc)):
         assert_error_bounded(*each, f"{name} of {problem}")
 

@@ -10,6 +10,10 @@
 // code, that a branch passes by if g is zero. When a row of sums is complete it is stored, and the
 // others move up.
 //
+// Long sums. When any pixel of the strip has given kChain values or more, the sums in registers are
+// added to those that the warp has put aside in the workspace, row h at place h % Taps, and start from
+// zero. Where a row has a part there, it is added when the row is complete.
+//
 // Masks and values. Lane j has the mask of pixel j, 32 k a word; a ballot turns it into a mask of
 // pixels for each k. Values are loaded where the mask has a bit, lane = k, one register a pixel,
 // and handed to all lanes by a shuffle. Weights, packed by a kernel of its own as float32 in the
@@ -28,15 +32,15 @@
 //
 // Cost on sm_90 (counted in the machine code), 3x3, stride 1, d = density, for each k and strip, in
 // issue slots: 306 d for products and shuffles, 18 + 12 where there is any non-zero, 6 for each
-// three pixels that are not all zeros, 5.5 to fetch masks and values. And in clocks of the
-// load-store unit, which four warps share: 18 for weights where there is any non-zero, 18 d for
-// shuffles, 1.7 to fetch. Against a dense kernel that reaches 53 TFLOP/s on an H100 (80.6 clocks of
+// three pixels that are not all zeros, 5.5 to fetch masks and values, 1 to 6 to put sums aside. And in
+// clocks of the load-store unit, which four warps share: 18 for weights where there is any non-zero,
+// 18 d for shuffles, 1.7 to fetch, .3 to 3 to put sums aside. Against a dense kernel that reaches 53 TFLOP/s on an H100 (80.6 clocks of
 // a multiprocessor for the same) that PREDICTS, before latencies that three warps a scheduler do
 // not hide:
 //   density            .4    .3    .2    .1    .05   .01
-//   slots / 4          46.5  37.8  28.4  17.8  11.0   3.7
-//   load-store unit    26.9  25.1  23.0  18.8  13.5   4.7
-//   speed-up, at most  1.7   2.1   2.8   4.3   6.0    17
+//   slots / 4          47.6  38.6  29.1  18.2  11.3   3.8
+//   load-store unit    29.9  27.2  24.8  19.9  14.2   5.0
+//   speed-up, at most  1.7   2.1   2.8   4.0   5.7    16
 // Not measured on a GPU. The cut leaves idle, or spends on rows twice and on gaps, 7 % of that
 // (56x56, 64 channels, batch 256) to 29 % (7x7, 512 channels) on 132 multiprocessors.
 #include <algorithm>
@@ -57,6 +61,9 @@ constexpr int kWaveSteps = 24;  // a warp with twice as much leaves half of it t
 constexpr int kMostWaves = 4;
 constexpr int kFewSteps = 24;   // a warp with fewer shares them with another
 constexpr int kGroup = 3;       // pixels of a strip that one branch passes by, if all are zeros
+// Sums of float32 get less accurate as they get longer. After so many values of a pixel, each of which
+// gives Taps products to a sum, they are put aside. Dense kernels of CPUs are not twice as accurate then.
+constexpr int kChain = 32;
 constexpr uint32_t kAll = ~0u;
 
 // One compiled form of the kernel: Taps x Taps filters of which the outer ones stick out at the
@@ -80,9 +87,15 @@ struct Form {
   static constexpr int kWeights = Lane * Taps * Taps;  // of a lane, for one k
   static constexpr int kPack = 32 * kWeights;
   static constexpr int kRowFloats = Columns * kChannels;  // sums of a row of a strip
+  static constexpr int kAside = kTaps * kRowFloats;  // that a warp puts aside
   static_assert(Columns % Stride == 0 && Columns <= 32 && kPixels <= 32 && kWeights % 2 == 0, "");
 
   using Sums = float[kRows][kColumns][kLane];
+  // Sums of a column that are put aside at once.
+  static constexpr int kStore = std::min(Lane, 4);
+  struct alignas(sizeof(float) * kStore) Store {
+    float sum[kStore];
+  };
 };
 
 // How the work is cut, from the host.
@@ -97,7 +110,7 @@ struct Plan {
   int warp_steps;    // of a warp, at most
   int sharers;       // warps that have the same rows, each every sharers-th word of k
   int tile_blocks;   // blocks for a tile of channels
-  int alone;         // 0: warps of a block wait for each other at each row; ~0: they do not
+  bool together;     // warps of a block wait for each other at each row
 };
 
 // Weights are packed as float32 [tile of channels][k][...]: the kWeights of each lane, tap by tap,
@@ -159,30 +172,35 @@ __device__ __forceinline__ void add_product(typename F::Sums& sums,
 }
 
 // Adds to `sums` what a row of gradients gives through rows First .. Last - 1 of the filter, of the
-// words of k that are this warp's. `pixel`: index of the gradient pixel of this lane, or -1.
+// words of k that are this warp's, from `word` on, until sums are long. `pixel`: index of the gradient
+// pixel of this lane in row 0, or -1. `p`: the row. `values`: of a pixel, at most, that were multiplied
+// since sums were put aside. Returns the next word.
 template <class F, int First, int Last>
-__device__ __forceinline__ void add_row(typename F::Sums& sums, const Plan& plan,
-                                        const typename F::T* __restrict__ grad_output,
-                                        const uint32_t* __restrict__ nonzeros,
-                                        const float* __restrict__ packed, int share,
-                                        int pixel) {
+__device__ __forceinline__ int add_row(typename F::Sums& sums, const Plan& plan,
+                                       const typename F::T* __restrict__ grad_output,
+                                       const uint32_t* __restrict__ nonzeros,
+                                       const float* __restrict__ packed, int word, int pixel,
+                                       int p, int& values) {
   using T = typename F::T;
   const int lane = threadIdx.x % 32;
-  const uint32_t* words = nonzeros + int64_t(max(pixel, 0)) * plan.words;
-  uint32_t next = pixel < 0 || share >= plan.words ? 0 : words[share];
-  for (int word = share; word < plan.words; word += plan.sharers) {
+  const auto load = [&](int word) -> uint32_t {
+    return pixel < 0 || word >= plan.words ? 0 : nonzeros[int64_t(pixel + p * plan.q) * plan.words + word];
+  };
+  uint32_t next = load(word);
+  for (; word < plan.words && values < kChain; word += plan.sharers) {
     const uint32_t bits = next;  // lane = pixel, bit = k
-    if (pixel >= 0 && word + plan.sharers < plan.words) next = words[word + plan.sharers];
+    next = load(word + plan.sharers);
     const char* first = reinterpret_cast<const char*>(grad_output + word * 32 + lane);
     float value[F::kPixels];  // lane = k
 #pragma unroll
     for (int j = 0; j < F::kPixels; ++j) {
       const uint32_t of_pixel = __shfl_sync(kAll, bits, j);
-      const uint32_t from = __shfl_sync(kAll, pixel, j);
+      const uint32_t from = __shfl_sync(kAll, pixel, j) + p * plan.q;
       value[j] = 0;
       if (of_pixel >> lane & 1)
         value[j] = to_float(*reinterpret_cast<const T*>(first + uint64_t(from) * plan.pixel_bytes));
     }
+    values += __reduce_max_sync(kAll, __popc(bits));
     uint32_t left = __reduce_or_sync(kAll, bits);
     while (left != 0) {
       const uint32_t bit = left & -left;
@@ -203,12 +221,45 @@ __device__ __forceinline__ void add_row(typename F::Sums& sums, const Plan& plan
       }
     }
   }
+  return word;
+}
+
+// Whether a column receives anything.
+template <class F>
+constexpr bool receives(int column) {
+  return F::kTaps >= F::kStride || column % F::kStride == 0;
+}
+
+// Adds a row of sums and, if there is Any, that which the warp has put aside. The total goes Back to
+// the registers, or is put aside while they start from zero.
+template <class F, bool Any, bool Back>
+__device__ __forceinline__ void exchange(float (&sums)[F::kColumns][F::kLane], float* aside) {
+  auto* const at = reinterpret_cast<typename F::Store*>(aside) + threadIdx.x % 32;
+#pragma unroll
+  for (int column = 0; column < F::kColumns; ++column) {
+    if (!receives<F>(column)) continue;
+#pragma unroll
+    for (int i = 0; i < F::kLane; i += F::kStore) {
+      typename F::Store& stored = at[(column * F::kLane + i) / F::kStore * 32];
+      typename F::Store sum;
+#pragma unroll
+      for (int e = 0; e < F::kStore; ++e) sum.sum[e] = sums[column][i + e];
+      if (Any) {
+        const typename F::Store old = stored;
+#pragma unroll
+        for (int e = 0; e < F::kStore; ++e) sum.sum[e] += old.sum[e];
+      }
+#pragma unroll
+      for (int e = 0; e < F::kStore; ++e) sums[column][i + e] = Back ? sum.sum[e] : 0.0f;
+      if (!Back) stored = sum;
+    }
+  }
 }
 
 template <class F>
 __global__ void __launch_bounds__(kThreads, 1)
 agb_kernel(Plan plan, const typename F::T* __restrict__ grad_output,
-           const uint32_t* __restrict__ nonzeros, const float* __restrict__ packed,
+           const uint32_t* __restrict__ nonzeros, const float* __restrict__ packed, float* aside,
            typename F::T* __restrict__ result) {
   const int lane = threadIdx.x % 32;
   const int tile = blockIdx.x / plan.tile_blocks;
@@ -225,10 +276,12 @@ agb_kernel(Plan plan, const typename F::T* __restrict__ grad_output,
   int first_p = static_cast<int>(first_step % plan.strip_steps);
 
   typename F::Sums sums;
+  int values = 0;     // of a pixel, at most, that were multiplied since sums were put aside
+  uint32_t kept = 0;  // a bit for each row of sums: part of it is put aside
   int p = 0, last_p = 0;    // row of gradients; those from first_p to last_p - 1 complete rows
   int pixel = -1, to = -1;  // lane = gradient pixel, lane = column: in row 0, or -1
-  for (int turn = 0; turn < plan.warp_steps + F::kLead; ++turn) {
-    if ((turn & plan.alone) == 0) __syncthreads();
+  for (int turn = plan.warp_steps + F::kLead; turn > 0; --turn) {
+    if (plan.together) __syncthreads();
     if (left == 0) continue;
     if (p == last_p) {  // a new strip
       last_p = min(plan.strip_steps, first_p + left);
@@ -240,6 +293,7 @@ agb_kernel(Plan plan, const typename F::T* __restrict__ grad_output,
       n = seen < 0 ? 0 : seen / plan.image_pixels, at = seen - n * plan.image_pixels;
       const bool inside = lane < F::kPixels && at >= 0 && n < plan.n && at < plan.q;
       pixel = inside ? n * plan.p * plan.q + at : -1;
+      kept = 0;
 #pragma unroll
       for (auto& row : sums)
 #pragma unroll
@@ -248,15 +302,27 @@ agb_kernel(Plan plan, const typename F::T* __restrict__ grad_output,
           for (float& sum : column_sums) sum = 0;
     }
 
+    const auto place = [&](int r) {
+      const uint32_t warp = blockIdx.x * kWarps + threadIdx.x / 32;
+      return aside + uint64_t(warp) * F::kAside + (p * F::kStride + r) % F::kTaps * F::kRowFloats;
+    };
     if (p < plan.p) {
-      const int at = pixel < 0 ? -1 : pixel + p * plan.q;
-      if (F::kLead > 0 && p == first_p - F::kLead) {
-        constexpr int kFirst = F::kLead * F::kStride;
-        add_row<F, kFirst, F::kTaps>(sums, plan, grad_output, nonzeros, packed, share, at);
-      } else if (F::kLead > 0 && p == last_p - 1) {
-        add_row<F, 0, F::kLast>(sums, plan, grad_output, nonzeros, packed, share, at);
-      } else {
-        add_row<F, 0, F::kTaps>(sums, plan, grad_output, nonzeros, packed, share, at);
+      for (int word = share; word < plan.words;) {
+        if (F::kLead > 0 && p == first_p - F::kLead) {
+          constexpr int kFirst = F::kLead * F::kStride;
+          word = add_row<F, kFirst, F::kTaps>(sums, plan, grad_output, nonzeros, packed, word, pixel, p, values);
+        } else if (F::kLead > 0 && p == last_p - 1) {
+          word = add_row<F, 0, F::kLast>(sums, plan, grad_output, nonzeros, packed, word, pixel, p, values);
+        } else {
+          word = add_row<F, 0, F::kTaps>(sums, plan, grad_output, nonzeros, packed, word, pixel, p, values);
+        }
+        if (values < kChain) continue;
+#pragma unroll
+        for (int r = 0; r < F::kTaps; ++r)
+          if (kept >> r & 1) exchange<F, true, false>(sums[r], place(r));
+          else exchange<F, false, false>(sums[r], place(r));
+        kept = (1u << F::kTaps) - 1;
+        values = 0;
       }
     }
 
@@ -266,8 +332,11 @@ agb_kernel(Plan plan, const typename F::T* __restrict__ grad_output,
       for (int r = 0; r < F::kStride; ++r) {
         const int h = p * F::kStride - F::kPad + r;
         if (h < 0 || h >= plan.h) continue;
+        if (kept >> r & 1) exchange<F, true, true>(sums[r], place(r));
         const auto store = [&](int column, const float (&sum)[F::kLane]) {
-          const int of_column = __shfl_sync(kAll, to, column);
+          // With stride 1 both images have the same size, and a column its gradient pixel's place.
+          const int of_column = F::kStride == 1 ? __shfl_sync(kAll, pixel, column + F::kBefore)
+                                                : __shfl_sync(kAll, to, column);
           if (of_column < 0) return;
           const int64_t at = int64_t(of_column + h * plan.w) * plan.c;
 #pragma unroll
@@ -310,6 +379,7 @@ agb_kernel(Plan plan, const typename F::T* __restrict__ grad_output,
           sums[r][column][i] = r + F::kStride < F::kRows
                                    ? sums[(r + F::kStride) % F::kRows][column][i]
                                    : 0.0f;
+    kept >>= F::kStride;
     if (++p == last_p) ++strip, first_p = 0;
   }
 }
@@ -328,6 +398,11 @@ auto with_form(const ConvProblem& problem, F&& f) {
 template <class F>
 int64_t packed_floats(const ConvProblem& problem) {
   return ceil_div(problem.c, F::kChannels) * problem.k * F::kPack;
+}
+
+template <class F>
+int64_t blocks(const Plan& plan) {
+  return ceil_div(plan.c, F::kChannels) * plan.tile_blocks;
 }
 
 template <class F>
@@ -363,7 +438,7 @@ Plan make_plan(const ConvProblem& problem, const Device& device) {
       static_cast<int>(std::min(tile_blocks(waves), ceil_div(plan.steps, block_parts)));
   plan.warp_steps = static_cast<int>(ceil_div(plan.steps, int64_t(plan.tile_blocks) * block_parts));
   const int64_t bytes = int64_t(plan.k) * F::kPack * 4;
-  plan.alone = bytes > 2 * int64_t(device.shared_per_multiprocessor) ? 0 : ~0;
+  plan.together = bytes > 2 * int64_t(device.shared_per_multiprocessor);
   return plan;
 }
 
@@ -378,12 +453,11 @@ cudaError_t run(const ConvCall& call, const Device& device, cudaStream_t stream)
                                    static_cast<const T*>(call.operand), call.operand_strides,
                                    packed, count);
   if (error != cudaSuccess) return error;
-  const int64_t tiles = ceil_div(call.problem.c, F::kChannels);
   const size_t shared = plan.sharers > 1 ? kWarps * F::kRowFloats * sizeof(float) : 0;
-  LaunchShape shape = {static_cast<unsigned>(tiles * plan.tile_blocks), kThreads, shared};
+  LaunchShape shape = {static_cast<unsigned>(blocks<F>(plan)), kThreads, shared};
   shape.prefers = Prefers::kCache;  // for the weights
   return launch(agb_kernel<F>, shape, stream, plan, static_cast<const T*>(call.grad_output),
-                call.nonzeros, packed, static_cast<T*>(call.result));
+                call.nonzeros, packed, packed + count, static_cast<T*>(call.result));
 }
 
 bool is_sparse(const ConvCall& call) {
@@ -412,10 +486,12 @@ const char* agb_refusal(const ConvProblem& problem, DType) {
   return nullptr;
 }
 
-size_t agb_workspace(const ConvCall& call, const Device&) {
+size_t agb_workspace(const ConvCall& call, const Device& device) {
   if (!is_sparse(call)) return 0;
   return with_form<float>(call.problem, [&](auto form) {
-    return static_cast<size_t>(packed_floats<decltype(form)>(call.problem)) * sizeof(float);
+    using F = decltype(form);
+    const int64_t aside = blocks<F>(make_plan<F>(call.problem, device)) * kWarps * F::kAside;
+    return static_cast<size_t>(packed_floats<F>(call.problem) + aside) * sizeof(float);
   });
 }
 

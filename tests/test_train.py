@@ -368,9 +368,10 @@ def test_two_processes(tmp_path):
         "assert statuses == [0, 0, 0], statuses",
     ]
     (tmp_path / "driver.py").write_text("\n".join(lines))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    # The name of this machine need not have an address.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     process = subprocess.Popen(
-        [*command, str(tmp_path / "driver.py")],
+        [*command, "--nproc-per-node", "2", str(tmp_path / "driver.py")],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

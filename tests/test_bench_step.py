@@ -17,7 +17,7 @@ from sparsebwd.bench import capture, gradients, memory, step, terminal, training
 from sparsebwd.problem import ConvProblem
 from sparsebwd.train.measure import KINDS
 
-app = typer.Typer(pretty_exceptions_enable=False)
+app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)  # as that of the benchmark
 app.command("capture")(capture.command)
 app.command("step")(step.command)
 

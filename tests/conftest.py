@@ -9,7 +9,14 @@ from strategies import backends_on
 from sparsebwd.backends import observers
 from sparsebwd.bench import environment, terminal
 
-hypothesis.settings.register_profile("sparsebwd", derandomize=True, deadline=None, database=None, max_examples=60)
+hypothesis.settings.register_profile(
+    "sparsebwd",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=60,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],  # it measures time, as the deadline does
+)
 hypothesis.settings.load_profile("sparsebwd")
 
 
@@ -50,6 +57,15 @@ def small_bench(monkeypatch):
     monkeypatch.setattr(environment, "last_level_cache", lambda: 2**17)
     monkeypatch.setattr(environment, "PRODUCT", 64)
     monkeypatch.setattr(environment, "COPIED", 2**14)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _compiled_anew(tmp_path_factory):
+    """Inductor caches code that is cut for an instruction set under a key that does not name it. What was left by a run
+    with another one (ATEN_CPU_CAPABILITY) writes beyond the end of tensors."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
 
 
 @pytest.fixture(autouse=True)

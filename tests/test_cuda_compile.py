@@ -260,7 +260,7 @@ class TestToolkit:
         namespace = SimpleNamespace(submodule_search_locations=[str(tmp_path / "nvidia")])
         monkeypatch.setattr(cuda_toolkit.importlib.util, "find_spec", {"nvidia": namespace}.get)
         monkeypatch.setenv("CUDA_HOME", str(folders["home"]))
-        monkeypatch.setenv("PATH", f"{folders['path'] / 'bin'}:/usr/bin:/bin")
+        monkeypatch.setenv("PATH", str(folders["path"] / "bin"))
         return folders
 
     @staticmethod

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -164,9 +165,14 @@ def test_what_is_missing_is_named():
         gpu_check.require(["json", "no_such_module"], ["sh", "no-such-program"])
 
 
-def commands() -> list[str]:
-    """Of all processes."""
-    return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
+def held(path: Path) -> bool:
+    """Whether a process has a lock on this file."""
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 @pytest.mark.parametrize("show", [False, True])
@@ -174,13 +180,17 @@ def test_processes_have_a_limit(tmp_path, show, capfd):
     log = tmp_path / "log"
     done = gpu_check.run([sys.executable, "-c", "print('out'); raise SystemExit(3)"], log, 60, show=show)
     assert done.returncode == 3 and "out" in log.read_text() and ("out" in capfd.readouterr().out) == show
-    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)  # {tmp_path.name}'])"
-    start = time.monotonic()
+    # A child and its child hold the lock for as long as one of them lives.
+    lock = tmp_path / "lock"
+    lock.touch()
+    child = (
+        "import fcntl, subprocess, sys, time; file = open(sys.argv[1]); fcntl.flock(file, fcntl.LOCK_EX)\n"
+        "subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'], pass_fds=[file.fileno()])"
+    )
     with pytest.raises(gpu_check.Failed, match="stopped after 0.0 minutes"):
-        gpu_check.run([sys.executable, "-c", child], log, 1.0, show=show)
-    assert time.monotonic() - start < 30
-    deadline = time.monotonic() + 20
-    while any(tmp_path.name in command for command in commands()):
+        gpu_check.run([sys.executable, "-c", child, lock], log, 1.0, show=show)
+    deadline = time.monotonic() + 300
+    while held(lock):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     with pytest.raises(gpu_check.Failed, match="(?s)exit status 1 .* ends in.*no luck"):

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -227,10 +228,10 @@ def test_demo_names_the_interpreter_as_one_would_type_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "\n  .venv/bin/python -m sparsebwd.train --help\n" in shown()
     monkeypatch.chdir(tmp_path.parent)
-    assert f"\n  {tmp_path.name}/.venv/bin/python -m sparsebwd.train --help\n" in shown()
+    assert f"\n  {shlex.quote(f'{tmp_path.name}/.venv/bin/python')} -m sparsebwd.train --help\n" in shown()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert f"\n  {tmp_path}/.venv/bin/python -m sparsebwd.train --help\n" in shown()
+    assert f"\n  {shlex.quote(f'{tmp_path}/.venv/bin/python')} -m sparsebwd.train --help\n" in shown()
 
 
 def test_mobilenet_is_warned_of(capsys, tmp_path):

@@ -147,6 +147,17 @@ def test_error_of_growing_sums(text, density, generator):
     _check_error(Emulator(device=Device(1)), problem, *operands)
 
 
+@pytest.mark.parametrize("positive", [True, False])
+@pytest.mark.parametrize("text", ["n4c64h14w14k32r3s3p1", "n8c64h16w16k64r1s1"])
+def test_error_where_one_channel_of_a_group_has_all_values(text, positive, generator):
+    problem = ConvProblem.parse(text)
+    input, grad_output = _operands(problem, 1.0, torch.float32, generator)
+    if positive:
+        input.abs_(), grad_output.abs_()
+    grad_output[:, torch.arange(problem.k) % 8 != 0] = 0
+    _check_error(Emulator(device=Device(1)), problem, input, grad_output)
+
+
 @pytest.mark.parametrize("text", SMALL_GRID)
 def test_one_image_has_all_values(text, generator):
     problem = ConvProblem.parse(text)

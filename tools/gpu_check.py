@@ -84,6 +84,8 @@ def run(
         process = subprocess.Popen(
             words, cwd=ROOT, env=variables | (environment or {}), stdout=subprocess.PIPE if show else file,
             stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+            # Shells start what runs in the background with interrupts ignored, which is inherited.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         try:
             if show:
@@ -112,7 +114,7 @@ _LAST_SECONDS = 20.0
 
 def _wait(process: subprocess.Popen, seconds: float, interrupts: bool) -> bool:
     """Whether it had to be interrupted. Raises TimeoutExpired."""
-    last = min(_LAST_SECONDS, seconds / 2) if interrupts else 0.0
+    last = min(_LAST_SECONDS, 0.95 * seconds) if interrupts else 0.0
     try:
         process.wait(seconds - last)
     except subprocess.TimeoutExpired:

@@ -32,13 +32,13 @@
 //
 // Cost on sm_90 (counted in the machine code), 3x3, stride 1, d = density, for each k and strip, in
 // issue slots: 306 d for products and shuffles, 18 + 12 where there is any non-zero, 6 for each
-// three pixels that are not all zeros, 5.5 to fetch masks and values, 1 to 6 to put sums aside. And in
-// clocks of the load-store unit, which four warps share: 18 for weights where there is any non-zero,
-// 18 d for shuffles, 1.7 to fetch, .3 to 3 to put sums aside. Against a dense kernel that reaches 53 TFLOP/s on an H100 (80.6 clocks of
-// a multiprocessor for the same) that PREDICTS, before latencies that three warps a scheduler do
-// not hide:
+// three pixels that are not all zeros, 6.2 to fetch masks and values, .5 to 5 to put sums aside. And
+// in clocks of the load-store unit, which four warps share: 18 for weights where there is any
+// non-zero, 18 d for shuffles, 1.7 to fetch, .3 to 3 to put sums aside. Against a dense kernel that
+// reaches 53 TFLOP/s on an H100 (80.6 clocks of a multiprocessor for the same) that PREDICTS, before
+// latencies that three warps a scheduler do not hide:
 //   density            .4    .3    .2    .1    .05   .01
-//   slots / 4          47.6  38.6  29.1  18.2  11.3   3.8
+//   slots / 4          47.8  38.8  29.3  18.4  11.5   4.0
 //   load-store unit    29.9  27.2  24.8  19.9  14.2   5.0
 //   speed-up, at most  1.7   2.1   2.8   4.0   5.7    16
 // Not measured on a GPU. The cut leaves idle, or spends on rows twice and on gaps, 7 % of that
@@ -192,10 +192,11 @@ __device__ __forceinline__ int add_row(typename F::Sums& sums, const Plan& plan,
     next = load(word + plan.sharers);
     const char* first = reinterpret_cast<const char*>(grad_output + word * 32 + lane);
     float value[F::kPixels];  // lane = k
+    const int here = pixel + p * plan.q;
 #pragma unroll
     for (int j = 0; j < F::kPixels; ++j) {
       const uint32_t of_pixel = __shfl_sync(kAll, bits, j);
-      const uint32_t from = __shfl_sync(kAll, pixel, j) + p * plan.q;
+      const uint32_t from = __shfl_sync(kAll, here, j);
       value[j] = 0;
       if (of_pixel >> lane & 1)
         value[j] = to_float(*reinterpret_cast<const T*>(first + uint64_t(from) * plan.pixel_bytes));
@@ -293,7 +294,7 @@ agb_kernel(Plan plan, const typename F::T* __restrict__ grad_output,
       n = seen < 0 ? 0 : seen / plan.image_pixels, at = seen - n * plan.image_pixels;
       const bool inside = lane < F::kPixels && at >= 0 && n < plan.n && at < plan.q;
       pixel = inside ? n * plan.p * plan.q + at : -1;
-      kept = 0;
+      values = 0, kept = 0;
 #pragma unroll
       for (auto& row : sums)
 #pragma unroll

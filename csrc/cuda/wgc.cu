@@ -33,7 +33,8 @@
 //   18   for a non-zero
 //   26   for a pixel that is not empty (16 of them test and branch), 11 more after an empty one
 //   16   for a run of four pixels that is not empty, 2 more for each empty pixel in it
-//   5.0  for any pixel: 87 for a row of 28 and 163 for three such rows to stage and set up
+//   5.2  for any pixel: 93 for a row of 28 and 163 for three such rows to stage and set up
+// and up to 2 % more to add sums to memory.
 // At 4 instructions a clock and multiprocessor, against a dense kernel of 53 TFLOP/s on an H100 (161
 // such instructions for the same work), that predicts, not measured, with nothing else in the way:
 //   density   .4   .3   .2   .1   .05  .01

@@ -188,8 +188,10 @@ def test_processes_have_a_limit(tmp_path, show, capfd):
         "import fcntl, subprocess, sys, time; file = open(sys.argv[1]); fcntl.flock(file, fcntl.LOCK_EX)\n"
         "subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'], pass_fds=[file.fileno()])"
     )
+    start = time.monotonic()
     with pytest.raises(gpu_check.Failed, match="stopped after 0.0 minutes"):
         gpu_check.run([sys.executable, "-c", child, lock], log, 1.0, show=show)
+    assert time.monotonic() - start < 300  # the child would take 600
     deadline = time.monotonic() + 300
     while held(lock):
         assert time.monotonic() < deadline

@@ -183,8 +183,9 @@ __device__ __forceinline__ int add_row(typename F::Sums& sums, const Plan& plan,
                                        int p, int& values) {
   using T = typename F::T;
   const int lane = threadIdx.x % 32;
+  const int here = pixel + p * plan.q;
   const auto load = [&](int word) -> uint32_t {
-    return pixel < 0 || word >= plan.words ? 0 : nonzeros[int64_t(pixel + p * plan.q) * plan.words + word];
+    return pixel < 0 || word >= plan.words ? 0 : nonzeros[int64_t(here) * plan.words + word];
   };
   uint32_t next = load(word);
   for (; word < plan.words && values < kChain; word += plan.sharers) {
@@ -192,7 +193,6 @@ __device__ __forceinline__ int add_row(typename F::Sums& sums, const Plan& plan,
     next = load(word + plan.sharers);
     const char* first = reinterpret_cast<const char*>(grad_output + word * 32 + lane);
     float value[F::kPixels];  // lane = k
-    const int here = pixel + p * plan.q;
 #pragma unroll
     for (int j = 0; j < F::kPixels; ++j) {
       const uint32_t of_pixel = __shfl_sync(kAll, bits, j);
@@ -303,6 +303,7 @@ agb_kernel(Plan plan, const typename F::T* __restrict__ grad_output,
           for (float& sum : column_sums) sum = 0;
     }
 
+    // Computed anew each time: there is no register to keep it in.
     const auto place = [&](int r) {
       const uint32_t warp = blockIdx.x * kWarps + threadIdx.x / 32;
       return aside + uint64_t(warp) * F::kAside + (p * F::kStride + r) % F::kTaps * F::kRowFloats;

@@ -190,8 +190,8 @@ class Walk {
     mask_ = nonzeros + (first_pixel + pixel_offset_) * k_words + k_tile;
     has_pixel_ = pixel_row_ < plan.step_rows && pixel < width;
     // Of a group that only half exists, as with float32 it may, the other half is not to be read.
-    const int k = k0 + lane() % kValueChunks * K::kChunk, last_k = plan.k - K::kChunk;
-    g_ = g + first_pixel * plan.k + (k < last_k ? k : last_k);
+    g_ = g + first_pixel * plan.k +
+         min(k0 + lane() % kValueChunks * K::kChunk, plan.k - K::kChunk);
 
     p_ = static_cast<int>(row % plan.p);
     stage_row_ = p_ * plan.stage_stride;

@@ -20,7 +20,7 @@ from sparsebwd.backends import registered_backends
 from sparsebwd.functional import check_percentile
 from sparsebwd.problem import ConvProblem
 
-from . import capture, compare, devices, operations, results, step, suites
+from . import capture, compare, devices, operations, overhead, results, step, suites
 from .inputs import DTYPES, LAYOUTS, PATTERNS, Rotation
 from .runner import Plan, peaks, run
 from .suites import Layer
@@ -230,6 +230,7 @@ def main(
 
 app.command("capture")(capture.command)
 app.command("step")(step.command)
+app.command("overhead")(overhead.command)
 
 
 def _refuse_options_before_command(context: typer.Context) -> None:

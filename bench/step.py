@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json as json_format
 import math
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -20,12 +18,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from sparsebwd import DensityMonitor, revert
-from sparsebwd.data.files import write_text
 from sparsebwd.train import Trainer
 from sparsebwd.train.config import DTYPES
 from sparsebwd.train.measure import KINDS, BackwardTimer
@@ -34,13 +30,12 @@ from . import training
 from .convolutions import Convolution, watching
 from .environment import command_line
 from .memory import backward_peaks
-from .terminal import FILE, Table, check_writable, fail, machine, measuring
+from .phases import PHASES, WARMUP, PhaseTimer, median_ms
+from .terminal import FILE, Table, check_writable, fail, measuring, report
 from .timing import Call, interleave
 
 SIDES = ("dense", "sparse")
-PHASES = ("total", "forward", "backward", "optimizer")
 
-_WARMUP = 2
 _OFFSET_BYTES = 2  # of a non-zero in a compressed gradient, beside its value
 _MB = 1e6
 
@@ -64,7 +59,7 @@ def command(
     threads: training.Threads = None,
     seed: training.Seed = 0,
     repeats: Annotated[
-        int, typer.Option(min=3, help=f"Steps of which the median is taken, after {_WARMUP} for warm-up.")
+        int, typer.Option(min=3, help=f"Steps of which the median is taken, after {WARMUP} for warm-up.")
     ] = 7,
     json: Annotated[Path | None, typer.Option(help="Write environment, setting and results.", **FILE)] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the tables.", **FILE)] = None,
@@ -102,18 +97,7 @@ def command(
     except KeyboardInterrupt:
         fail("interrupted: no file is written", status=130)
     tables = [_overview(setting, points), *itertools.chain(*map(_tables, points))]
-    console = Console()
-    for table in tables:
-        table.show(console)
-    record = {"environment": environment, "setting": setting, "points": points}
-    try:
-        if json:
-            write_text(json, json_format.dumps(record, indent=1, allow_nan=False) + "\n")
-        if markdown:
-            text = f"{machine(environment)}\n\n`{setting['command']}`\n\n"
-            write_text(markdown, text + "\n".join(table.markdown() for table in tables))
-    except OSError as error:
-        fail(f"error: {error.filename}: {error.strerror}")
+    report(tables, {"environment": environment, "setting": setting, "points": points}, json, markdown)
 
 
 # ---- measuring
@@ -138,7 +122,7 @@ class Side:
 
     Its learning rate is 0: a step does all the work of a step, and the weights stay those that were trained.
 
-    phases, kinds, layers: seconds in each step taken so far, by the names of each.
+    phases: takes the steps. kinds, layers: seconds in each step taken so far, by the names of each.
     """
 
     def __init__(self, trainer: Trainer, name: str) -> None:
@@ -149,25 +133,14 @@ class Side:
             revert(self.model)
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
-        self.phases: dict[str, list[float]] = {phase: [] for phase in PHASES}
+        self.phases = PhaseTimer()
         self.kinds: dict[str, list[float]] = {kind: [] for kind in KINDS}
         self.layers: dict[str, list[float]] = {}
         self.convolutions: dict[str, Convolution] = {}
 
     def step(self, batch: Batch) -> None:
         """A training step, timed by phases."""
-        begin = time.perf_counter()
-        self.optimizer.zero_grad()
-        cleared = time.perf_counter()
-        loss = self._loss(batch)
-        middle = time.perf_counter()
-        loss.backward()
-        after = time.perf_counter()
-        self.optimizer.step()
-        end = time.perf_counter()
-        seconds = (end - begin, middle - cleared, after - middle, (cleared - begin) + (end - after))
-        for phase, value in zip(PHASES, seconds):
-            self.phases[phase].append(value)
+        self.phases.step(self.optimizer, partial(self._loss, batch))
 
     def backward_in_parts(self, batch: Batch) -> None:
         """Forward, and a backward pass whose operations are timed one by one."""
@@ -202,7 +175,7 @@ class Side:
 def measure(trainer: Trainer, repeats: int) -> dict[str, Any]:
     """One point of the result: the model as trained so far, on the batches that come next in training."""
     step = trainer.steps_done
-    batches = [trainer.batch(step + turn) for turn in range(_WARMUP + repeats)]
+    batches = [trainer.batch(step + turn) for turn in range(WARMUP + repeats)]
     sides = {name: Side(trainer, name) for name in SIDES}
     # All in turns: the bound divides times of one kind of step by those of the other.
     parts = {"whole": Side.step, "in parts": Side.backward_in_parts}
@@ -211,8 +184,8 @@ def measure(trainer: Trainer, repeats: int) -> dict[str, Any]:
         for part, function in parts.items()
         for name, side in sides.items()
     }
-    interleave(calls, repeats, _WARMUP)
-    monitored = sides["sparse"].densities(batches[_WARMUP:])
+    interleave(calls, repeats, WARMUP)
+    monitored = sides["sparse"].densities(batches[WARMUP:])
     layers = [
         _layer(convolution, monitored["layers"][name], sides, DTYPES[trainer.config.dtype].itemsize)
         for name, convolution in sides["sparse"].convolutions.items()
@@ -226,7 +199,7 @@ def measure(trainer: Trainer, repeats: int) -> dict[str, Any]:
     for side in sides.values():
         side.optimizer.zero_grad()
     memory: dict[str, Any] = backward_peaks(
-        {name: side.model for name, side in sides.items()}, *batches[_WARMUP], DTYPES[trainer.config.dtype]
+        {name: side.model for name, side in sides.items()}, *batches[WARMUP], DTYPES[trainer.config.dtype]
     )
     memory["gradients"] = {
         name: {"sum": sum(sizes), "largest": max(sizes)}
@@ -265,20 +238,10 @@ def _next(batches: Sequence[Batch], seed: int) -> Callable[[], Batch]:
     return next_batch
 
 
-def _median_ms(samples: list[float]) -> float:
-    return 1e3 * statistics.median(samples[_WARMUP:])
-
-
-def _iqr_ms(samples: list[float]) -> float:
-    low, _, high = statistics.quantiles(samples[_WARMUP:], n=4, method="inclusive")
-    return 1e3 * (high - low)
-
-
 def _times(side: Side) -> dict[str, Any]:
     return {
-        **{f"{phase}_ms": _median_ms(samples) for phase, samples in side.phases.items()},
-        "iqr_ms": {phase: _iqr_ms(samples) for phase, samples in side.phases.items()},
-        "kinds_ms": {kind: _median_ms(samples) for kind, samples in side.kinds.items()},
+        **side.phases.times(),
+        "kinds_ms": {kind: median_ms(samples) for kind, samples in side.kinds.items()},
     }
 
 
@@ -294,7 +257,7 @@ def _layer(
     convolution: Convolution, monitored: Mapping[str, Any], sides: Mapping[str, Side], itemsize: int
 ) -> dict[str, Any]:
     problem, density = convolution.problem, monitored["density"]
-    times = {f"{name}_ms": _median_ms(sides[name].layers[convolution.name]) for name in SIDES}
+    times = {f"{name}_ms": median_ms(sides[name].layers[convolution.name]) for name in SIDES}
     elements = math.prod(problem.output_size)
     return {
         "layer": convolution.name,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json as json_format
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ import typer
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
+
+from sparsebwd.data.files import write_text
 
 from .environment import OtherProcesses, environment
 from .timing import keep_freed_memory
@@ -110,6 +113,25 @@ class Table:
             *(f"- {note}" for note in self.notes),
         ]
         return "\n".join(lines).rstrip() + "\n"
+
+
+def report(tables: Sequence[Table], record: dict[str, Any], json: Path | None, markdown: Path | None) -> None:
+    """Show the tables, and write files; fails if one cannot be written.
+
+    Args:
+        record: what goes into `json`, with "environment" and "setting", of which "command" repeats the measurement.
+    """
+    console = Console()
+    for table in tables:
+        table.show(console)
+    try:
+        if json:
+            write_text(json, json_format.dumps(record, indent=1, allow_nan=False) + "\n")
+        if markdown:
+            heading = f"{machine(record['environment'])}\n\n`{record['setting']['command']}`\n\n"
+            write_text(markdown, heading + "\n".join(table.markdown() for table in tables))
+    except OSError as error:
+        fail(f"error: {error.filename}: {error.strerror}")
 
 
 def _markdown_line(cells) -> str:

@@ -270,7 +270,7 @@ def test_both_sides_stay_at_the_trained_weights():
         assert [*side.layers] == NAMES[::-1]
         layers = [sum(times) for times in zip(*side.layers.values())]
         assert side.kinds["convolution"] == pytest.approx(layers)
-        assert len(side.phases["total"]) == 2
+        assert len(side.phases.seconds["total"]) == 2
     kinds = {name: {type(module).__name__ for module in side.model.modules()} for name, side in sides.items()}
     assert "SparseConv2d" in kinds["sparse"] - kinds["dense"] and "Conv2d" in kinds["dense"] - kinds["sparse"]
     after = training.model_of(run).state_dict()

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training steps, timed by phases."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+PHASES = ("total", "forward", "backward", "optimizer")
+
+WARMUP = 2
+"""First steps that do not count."""
+
+
+class PhaseTimer:
+    """Takes steps. seconds: of each phase, in each step taken so far; "total" is the sum of the others."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
+
+    def step(self, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> None:
+        """zero_grad(), `loss()`, its backward pass, and the optimiser's step."""
+        begin = time.perf_counter()
+        optimizer.zero_grad()
+        cleared = time.perf_counter()
+        value = loss()
+        middle = time.perf_counter()
+        value.backward()
+        after = time.perf_counter()
+        optimizer.step()
+        end = time.perf_counter()
+        seconds = (end - begin, middle - cleared, after - middle, (cleared - begin) + (end - after))
+        for phase, value in zip(PHASES, seconds):
+            self.seconds[phase].append(value)
+
+    def times(self) -> dict[str, object]:
+        """For a record: medians, and `iqr_ms`."""
+        return {
+            **{f"{phase}_ms": median_ms(samples) for phase, samples in self.seconds.items()},
+            "iqr_ms": {phase: iqr_ms(samples) for phase, samples in self.seconds.items()},
+        }
+
+
+def median_ms(samples: Sequence[float]) -> float:
+    """Of samples in seconds, without the first for warm-up."""
+    return 1e3 * statistics.median(samples[WARMUP:])
+
+
+def iqr_ms(samples: Sequence[float]) -> float:
+    """Their interquartile range."""
+    low, _, high = statistics.quantiles(samples[WARMUP:], n=4, method="inclusive")
+    return 1e3 * (high - low)

@@ -17,8 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sparsebwd import models
 from sparsebwd.backends import registered_backends
-from sparsebwd.functional import check_percentile
 from sparsebwd.problem import ConvProblem
+from sparsebwd.settings import check_percentile
 
 from . import capture, compare, devices, operations, overhead, results, step, suites
 from .inputs import DTYPES, LAYOUTS, PATTERNS, Rotation

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparsebwd import reference
 from sparsebwd.problem import ConvProblem
+from sparsebwd.settings import Pruning
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -30,7 +31,6 @@ not zero."""
 PATTERNS = ("iid", "skewed")
 """Of random gradients with zeros."""
 
-SIGMA_ESTIMATOR = "corrected"
 KEY_SEED = 1
 KEY = torch.empty(2, dtype=torch.int64).random_(generator=torch.Generator().manual_seed(KEY_SEED))
 """Of the random numbers of pruning: what a generator with this seed draws."""
@@ -75,7 +75,7 @@ class Gradient:
             gradient = self.captured.to(generator.device, dtype)
             if self.percentile is not None:
                 key = key_on(generator.device)
-                gradient = reference.prune(gradient, key, self.percentile, SIGMA_ESTIMATOR).values
+                gradient = reference.prune(gradient, key, Pruning(self.percentile)).values
             return torch.cat([gradient.roll(copy, 0) for copy in range(count)])
         result = torch.empty((count * size[0], *size[1:]), dtype=dtype, device=generator.device)
         for block in result.split(max(1, _BLOCK // math.prod(size)) * size[0]):

@@ -8,18 +8,18 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparsebwd import ops, reference  # noqa: F401  (ops defines torch.ops.sparsebwd)
+from sparsebwd import ops, reference, settings  # noqa: F401  (ops defines torch.ops.sparsebwd)
 from sparsebwd.backends.dense import convolution_backward
 from sparsebwd.problem import ConvProblem
 from sparsebwd.testing import assert_bit_equal, assert_error_bounded
 
-from .inputs import KEY, LAYOUTS, SIGMA_ESTIMATOR, Gradient, Inputs, Operands, key_on, pruned_at
+from .inputs import KEY, LAYOUTS, Gradient, Inputs, Operands, key_on, pruned_at
 from .results import COPY
 from .suites import Layer
 
@@ -53,6 +53,10 @@ class Case:
     pattern: str
     density: float | None = None
     percentile: float | None = None
+
+    @cached_property
+    def settings(self) -> settings.Pruning:
+        return settings.Pruning(self.percentile, self.layer.placement, backend=self.backend)
 
     def gradient(self, operation: Operation) -> Gradient:
         """What `operation` starts from."""
@@ -174,8 +178,8 @@ class PruneWithTorch(Pruning):
     def candidate(self, case: Case, operands: Operands) -> Tensor:
         gradient = operands.grad_output
         magnitude = gradient.abs()
-        sigma = reference.SIGMA_COEFFICIENT[SIGMA_ESTIMATOR] * magnitude.mean()
-        tau = sigma * reference.quantile(case.percentile)
+        sigma = case.settings.sigma_coefficient * magnitude.mean()
+        tau = sigma * case.settings.quantile
         kept = torch.where(magnitude > tau * torch.rand_like(gradient), torch.copysign(tau, gradient), 0.0)
         return torch.where(magnitude < tau, kept, gradient)
 
@@ -199,13 +203,7 @@ class PruneAndList(Pruning):
         problem = case.layer.problem
         gradient = operands.grad_output.contiguous(memory_format=torch.channels_last)
         abs_sum, _ = torch.ops.sparsebwd_cpu.abs_sum(gradient)
-        _, tau = reference.threshold(
-            abs_sum,
-            gradient.numel(),
-            case.percentile,
-            SIGMA_ESTIMATOR,
-            gradient.dtype,
-        )
+        _, tau = reference.threshold(abs_sum, gradient.numel(), case.settings, gradient.dtype)
         pruned = torch.empty_like(gradient)
         nonzeros = torch.ops.sparsebwd_cpu.conv2d_backward(
             gradient,
@@ -262,10 +260,7 @@ class Convolution(Operation):
             *operands,
             *_geometry(case.layer.problem),
             key_on(device),
-            case.percentile if self.prunes else None,
-            case.layer.placement,
-            SIGMA_ESTIMATOR,
-            case.backend,
+            (case.settings if self.prunes else case.settings.replace(percentile=None)).text,
             _layer_id(self, case),
             (*self.outputs(case.layer), False),
             self.history(case, device),
@@ -431,7 +426,7 @@ def _prune(
     case: Case, gradient: Tensor, history: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     key = key_on(gradient.device)
-    return torch.ops.sparsebwd.prune(gradient, key, case.percentile, SIGMA_ESTIMATOR, case.backend, history)
+    return torch.ops.sparsebwd.prune(gradient, key, case.settings.text, history)
 
 
 # Calls with the gradients of a layer after which a backend that is free to choose knows what to choose by.
@@ -454,8 +449,7 @@ def _history(case: Case, device: torch.device) -> Tensor:
 
 def _threshold(case: Case, gradient: Tensor, history: Tensor | None = None) -> Tensor:
     abs_sum = gradient.abs().sum(dtype=torch.float64)
-    numel = gradient.numel()
-    return reference.threshold(abs_sum, numel, case.percentile, SIGMA_ESTIMATOR, gradient.dtype, history)[1]
+    return reference.threshold(abs_sum, gradient.numel(), case.settings, gradient.dtype, history)[1]
 
 
 def _check_pruned(

@@ -25,10 +25,11 @@ from sparsebwd.backends import DenseBackend, available_backends, choose_backend
 from sparsebwd.bench import cli, compare, devices, environment, gradients, operations, suites, timing
 from sparsebwd.bench import inputs as inputs_module
 from sparsebwd.bench.gradients import Captured, GradientFile
-from sparsebwd.bench.inputs import KEY, LAYOUTS, SIGMA_ESTIMATOR, Gradient, Inputs, Rotation, skewed_densities
+from sparsebwd.bench.inputs import KEY, LAYOUTS, Gradient, Inputs, Rotation, skewed_densities
 from sparsebwd.bench.results import Row
 from sparsebwd.bench.timing import Call, interleave
 from sparsebwd.problem import ConvProblem
+from sparsebwd.settings import Pruning
 from sparsebwd.testing import assert_bit_equal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,7 +195,7 @@ def test_captured_gradients_rotate_with_their_images_in_another_order(generator)
         assert not copy.equal(captured)
         assert copy[copy[:, 0, 0, 0].argsort()].equal(captured[captured[:, 0, 0, 0].argsort()])
     pruned = Inputs(problem, torch.float32, Gradient("captured", captured=captured, percentile=90.0), Rotation(1))
-    expected = reference.prune(captured, KEY, 90.0, SIGMA_ESTIMATOR).values
+    expected = reference.prune(captured, KEY, Pruning()).values
     assert pruned.first("contiguous").grad_output.equal(expected)
 
 
@@ -517,7 +518,7 @@ def test_captured_gradients(tmp_path, captured_file, backend):
     assert rows[0]["density"] == 1  # at percentile 50 the threshold is 0
     for row in (rows[1], rows[3]):  # one gradient, one key
         captured = gradients.load(file).gradients[0].grad_output
-        assert row["density"] == pytest.approx(reference.prune(captured, KEY, 90.0, SIGMA_ESTIMATOR).density.item())
+        assert row["density"] == pytest.approx(reference.prune(captured, KEY, Pruning()).density.item())
 
 
 @pytest.mark.parametrize("backend", [name for name in backends_on("cpu") if name != "reference"])

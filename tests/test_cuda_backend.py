@@ -36,6 +36,7 @@ from sparsebwd import SparseConv2d, backends, grad, prune_gradient, reference
 from sparsebwd.backends import cuda
 from sparsebwd.backends.dense import convolution_backward
 from sparsebwd.problem import ConvProblem
+from sparsebwd.settings import Pruning
 from sparsebwd.testing import assert_bit_equal, assert_error_bounded, fenced, poisoned_memory, random_tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,7 +152,7 @@ def _layer_backward(
     sigma_history=None,
 ):
     input, weight, grad_output = operands
-    config = (KEY, percentile, placement, "corrected", backend, layer_id, mask, sigma_history)
+    config = (KEY, Pruning(percentile=percentile, placement=placement, backend=backend).text, layer_id, mask, sigma_history)
     with poisoned_memory():
         return torch.ops.sparsebwd.conv2d_backward(grad_output, input, weight, *_geometry(problem), *config)
 
@@ -230,9 +231,9 @@ def test_pruned_bits_are_those_of_the_reference(shape, dtype, memory_format, gen
     gradient = fenced(random_tensor(shape, generator=generator, dtype=dtype, memory_format=memory_format, density=0.9))
     key = torch.tensor([2**62 + 5, -7])
     with poisoned_memory():
-        pruned = torch.ops.sparsebwd.prune(gradient, key, 90.0, "corrected", "emulated", None)
+        pruned = torch.ops.sparsebwd.prune(gradient, key, "backend=emulated", None)
     values, tau, sigma, density = pruned
-    expected = reference.prune(gradient, key, 90.0, "corrected")
+    expected = reference.prune(gradient, key, Pruning())
     # The float64 sum may be taken in any order: equal but for a rounding to float32 at a tie.
     torch.testing.assert_close(sigma, expected.sigma, rtol=2**-23, atol=0)
     assert_bit_equal(tau, (sigma.double() * reference.quantile(90)).float().to(dtype).float(), "tau")
@@ -272,7 +273,7 @@ def test_layer_backward(text, placement, percentile, dtype, memory_format, gener
     consumed = grad_output
     if percentile and placement == "output":
         consumed = reference.prune_at(grad_output, KEY, said.tau)
-        torch.testing.assert_close(said.sigma, reference.prune(grad_output, KEY, percentile, "corrected").sigma)
+        torch.testing.assert_close(said.sigma, reference.prune(grad_output, KEY, Pruning(percentile)).sigma)
     assert_bit_equal(said.density, reference.density(consumed), "density")
     assert (said.backend, said.implementation) == ("emulated", "emulated")
     assert (said.tau is None) == (percentile is None)
@@ -523,10 +524,10 @@ def test_schemas_say_what_is_written():
 def test_opcheck(text, memory_format, generator):
     problem = ConvProblem.parse(text)
     input, weight, grad_output = _operands(problem, generator, memory_format=memory_format)
-    config = (KEY, 90.0, "output", "corrected", "emulated", 3, (True, True, True))
+    config = (KEY, Pruning(backend="emulated").text, 3, (True, True, True))
     operators = torch.ops.sparsebwd
     torch.library.opcheck(operators.conv2d_backward.default, (grad_output, input, weight, *_geometry(problem), *config))
-    torch.library.opcheck(operators.prune.default, (grad_output, *config[:2], "corrected", "emulated"))
+    torch.library.opcheck(operators.prune.default, (grad_output, *config[:2]))
 
 
 def test_refusals():

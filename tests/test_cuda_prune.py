@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsebwd import reference
+from sparsebwd import settings as sparsebwd_settings
 from sparsebwd.backends import available_backends
 from sparsebwd.testing import assert_bit_equal, fenced, random_tensor
 
@@ -78,7 +79,7 @@ def threshold(grad: Tensor) -> tuple[Tensor, Tensor]:
     else:
         abs_sum = math.fsum(grad.double().abs().flatten().tolist())
     total = torch.tensor(abs_sum, dtype=torch.float64)
-    return reference.threshold(total, grad.numel(), PERCENTILE, "corrected", grad.dtype)
+    return reference.threshold(total, grad.numel(), sparsebwd_settings.Pruning(PERCENTILE), grad.dtype)
 
 
 def assert_pruned(result: Pruned, grad: Tensor, key: Tensor, sigma: Tensor, tau: Tensor) -> None:

@@ -14,6 +14,7 @@ import sparsebwd
 from sparsebwd import reference
 from sparsebwd.functional import sparse_conv2d
 from sparsebwd.problem import ConvProblem
+from sparsebwd.settings import Pruning
 from sparsebwd.testing import assert_bit_equal, random_tensor
 
 
@@ -49,7 +50,7 @@ def test_prune_gradient_returns_a_named_tuple():
 def test_prune_gradient_draws_its_key_from_the_generator():
     grad = torch.randn(2, 8, 4, 4)
     key = torch.empty(2, dtype=torch.int64).random_(generator=torch.Generator().manual_seed(5))
-    expected = reference.prune(grad, key, 90.0, "corrected").values
+    expected = reference.prune(grad, key, Pruning()).values
     generator = torch.Generator().manual_seed(5)
     assert not _rng_is_used(lambda: sparsebwd.prune_gradient(grad, 90, generator))
     actual = sparsebwd.prune_gradient(grad, 90, generator=torch.Generator().manual_seed(5)).values
@@ -122,11 +123,11 @@ def test_gradients_are_those_of_the_reference(placement, source, backend, memory
 
     consumed = grad_output
     if placement == "output":
-        consumed = reference.prune(grad_output, key, 90.0, "corrected").values
+        consumed = reference.prune(grad_output, key, Pruning()).values
     with torch.no_grad():
         grad_input = reference.conv2d_input(problem, w, consumed).float()
         if placement == "input":
-            grad_input = reference.prune(grad_input, key, 90.0, "corrected").values
+            grad_input = reference.prune(grad_input, key, Pruning()).values
         grad_weight = reference.conv2d_weight(problem, x, consumed).float()
     torch.testing.assert_close(x.grad, grad_input, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(w.grad, grad_weight, rtol=1e-5, atol=1e-4)

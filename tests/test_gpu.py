@@ -22,6 +22,7 @@ from sparsebwd import DensityMonitor, SparseConv2d, models, prune_gradient, refe
 from sparsebwd.backends import get_backend
 from sparsebwd.bench import cli, environment, terminal
 from sparsebwd.problem import ConvProblem
+from sparsebwd.settings import Pruning
 from sparsebwd.testing import assert_bit_equal, assert_error_bounded, fenced, poisoned_memory, random_tensor
 
 # cuBLAS wants it where PyTorch is told to be deterministic; it is read when cuBLAS is first used.
@@ -68,7 +69,7 @@ def backward(problem, operands, key=None, percentile=90.0, history=None, backend
     key = key_of(1, 2) if key is None else key
     geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
     return torch.ops.sparsebwd.conv2d_backward(
-        grad_output, input, weight, *geometry, key, percentile, "output", "corrected", backend, 0, (True, True, False), history
+        grad_output, input, weight, *geometry, key, Pruning(percentile=percentile, backend=backend).text, 0, (True, True, False), history
     )[:2]
 
 
@@ -130,8 +131,8 @@ def pruned_elsewhere(gradient: Tensor, key: Tensor, sigma: Tensor):
     history[0], history[1] = 1, struct.unpack("i", struct.pack("f", sigma.item()))[0]
     cpu = get_backend("cpu")
     if (cpu.available() or cpu.can_run(None, "cpu", gradient.dtype)) is None:
-        return torch.ops.sparsebwd.prune(gradient.cpu(), key.cpu(), 90.0, "corrected", "cpu", history)
-    return torch.ops.sparsebwd.prune(gradient, key, 90.0, "corrected", "reference", history.to(DEVICE))
+        return torch.ops.sparsebwd.prune(gradient.cpu(), key.cpu(), "backend=cpu", history)
+    return torch.ops.sparsebwd.prune(gradient, key, "backend=reference", history.to(DEVICE))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -139,7 +140,7 @@ def test_pruning_is_that_of_the_cpu(shape, dtype, memory_format, generator):
     gradient = random_tensor(shape, generator=generator, dtype=dtype, memory_format=memory_format).to(DEVICE)
     key = key_of(-5, 2**62 + 3)
     with poisoned_memory():
-        values, tau, sigma, density = torch.ops.sparsebwd.prune(gradient, key, 90.0, "corrected", BACKEND)
+        values, tau, sigma, density = torch.ops.sparsebwd.prune(gradient, key, f"backend={BACKEND}")
     assert values.stride() == gradient.stride() and {t.device.type for t in (values, tau, sigma, density)} == {DEVICE}
     wanted = pruned_elsewhere(gradient, key, sigma)
     assert_bit_equal(values.cpu(), wanted[0].cpu(), "values")
@@ -153,8 +154,8 @@ def test_sigma_of_exact_sums_is_that_of_the_cpu(dtype, memory_format, generator)
     """Multiples of 2^-6 add up without rounding, in any order."""
     gradient = torch.randint(-128, 129, (7, 40, 19, 23), generator=generator).double().mul(2.0**-6).to(dtype)
     gradient = gradient.contiguous(memory_format=memory_format)
-    on_device = torch.ops.sparsebwd.prune(gradient.to(DEVICE), key_of(1, 2), 90.0, "corrected", BACKEND)
-    on_cpu = torch.ops.sparsebwd.prune(gradient, key_of(1, 2).cpu(), 90.0, "corrected", "reference")
+    on_device = torch.ops.sparsebwd.prune(gradient.to(DEVICE), key_of(1, 2), f"backend={BACKEND}")
+    on_cpu = torch.ops.sparsebwd.prune(gradient, key_of(1, 2).cpu(), "backend=reference")
     for name, one, two in zip(("values", "tau", "sigma", "density"), on_device, on_cpu):
         assert_bit_equal(one.cpu(), two, name)
 
@@ -163,7 +164,7 @@ def test_sigma_of_exact_sums_is_that_of_the_cpu(dtype, memory_format, generator)
 def test_gradients_that_are_not_finite_pass(poison, dtype, memory_format, generator):
     gradient = random_tensor((4, 40, 9, 9), generator=generator, dtype=dtype, memory_format=memory_format)
     gradient[1, 33, 2, 3] = poison
-    values, tau, *_ = torch.ops.sparsebwd.prune(gradient.to(DEVICE), key_of(1, 2), 90.0, "corrected", BACKEND)
+    values, tau, *_ = torch.ops.sparsebwd.prune(gradient.to(DEVICE), key_of(1, 2), f"backend={BACKEND}")
     assert_bit_equal(values.cpu(), gradient)
     assert tau.item() == 0
 
@@ -183,8 +184,8 @@ def test_predicted_thresholds_are_those_of_the_reference(dtype, memory_format, g
         gradient = torch.randint(-128, 129, (3, 12, 7, 5), generator=generator).double().mul(2.0 ** (-6 - step)).to(dtype)
         gradient = gradient.contiguous(memory_format=memory_format)
         key = torch.tensor([step, 7])
-        one = torch.ops.sparsebwd.prune(gradient.to(DEVICE), key.to(DEVICE), 90.0, "corrected", BACKEND, histories[0])
-        two = torch.ops.sparsebwd.prune(gradient, key, 90.0, "corrected", "reference", histories[1])
+        one = torch.ops.sparsebwd.prune(gradient.to(DEVICE), key.to(DEVICE), f"backend={BACKEND}", histories[0])
+        two = torch.ops.sparsebwd.prune(gradient, key, "backend=reference", histories[1])
         for name, actual, wanted in zip(("values", "tau", "sigma", "density"), one, two):
             assert_bit_equal(actual.cpu(), wanted, f"{name} in step {step}")
         assert torch.equal(histories[0].cpu(), histories[1])
@@ -201,7 +202,7 @@ def test_more_than_two_to_the_31_elements():
     for part in gradient.split(64):
         part.copy_(torch.randn(part.shape, generator=generator, device=DEVICE))
     key = key_of(3, 4)
-    values, tau, sigma, density = torch.ops.sparsebwd.prune(gradient, key, 90.0, "corrected", BACKEND)
+    values, tau, sigma, density = torch.ops.sparsebwd.prune(gradient, key, f"backend={BACKEND}")
     assert sigma.item() == pytest.approx(1, abs=1e-3)
     kept = 0
     for number, (part, pruned) in enumerate(zip(gradient.split(64), values.split(64))):

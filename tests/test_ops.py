@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sparsebwd
 from sparsebwd import backends, ops
 from sparsebwd.problem import ConvProblem
+from sparsebwd.settings import Pruning
 from sparsebwd.testing import assert_bit_equal, random_tensor
 
 
@@ -52,7 +53,7 @@ def test_opcheck_conv2d(text, percentile, placement, with_bias, memory_format):
     problem, input, weight, _, geometry = _operands(text, torch.float32, memory_format, True)
     bias = torch.ones(problem.k, requires_grad=True) if with_bias else None
     key = torch.tensor([1, 2])
-    config = (key, percentile, placement, "corrected", "auto", 3)
+    config = (key, Pruning(percentile=percentile, placement=placement).text, 3)
     torch.library.opcheck(torch.ops.sparsebwd.conv2d.default, (input, weight, bias, *geometry, *config))
 
 
@@ -66,7 +67,7 @@ MASKS = [ALL, (True, False, False), (False, True, False), (False, False, True)]
 )
 def test_opcheck_conv2d_backward(text, output_mask, memory_format, backend):
     _, input, weight, grad_output, geometry = _operands(text, torch.float32, memory_format)
-    config = (torch.tensor([1, 2]), 90.0, "output", "corrected", backend, 3, output_mask)
+    config = (torch.tensor([1, 2]), Pruning(backend=backend).text, 3, output_mask)
     torch.library.opcheck(torch.ops.sparsebwd.conv2d_backward.default, (grad_output, input, weight, *geometry, *config))
 
 
@@ -86,7 +87,7 @@ def test_opcheck_conv2d_input_and_weight(text, memory_format, backend):
 @pytest.mark.parametrize("shape", [(2, 6, 3, 5), (0, 6, 3, 5), (1, 1, 1, 1)])
 def test_opcheck_prune(shape, memory_format, dtype, backend):
     grad = torch.randn(shape, dtype=dtype).contiguous(memory_format=memory_format)
-    torch.library.opcheck(torch.ops.sparsebwd.prune.default, (grad, torch.tensor([1, 2]), 90.0, "corrected", backend))
+    torch.library.opcheck(torch.ops.sparsebwd.prune.default, (grad, torch.tensor([1, 2]), f"backend={backend}"))
 
 
 def test_opcheck_draw_key():
@@ -105,7 +106,7 @@ def test_gradients_have_the_format_of_their_tensors(backend, dtype):
                 input = input.contiguous(memory_format=of_input)
                 weight = weight.contiguous(memory_format=of_weight)
                 grad_output = grad_output.contiguous(memory_format=of_grad)
-                config = (torch.tensor([1, 2]), None, "output", "corrected", backend, 0)
+                config = (torch.tensor([1, 2]), Pruning(percentile=None, backend=backend).text, 0)
                 grads = torch.ops.sparsebwd.conv2d_backward(
                     grad_output, input, weight, *geometry, *config, (True, True, True)
                 )
@@ -131,7 +132,7 @@ def test_bias_gradient_does_not_depend_on_the_number_of_threads(text, memory_for
         for size in (problem.output_size, problem.input_size, problem.weight_size)
     ]
     geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
-    config = (torch.tensor([1, 2]), None, "output", "corrected", "auto", 0, (False, False, True))
+    config = (torch.tensor([1, 2]), Pruning(percentile=None).text, 0, (False, False, True))
     threads = torch.get_num_threads()
     results = []
     try:
@@ -151,7 +152,7 @@ def test_operands_in_any_layout(backend, generator):
     problem, input, weight, grad_output, geometry = _operands(
         "n2c6h8w8k6r3s3p1", torch.float32, torch.contiguous_format
     )
-    config = (torch.tensor([1, 2]), 90.0, "output", "corrected", backend, 0, (True, True, True))
+    config = (torch.tensor([1, 2]), Pruning(backend=backend).text, 0, (True, True, True))
     expected = torch.ops.sparsebwd.conv2d_backward(grad_output, input, weight, *geometry, *config)
     views = [tensor.transpose(2, 3).contiguous().transpose(2, 3) for tensor in (grad_output, input, weight)]
     assert not any(view.is_contiguous() for view in views)
@@ -188,7 +189,7 @@ def test_only_the_gradients_asked_for_are_computed(output_mask, register):
     register(Spy())
     _, input, weight, grad_output, geometry = _operands(PROBLEMS[0], torch.float32, torch.contiguous_format)
     for placement in ("output", "input"):
-        config = (torch.tensor([1, 2]), 90.0, placement, "corrected", "spy", 0, output_mask)
+        config = (torch.tensor([1, 2]), Pruning(placement=placement, backend="spy").text, 0, output_mask)
         calls.clear()
         grads = torch.ops.sparsebwd.conv2d_backward(grad_output, input, weight, *geometry, *config)
         wanted = [name for name, want in zip(("input", "weight"), output_mask) if want]
@@ -205,12 +206,12 @@ def test_only_the_gradients_asked_for_are_computed(output_mask, register):
 def test_default_device_does_not_matter(backend, memory_format, stats):
     _, input, weight, grad_output, geometry = _operands("n2c16h8w8k16r3s3p1", torch.float32, memory_format)
     key = torch.tensor([1, 2])
-    config = (key, 90.0, "output", "corrected", backend, 0, (True, True, True))
+    config = (key, Pruning(backend=backend).text, 0, (True, True, True))
     expected = torch.ops.sparsebwd.conv2d_backward(grad_output, input, weight, *geometry, *config)
-    pruned = torch.ops.sparsebwd.prune(grad_output, key, 90.0, "corrected", backend)
+    pruned = torch.ops.sparsebwd.prune(grad_output, key, f"backend={backend}")
     with torch.device("meta"):
         actual = torch.ops.sparsebwd.conv2d_backward(grad_output, input, weight, *geometry, *config)
-        again = torch.ops.sparsebwd.prune(grad_output, key, 90.0, "corrected", backend)
+        again = torch.ops.sparsebwd.prune(grad_output, key, f"backend={backend}")
     for one, two in zip((*actual, *again), (*expected, *pruned)):
         assert_bit_equal(one, two)
     assert stats[1].sigma.device == stats[1].density.device == torch.device("cpu")
@@ -221,7 +222,7 @@ def test_not_differentiable():
     results = [
         torch.ops.sparsebwd.conv2d_input(problem.input_size, weight, grad_output, *geometry, "auto"),
         torch.ops.sparsebwd.conv2d_weight(input, problem.weight_size, grad_output, *geometry, "auto"),
-        torch.ops.sparsebwd.prune(input, torch.tensor([1, 2]), 90.0, "corrected", "auto")[0],
+        torch.ops.sparsebwd.prune(input, torch.tensor([1, 2]), "")[0],
     ]
     for result in results:
         with pytest.raises(RuntimeError, match="is not differentiable"):
@@ -231,7 +232,7 @@ def test_not_differentiable():
 def test_double_backward_raises():
     _, input, weight, _, geometry = _operands(PROBLEMS[0], torch.float32, torch.contiguous_format, True)
     output = torch.ops.sparsebwd.conv2d(
-        input, weight, None, *geometry, torch.tensor([1, 2]), None, "output", "corrected", "auto", 0
+        input, weight, None, *geometry, torch.tensor([1, 2]), Pruning(percentile=None).text, 0
     )
     (grad,) = torch.autograd.grad(output.square().sum(), input, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward .* not supported"):
@@ -241,12 +242,12 @@ def test_double_backward_raises():
 @pytest.mark.parametrize("amp_dtype", [torch.bfloat16, torch.float16])
 def test_autocast_casts_as_the_convolution_of_torch_does(amp_dtype):
     problem, input, weight, grad_output, geometry = _operands(PROBLEMS[0], torch.float32, torch.contiguous_format, True)
-    config = (torch.tensor([1, 2]), None, "output", "corrected", "reference", 0)
+    config = (torch.tensor([1, 2]), Pruning(percentile=None, backend="reference").text, 0)
     with torch.autocast("cpu", amp_dtype):
         output = torch.ops.sparsebwd.conv2d(input, weight, None, *geometry, *config)
         expected = torch.nn.functional.conv2d(input, weight, None, *geometry)
         half = torch.ops.sparsebwd.conv2d_input(problem.input_size, weight, grad_output, *geometry, "reference")
-        kept = torch.ops.sparsebwd.prune(grad_output, config[0], 90.0, "corrected", "auto")[0]
+        kept = torch.ops.sparsebwd.prune(grad_output, config[0], "")[0]
         double = torch.ops.sparsebwd.conv2d(input.double(), weight.double(), None, *geometry, *config)
     assert_bit_equal(output, expected)
     assert output.dtype == half.dtype == amp_dtype
@@ -265,7 +266,7 @@ def test_modes_see_the_operators():
             return function(*args, **(kwargs or {}))
 
     _, input, weight, _, geometry = _operands(PROBLEMS[0], torch.float32, torch.contiguous_format, True)
-    config = (torch.tensor([1, 2]), 90.0, "output", "corrected", "auto", 0)
+    config = (torch.tensor([1, 2]), Pruning().text, 0)
     with Spy():
         torch.ops.sparsebwd.conv2d(input, weight, None, *geometry, *config).sum().backward()
     ours = [function for function in seen if function.namespace == "sparsebwd"]
@@ -275,8 +276,8 @@ def test_modes_see_the_operators():
 def test_views_that_negate():
     """Their numbers in memory have the other sign; the dispatcher has to make them real first."""
     grad, key = torch.randn(2, 6, 3, 5), torch.tensor([1, 2])
-    actual = torch.ops.sparsebwd.prune(torch._neg_view(grad), key, 90.0, "corrected", "auto")
-    for one, two in zip(actual, torch.ops.sparsebwd.prune(-grad, key, 90.0, "corrected", "auto")):
+    actual = torch.ops.sparsebwd.prune(torch._neg_view(grad), key, "")
+    for one, two in zip(actual, torch.ops.sparsebwd.prune(-grad, key, "")):
         assert_bit_equal(one, two)
 
 
@@ -392,7 +393,7 @@ def test_auto_takes_either_for_either_gradient(
     _, input, weight, grad_output, geometry = _operands("n2c16h12w12k16r3s3p1", torch.float32, memory_format)
     results = []
     for backend in ("auto", "cpu"):
-        config = (torch.tensor([1, 2]), percentile, placement, "corrected", backend, 0)
+        config = (torch.tensor([1, 2]), Pruning(percentile=percentile, placement=placement, backend=backend).text, 0)
         results.append(
             torch.ops.sparsebwd.conv2d_backward(grad_output, input, weight, *geometry, *config, (True, True, False))
         )
@@ -406,7 +407,7 @@ def test_auto_takes_either_for_either_gradient(
 @pytest.mark.parametrize("text", ["n1c16h4w4k16r3s3p1", "n2c64h16w16k64r3s3p1g64"])
 def test_auto_leaves_to_pytorch_where_sparse_never_pays(text, stats):
     _, input, weight, grad_output, geometry = _operands(text, torch.float32, torch.channels_last)
-    config = (torch.tensor([1, 2]), 99.0, "output", "corrected", "auto", 0)
+    config = (torch.tensor([1, 2]), Pruning(percentile=99.0).text, 0)
     torch.ops.sparsebwd.conv2d_backward(grad_output, input, weight, *geometry, *config, (True, True, True))
     assert [record.implementation for record in stats] == ["dense"]
 
@@ -421,7 +422,7 @@ def test_expected_density(shape, memory_format, dtype, generator):
     )
     grad = grad.to(dtype).contiguous(memory_format=memory_format)
     before = grad.clone()
-    values, tau, _, density = torch.ops.sparsebwd.prune(grad, key, 90.0, "corrected", "cpu")
+    values, tau, _, density = torch.ops.sparsebwd.prune(grad, key, "backend=cpu")
     bound = 5 * 0.5 / min(grad.numel(), 61 * 256) ** 0.5
     assert backends.cpu._expected_density(grad, key, tau.item()) == pytest.approx(density.item(), abs=bound)
     assert backends.cpu._expected_density(values, None, 0.0) == pytest.approx(density.item(), abs=bound)
@@ -436,7 +437,7 @@ def test_observers_see_every_backward_pass(backend, stats):
         "n2c6h8w8k6r3s3p1", torch.float32, torch.contiguous_format
     )
     key = torch.tensor([1, 2])
-    expected = torch.ops.sparsebwd.prune(grad_output, key, 90.0, "corrected", "reference")
+    expected = torch.ops.sparsebwd.prune(grad_output, key, "backend=reference")
     for percentile, placement in ((90.0, "output"), (90.0, "input"), (None, "output")):
         torch.ops.sparsebwd.conv2d_backward(
             grad_output,
@@ -444,10 +445,7 @@ def test_observers_see_every_backward_pass(backend, stats):
             weight,
             *geometry,
             key,
-            percentile,
-            placement,
-            "corrected",
-            backend,
+            Pruning(percentile, placement, backend=backend).text,
             7,
             (True, True, False),
         )
@@ -462,7 +460,7 @@ def test_observers_see_every_backward_pass(backend, stats):
     # The consumed gradient is not the pruned one here.
     assert input.density == none.density == (grad_output != 0).float().mean()
     assert input.tau > 0 and none.tau is None and none.sigma is None
-    assert (none.percentile, input.placement) == (None, "input")
+    assert (none.pruning.percentile, input.pruning.placement) == (None, "input")
 
 
 def test_geometry_is_looked_up_once():

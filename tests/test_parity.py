@@ -14,6 +14,7 @@ from strategies import backends_on, problems
 from sparsebwd import grad, reference
 from sparsebwd.backends import get_backend
 from sparsebwd.problem import ConvProblem
+from sparsebwd.settings import Pruning
 from sparsebwd.testing import (
     assert_bit_equal,
     assert_error_bounded,
@@ -88,10 +89,7 @@ def _layer_backward(backend: str, problem: ConvProblem, input, weight, grad_outp
             problem.dilation,
             problem.groups,
             torch.zeros(2, dtype=torch.int64, device=grad_output.device),
-            None,
-            "output",
-            "corrected",
-            backend,
+            Pruning(None, backend=backend).text,
             0,
             (True, True, False),
         )[:2]

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparsebwd import DensityMonitor, SparseConv2d, convert, prune_gradient, reference, revert
 from sparsebwd.functional import sparse_conv2d
+from sparsebwd.settings import Pruning
 from sparsebwd.testing import assert_bit_equal, poisoned_memory, random_tensor
 
 KEY = torch.tensor([3, -4])
@@ -141,7 +142,7 @@ def test_thresholds_follow_the_history(backend, dtype, memory_format, generator)
     for grad in gradients(dtype, memory_format, generator):
         exact = prune_gradient(grad, 90, backend=backend)
         with poisoned_memory():
-            result = torch.ops.sparsebwd.prune(grad, KEY, 90.0, "corrected", backend, history)
+            result = torch.ops.sparsebwd.prune(grad, KEY, f"backend={backend}", history)
         pruned = reference.PrunedGradient(*result)
         assert_bit_equal(pruned.sigma, exact.sigma, "sigma")
         assert_bit_equal(pruned.tau, tau_of(model.predict(exact.sigma.item()), dtype), "tau")
@@ -167,7 +168,7 @@ def test_the_backward_pass_prunes_at_predicted_thresholds(placement, backend, dt
         )
         y.backward(grad)
         key = torch.empty(2, dtype=torch.int64).random_(generator=generator.set_state(state))
-        sigma = reference.prune(grad, key, 90.0, "corrected").sigma
+        sigma = reference.prune(grad, key, Pruning()).sigma
         tau = tau_of(model.predict(sigma.item()), dtype)
         assert_bit_equal(x.grad + 0, reference.prune_at(grad, key, tau) + 0)
         assert_bit_equal(stats[-1].sigma, sigma)
@@ -264,9 +265,9 @@ def test_opcheck(recorded, backend):
     for _ in range(recorded):
         reference.predict(history, 1.0)
     geometry = ((1, 1), (0, 0), (1, 1), 1)
-    config = (KEY, 90.0, "output", "corrected", backend, 3)
+    config = (KEY, Pruning(backend=backend).text, 3)
     operands = (grad_output, input, weight)
-    torch.library.opcheck(torch.ops.sparsebwd.prune.default, (grad_output, KEY, 90.0, "corrected", backend, history))
+    torch.library.opcheck(torch.ops.sparsebwd.prune.default, (grad_output, KEY, f"backend={backend}", history))
     torch.library.opcheck(
         torch.ops.sparsebwd.conv2d_backward.default, (*operands, *geometry, *config, (True, True, True), history)
     )
@@ -336,15 +337,16 @@ def test_setting_the_threshold_begins_anew():
 @pytest.mark.parametrize("value", ["fixed", None, 3])
 def test_bad_thresholds(value):
     message = f"threshold: got {value!r}; accepted: 'exact', 'predicted'"
+    error = ValueError if isinstance(value, str) else TypeError
     for make in (
         lambda: layer(threshold=value),
         lambda: SparseConv2d.from_conv2d(nn.Conv2d(4, 6, 3), threshold=value),
         lambda: convert(nn.Conv2d(4, 6, 3), threshold=value),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(error, match=message):
             make()
     module = layer()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(error, match=message):
         module.threshold = value
     assert module.threshold == "predicted"
 

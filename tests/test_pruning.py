@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from strategies import backends_on
 
 from sparsebwd import prune_gradient, reference
+from sparsebwd.settings import Pruning
 from sparsebwd.testing import assert_bit_equal, fenced, poisoned_memory, random_tensor
 
 LIMIT = 5.0
@@ -52,7 +53,7 @@ def _check_bits(backend, shape, dtype, memory_format, seed):
     grad = fenced(random_tensor(shape, generator=generator, dtype=dtype, memory_format=memory_format, density=0.9))
     key = torch.empty(2, dtype=torch.int64).random_(-(2**63), 2**63 - 1, generator=generator)
     with poisoned_memory():
-        result = torch.ops.sparsebwd.prune(grad, key, 90.0, "corrected", backend)
+        result = torch.ops.sparsebwd.prune(grad, key, f"backend={backend}")
     pruned = reference.PrunedGradient(*result)
     mean = grad.double().abs().sum() / max(grad.numel(), 1)
     sigma = (math.sqrt(math.pi / 2) * mean).float()
@@ -105,14 +106,11 @@ def test_the_layer_prunes_with_the_bits_of_the_reference(backend, dtype, memory_
         weight,
         *geometry,
         key,
-        90.0,
-        placement,
-        "corrected",
-        backend,
+        Pruning(placement=placement, backend=backend).text,
         0,
         (True, False, False),
     )
-    expected = reference.prune(grad, key, 90.0, "corrected").values
+    expected = reference.prune(grad, key, Pruning()).values
     assert_bit_equal(grad_input + 0, expected + 0)
 
 
@@ -300,8 +298,8 @@ def test_extreme_magnitudes(backend):
     key = torch.tensor([9, 9])
     for scale in (1e38, 1e-38, 1e-42):
         grad = torch.linspace(-1, 1, 2 * 8 * 6 * 6).view(2, 8, 6, 6) * scale
-        result = torch.ops.sparsebwd.prune(grad, key, 90.0, "corrected", backend)
-        expected = reference.prune(grad, key, 90.0, "corrected")
+        result = torch.ops.sparsebwd.prune(grad, key, f"backend={backend}")
+        expected = reference.prune(grad, key, Pruning())
         for actual, wanted in zip(result, expected):
             assert_bit_equal(actual, wanted, f"scale {scale}")
 

@@ -11,6 +11,7 @@ import torch
 
 from sparsebwd import reference
 from sparsebwd.problem import ConvProblem
+from sparsebwd.settings import Pruning
 from sparsebwd.testing import assert_bit_equal, random_tensor
 
 PI_COUNTER = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
@@ -67,7 +68,7 @@ def _prune_scalar(g: float, tau: float, r: float) -> float:
 def test_prune_element_by_element(dtype, generator):
     grad = random_tensor((2, 5, 3, 4), generator=generator, dtype=dtype, density=0.8)
     key = torch.tensor([1, 2])
-    pruned = reference.prune(grad, key, 90.0, "corrected")
+    pruned = reference.prune(grad, key, Pruning())
     sigma = math.sqrt(math.pi / 2) * grad.double().abs().sum().item() / grad.numel()
     assert pruned.sigma.item() == torch.tensor(sigma).item()
     tau = torch.tensor(pruned.sigma.item() * 1.2815515655446004)
@@ -130,8 +131,8 @@ def test_thresholds_of_floats_are_those_of_tensors(dtype, generator):
     special = torch.tensor([0.0, math.inf, math.nan, 1e300, 1e-320, 3.4e38], dtype=torch.float64)
     for abs_sum in torch.cat([special, 10.0**exponents]):
         for percentile in (50.0, 90.0, 99.5):
-            tensors = reference.threshold(abs_sum, 7, percentile, "corrected", dtype)
-            floats = reference.threshold(abs_sum.item(), 7, percentile, "corrected", dtype)
+            tensors = reference.threshold(abs_sum, 7, Pruning(percentile), dtype)
+            floats = reference.threshold(abs_sum.item(), 7, Pruning(percentile), dtype)
             for tensor, number in zip(tensors, floats):
                 assert isinstance(number, float)
                 assert_bit_equal(torch.tensor(number, dtype=torch.float64), tensor.double())

@@ -16,6 +16,7 @@ import torch
 
 from sparsebwd import ops, reference  # noqa: F401  (ops defines torch.ops.sparsebwd)
 from sparsebwd.problem import ConvProblem
+from sparsebwd.settings import Pruning
 from sparsebwd.testing import random_tensor
 
 SMALL = ["n2c16h9w7k40r3s3p1", "n2c20h8w9k36r3s3u2p1", "n2c24h7w7k44r1s1", "n1c32h5w6k64r3s3p1", "n2c6h6w5k9r3s3p1g3"]
@@ -28,7 +29,7 @@ def backward(problem: ConvProblem, operands: list[torch.Tensor], percentile: flo
     key = torch.tensor([1, 2], device=input.device)
     geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
     torch.ops.sparsebwd.conv2d_backward(
-        grad_output, input, weight, *geometry, key, percentile, "output", "corrected", BACKEND, 0, (*outputs, False), history
+        grad_output, input, weight, *geometry, key, Pruning(percentile=percentile, backend=BACKEND).text, 0, (*outputs, False), history
     )
 
 
@@ -51,7 +52,7 @@ def small() -> None:
                 for percentile, past in ((None, None), (90.0, None), (90.0, history), (90.0, history)):
                     backward(problem, operands, percentile, (True, True), past)
                 key = torch.tensor([1, 2], device=DEVICE)
-                torch.ops.sparsebwd.prune(operands[2], key, 90.0, "corrected", BACKEND, history)
+                torch.ops.sparsebwd.prune(operands[2], key, f"backend={BACKEND}", history)
     torch.cuda.synchronize()
 
 
@@ -73,8 +74,8 @@ def layer() -> None:
     history = torch.zeros(1 + reference.SIGMA_HISTORY, dtype=torch.int32, device=DEVICE)
 
     def calls():
-        torch.ops.sparsebwd.prune(dense, key, 90.0, "corrected", BACKEND)
-        torch.ops.sparsebwd.prune(dense, key, 90.0, "corrected", BACKEND, history)
+        torch.ops.sparsebwd.prune(dense, key, f"backend={BACKEND}")
+        torch.ops.sparsebwd.prune(dense, key, f"backend={BACKEND}", history)
         backward(problem, operands, None, (True, False))
         backward(problem, operands, None, (False, True))
 

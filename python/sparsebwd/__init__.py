@@ -9,9 +9,11 @@ from .functional import prune_gradient
 from .info import info
 from .monitor import DensityMonitor
 from .nn import SparseConv2d
+from .settings import Pruning
 
 __all__ = [
     "DensityMonitor",
+    "Pruning",
     "SparseConv2d",
     "conversion_report",
     "convert",

@@ -19,8 +19,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
-from .functional import PLACEMENTS, check_backend, check_percentile, check_sigma_estimator, check_threshold
 from .nn import SparseConv2d
+from .settings import PLACEMENTS, Pruning, check_choice
 
 log = logging.getLogger("sparsebwd")
 
@@ -307,15 +307,8 @@ def convert(
         RuntimeError: the backend is one that is only planned; likewise.
     """
     _check_model(model)
-    settings = {
-        "percentile": check_percentile(percentile),
-        "backend": check_backend(backend),
-        "sigma_estimator": check_sigma_estimator(sigma_estimator),
-        "threshold": check_threshold(threshold),
-    }
-    if placement not in ("auto", *PLACEMENTS):
-        accepted = ", ".join(repr(choice) for choice in ("auto", *PLACEMENTS))
-        raise ValueError(f"placement: got {placement!r}; accepted: {accepted}")
+    check_choice("placement", placement, ("auto", *PLACEMENTS))
+    pruning = Pruning(percentile, sigma_estimator=sigma_estimator, threshold=threshold, backend=backend)
     excluded = _excluded(model, exclude)
     placements = _placements(model)
     depthwise = []
@@ -325,18 +318,16 @@ def convert(
         sparse = isinstance(module, SparseConv2d)
         if not sparse and _why_not(module) is not None:
             continue
-        chosen = placements[name][0] if placement == "auto" else placement
+        chosen = pruning.replace(placement=placements[name][0] if placement == "auto" else placement)
         if sparse:
-            for setting, value in settings.items():
-                setattr(module, setting, value)
-            module.placement = chosen
+            module.pruning = chosen
         else:
-            _become(module, SparseConv2d.from_conv2d(module, placement=chosen, **settings))
+            _become(module, SparseConv2d.sharing(module, chosen))
         if module.groups == module.in_channels > 1:
             depthwise.append(name)
     for layer in _report(model, placements).layers:
         log.info("%s", layer)
-    if depthwise and percentile is not None and percentile > 50:
+    if depthwise and pruning.active:
         warnings.warn(
             f"the model has depthwise convolutions ({len(depthwise)}, the first is {depthwise[0]!r}). With pruned "
             "gradients, MobileNet lost 15 to 70 percentage points of accuracy in 6 of the 12 runs that the paper "

@@ -4,50 +4,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .backends import get_backend
 from .problem import as_int, as_pair
-from .reference import SIGMA_COEFFICIENT, SIGMA_HISTORY, PrunedGradient
+from .reference import SIGMA_HISTORY, PrunedGradient
+from .settings import Pruning, check_choice, check_percentile
 
 __all__ = ["PrunedGradient", "prune_gradient", "sparse_conv2d"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-PLACEMENTS = ("output", "input")
-THRESHOLDS = ("exact", "predicted")
-
-
-def check_percentile(percentile: float | None, or_none: bool = True) -> float | None:
-    """Return ``percentile`` as a float, or None if that is allowed. Raises TypeError, or ValueError
-    outside [50, 100)."""
-    if percentile is None and or_none:
-        return None
-    if isinstance(percentile, bool) or not isinstance(percentile, Real):
-        accepted = "a number in [50, 100)" + (", or None for no pruning" if or_none else "")
-        raise TypeError(f"percentile: got {percentile!r}; accepted: {accepted}")
-    if not 50 <= percentile < 100:
-        raise ValueError(f"percentile: got {percentile!r}; accepted: 50 <= percentile < 100")
-    return float(percentile)
-
-
-def check_placement(placement: str) -> str:
-    """Return ``placement``. Raises ValueError if it is neither "output" nor "input"."""
-    return _check_choice("placement", placement, PLACEMENTS)
-
-
-def check_sigma_estimator(sigma_estimator: str) -> str:
-    """Return ``sigma_estimator``. Raises ValueError if it is not "corrected" or "as_printed"."""
-    return _check_choice("sigma_estimator", sigma_estimator, tuple(SIGMA_COEFFICIENT))
-
-
-def check_threshold(threshold: str) -> str:
-    """Return ``threshold``. Raises ValueError if it is neither "exact" nor "predicted"."""
-    return _check_choice("threshold", threshold, THRESHOLDS)
 
 
 def check_sigma_history(sigma_history: Tensor | None, like: Tensor) -> None:
@@ -67,16 +36,6 @@ def check_sigma_history(sigma_history: Tensor | None, like: Tensor) -> None:
         raise ValueError(f"sigma_history: got device {sigma_history.device}; {accepted}")
 
 
-def check_backend(backend: str) -> str:
-    """Return ``backend``. Raises TypeError if it is not a string, ValueError if no backend has this
-    name, RuntimeError if it is one that is only planned."""
-    if not isinstance(backend, str):
-        raise TypeError(f"backend: got {backend!r}; accepted: the name of a backend, as a string")
-    if backend != "auto":
-        get_backend(backend)
-    return backend
-
-
 def check_operands(**tensors: Tensor) -> None:
     """Raise unless all are floating tensors of one dtype (any mix under autocast) and device."""
     first_name, first = next(iter(tensors.items()))
@@ -91,19 +50,16 @@ def check_operands(**tensors: Tensor) -> None:
             raise TypeError(f"{name}: got {tensor.dtype}; accepted: {first.dtype}, the dtype of {first_name}")
 
 
-def _check_choice(name: str, value: str, accepted: tuple[str, ...]) -> str:
-    if value not in accepted:
-        raise ValueError(f"{name}: got {value!r}; accepted: {', '.join(repr(choice) for choice in accepted)}")
-    return value
+@torch.compiler.assume_constant_result
+def _settings(
+    percentile: float | None, placement: str, sigma_estimator: str, backend: str, predicted: bool
+) -> Pruning:
+    """A function for torch.compile, to which settings are constants."""
+    return Pruning(percentile, placement, sigma_estimator, "predicted" if predicted else "exact", backend)
 
 
 def _autocasts(device_type: str) -> bool:
     return device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
-
-
-def prunes(percentile: float | None) -> bool:
-    """Whether pruning at ``percentile`` can change anything: at 50 the threshold is 0."""
-    return percentile is not None and percentile > 50
 
 
 def _key(input: Tensor, weight: Tensor | None, needed: bool, generator: torch.Generator | None) -> Tensor:
@@ -155,19 +111,16 @@ def prune_gradient(
         RuntimeError: the backend asked for cannot run.
     """
     check_operands(grad=grad)
-    percentile = check_percentile(percentile, or_none=False)
-    check_sigma_estimator(sigma_estimator)
-    check_backend(backend)
+    check_percentile(percentile, or_none=False)
+    pruning = _settings(percentile, "output", sigma_estimator, backend, sigma_history is not None)
     check_sigma_history(sigma_history, grad)
     if not 2 <= grad.dim() <= 4:
         raise ValueError(f"grad: got shape {tuple(grad.shape)}; accepted: (N, C, H, W), (N, C, L) or (N, C)")
     shape = grad.shape
     if grad.dim() < 4:
         grad = grad.reshape(*shape[:2], 1, shape[2] if len(shape) == 3 else 1)
-    key = _key(grad, None, prunes(percentile), generator)
-    values, tau, sigma, density = torch.ops.sparsebwd.prune(
-        grad, key, percentile, sigma_estimator, backend, sigma_history
-    )
+    key = _key(grad, None, pruning.active, generator)
+    values, tau, sigma, density = torch.ops.sparsebwd.prune(grad, key, pruning.text, sigma_history)
     return PrunedGradient(values.reshape(shape), tau, sigma, density)
 
 
@@ -223,10 +176,7 @@ def sparse_conv2d(
         padding,
         dilation,
         groups,
-        check_percentile(percentile),
-        check_placement(placement),
-        check_sigma_estimator(sigma_estimator),
-        check_backend(backend),
+        _settings(percentile, placement, sigma_estimator, backend, sigma_history is not None),
         generator,
         layer_id,
         sigma_history,
@@ -241,15 +191,12 @@ def convolve(
     padding: int | Sequence[int] | str,
     dilation: int | Sequence[int],
     groups: int,
-    percentile: float | None,
-    placement: str,
-    sigma_estimator: str,
-    backend: str,
+    pruning: Pruning,
     generator: torch.Generator | None,
     layer_id: int,
     sigma_history: Tensor | None,
 ) -> Tensor:
-    """:func:`sparse_conv2d` with ``percentile``, ``placement``, ``sigma_estimator`` and ``backend`` checked before."""
+    """:func:`sparse_conv2d` with settings made before."""
     check_operands(input=input, weight=weight, **({} if bias is None else {"bias": bias}))
     check_sigma_history(sigma_history, input)
     if input.dim() not in (3, 4):
@@ -273,8 +220,8 @@ def convolve(
         ops.problem_of(tuple(input.shape), tuple(weight.shape), stride, padding, dilation, groups)
 
     if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
-        pruned = input.requires_grad or placement == "output"
-        key = _key(input, weight, pruned and prunes(percentile), generator)
+        pruned = pruning.active and (input.requires_grad or pruning.placement == "output")
+        key = _key(input, weight, pruned, generator)
         output = torch.ops.sparsebwd.conv2d(
             input,
             weight,
@@ -284,10 +231,7 @@ def convolve(
             dilation,
             groups,
             key,
-            percentile,
-            placement,
-            sigma_estimator,
-            backend,
+            pruning.text,
             layer_id,
             sigma_history,
         )
@@ -300,7 +244,7 @@ def _pad_as_named(
     input: Tensor, weight: Tensor, padding: str, stride: tuple[int, int], dilation: tuple[int, int]
 ) -> tuple[Tensor, tuple[int, int]]:
     """The input and the numeric padding that amount to "valid" or "same" padding of ``input``."""
-    _check_choice("padding", padding, ("valid", "same"))
+    check_choice("padding", padding, ("valid", "same"))
     if padding == "valid":
         return input, (0, 0)
     if stride != (1, 1):

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .functional import check_backend, check_operands
+from .functional import check_operands
 from .problem import Pair, as_int, as_pair
+from .settings import check_backend
 
 __all__ = ["conv2d_input", "conv2d_weight"]
 

@@ -5,39 +5,34 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import (
-    check_backend,
-    check_percentile,
-    check_placement,
-    check_sigma_estimator,
-    check_threshold,
-    convolve,
-    prunes,
-)
+from .functional import convolve
 from .reference import SIGMA_HISTORY
+from .settings import Pruning
 
 __all__ = ["SparseConv2d"]
 
 _layer_ids = itertools.count(1)
 
 
-def _setting(name: str, check: Callable, doc: str) -> property:
-    """An attribute whose value is checked when it is set."""
-    private = f"_{name}"
+def _setting(name: str, doc: str) -> property:
+    """An attribute of the layer that is one of its ``pruning``."""
 
     def get(self):
-        return getattr(self, private)
+        return getattr(self.pruning, name)
 
     def set(self, value):
-        setattr(self, private, check(value))
+        self.pruning = self.pruning.replace(**{name: value})
 
     return property(get, set, doc=doc)
+
+
+# What a record of sigma was made with.
+_DEFINING_SIGMA = ("threshold", "placement", "sigma_estimator")
 
 
 class SparseConv2d(nn.Conv2d):
@@ -56,23 +51,23 @@ class SparseConv2d(nn.Conv2d):
         threshold: "exact": that of the very gradient which is pruned; or "predicted" from the last
             few gradients of this layer, so that a GPU reads the gradient only once.
 
-    All five may be set later. Raises TypeError or ValueError naming the one that is wrong, both
+    All five may be set later, one by one or as one :class:`sparsebwd.Pruning`, the attribute ``pruning``. Raises TypeError or ValueError naming the one that is wrong, both
     times, and RuntimeError for a backend that is only planned; RuntimeError in forward if the
     backend asked for cannot run.
 
     What the threshold is predicted from is in the buffer ``sigma_history``, int32[5], which a layer
-    has only if its threshold is "predicted". It is not in the state_dict. Setting ``threshold``
-    begins a new one, as is advisable after ``placement`` or ``sigma_estimator`` have changed.
+    has only if its threshold is "predicted". It is not in the state_dict. Setting ``threshold``, or
+    another ``placement`` or ``sigma_estimator``, begins a new one.
 
     ``layer_id`` is an int unique in the process, fresh for copies, as reported to
     ``sparsebwd.backends.observers``. For torch.compile it is a constant, so that code compiled for
     one layer is not used for another: compile whole models rather than their equal blocks.
     """
 
-    percentile = _setting("percentile", check_percentile, "In [50, 100), or None: nothing is pruned.")
-    placement = _setting("placement", check_placement, '"output" or "input".')
-    backend = _setting("backend", check_backend, '"auto" or the name of one.')
-    sigma_estimator = _setting("sigma_estimator", check_sigma_estimator, '"corrected" or "as_printed".')
+    percentile = _setting("percentile", "In [50, 100), or None: nothing is pruned.")
+    placement = _setting("placement", '"output" or "input".')
+    backend = _setting("backend", '"auto" or the name of one.')
+    sigma_estimator = _setting("sigma_estimator", '"corrected" or "as_printed".')
 
     def __init__(
         self,
@@ -85,16 +80,11 @@ class SparseConv2d(nn.Conv2d):
         **kwargs,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._configure(percentile, placement, backend, sigma_estimator, threshold)
+        self._configure(Pruning(percentile, placement, sigma_estimator, threshold, backend))
 
-    def _configure(
-        self, percentile: float | None, placement: str, backend: str, sigma_estimator: str, threshold: str
-    ) -> None:
-        self.percentile = percentile
-        self.placement = placement
-        self.backend = backend
-        self.sigma_estimator = sigma_estimator
-        self.threshold = threshold
+    def _configure(self, pruning: Pruning) -> None:
+        self.__dict__.pop("_pruning", None)  # that of the layer it was made from, whose history is not this one's
+        self.pruning = pruning
         self.layer_id = next(_layer_ids)
 
     @classmethod
@@ -112,32 +102,55 @@ class SparseConv2d(nn.Conv2d):
 
         Raises TypeError if ``conv`` is of a subclass of nn.Conv2d: its forward pass may differ.
         """
+        return cls.sharing(conv, Pruning(percentile, placement, sigma_estimator, threshold, backend))
+
+    @classmethod
+    def sharing(cls, conv: nn.Conv2d, pruning: Pruning) -> SparseConv2d:
+        """:meth:`from_conv2d` with all settings in one object."""
         if type(conv) not in (nn.Conv2d, cls):
             raise TypeError(f"conv: got {type(conv).__name__}; accepted: torch.nn.Conv2d")
         layer = _share(conv, cls)
-        layer._configure(percentile, placement, backend, sigma_estimator, threshold)
+        layer._configure(pruning)
         return layer
 
     def to_conv2d(self) -> nn.Conv2d:
         """The plain nn.Conv2d that shares the parameters, hooks and training flag of this layer."""
         conv = _share(self, nn.Conv2d)
-        for name in ("_percentile", "_placement", "_backend", "_sigma_estimator", "layer_id"):
+        for name in ("_pruning", "layer_id"):
             del conv.__dict__[name]
         if self.threshold == "predicted":
             del conv.sigma_history
         return conv
 
     @property
+    def pruning(self) -> Pruning:
+        """All settings, as one immutable object. Setting another threshold, placement or sigma_estimator begins a new
+        ``sigma_history``."""
+        return self._pruning
+
+    @pruning.setter
+    def pruning(self, value: Pruning) -> None:
+        if not isinstance(value, Pruning):
+            raise TypeError(f"pruning: got {type(value).__name__}; accepted: a sparsebwd.Pruning")
+        before = self.__dict__.get("_pruning")
+        self._pruning = value
+        if before is None or any(getattr(before, name) != getattr(value, name) for name in _DEFINING_SIGMA):
+            self._begin_history()
+
+    @property
     def threshold(self) -> str:
         """"exact" or "predicted"."""
-        return "exact" if self._buffers.get("sigma_history") is None else "predicted"
+        return self.pruning.threshold
 
     @threshold.setter
     def threshold(self, value: str) -> None:
-        check_threshold(value)
+        self.pruning = self.pruning.replace(threshold=value)
+        self._begin_history()
+
+    def _begin_history(self) -> None:
         if "sigma_history" in self._buffers:
             del self.sigma_history
-        if value == "predicted":
+        if self.pruning.threshold == "predicted":
             history = torch.zeros(1 + SIGMA_HISTORY, dtype=torch.int32, device=self.weight.device)
             self.register_buffer("sigma_history", history, persistent=False)
 
@@ -149,7 +162,7 @@ class SparseConv2d(nn.Conv2d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self.training:
             return super()._conv_forward(input, weight, bias)
-        if prunes(self.percentile) and not torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
+        if self._pruning.active and not torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
             # Reentrant checkpointing runs forward without gradients first. Drawing the key that
             # its replay will draw keeps the generator in step, so that no two layers share one.
             torch.ops.sparsebwd.draw_key(input, weight)
@@ -165,10 +178,7 @@ class SparseConv2d(nn.Conv2d):
             padding,
             self.dilation,
             self.groups,
-            self._percentile,
-            self._placement,
-            self._sigma_estimator,
-            self._backend,
+            self._pruning,
             None,
             self.layer_id,
             self._buffers.get("sigma_history"),

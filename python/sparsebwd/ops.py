@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators ``torch.ops.sparsebwd.*``: schemas, implementations, fakes, autograd, autocast.
 
-Sizes, strides and so on are as in :mod:`torch.nn.functional`; ``percentile`` None prunes nothing.
+Sizes, strides and so on are as in :mod:`torch.nn.functional`; ``pruning`` is :attr:`sparsebwd.Pruning.text`.
 The implementations choose a backend, call it and see to it that memory formats are as the fakes
 promise: the gradient of a tensor has the format of that tensor.
 """
@@ -18,9 +18,11 @@ from torch import Tensor
 from .backends import LayerStats, choose_backend, observers
 from .problem import ConvProblem
 from .reference import density, memory_format
+from .settings import Pruning
 
 _GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
-_PRUNING = "Tensor key, float? percentile, str placement, str sigma_estimator, str backend, int layer_id"
+# The settings are text, see Pruning.text.
+_PRUNING = "Tensor key, str pruning, int layer_id"
 
 # What reference.predict takes. The forward operator only hands it on, and has it without the "!".
 _HISTORY = "Tensor(a!)? sigma_history=None"
@@ -165,24 +167,19 @@ _define(
 def _prune(
     grad: Tensor,
     key: Tensor,
-    percentile: float,
-    sigma_estimator: str,
-    backend: str,
+    pruning: str,
     sigma_history: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    chosen = choose_backend(backend, None, grad.device.type, grad.dtype)
-    values, tau, sigma, density = chosen.prune(
-        _dense(grad), key, percentile, sigma_estimator, _unversioned(sigma_history)
-    )
+    settings = Pruning.parse(pruning)
+    chosen = choose_backend(settings.backend, None, grad.device.type, grad.dtype)
+    values, tau, sigma, density = chosen.prune(_dense(grad), key, settings, _unversioned(sigma_history))
     return values.contiguous(memory_format=memory_format(grad)), tau, sigma, density
 
 
 def _prune_fake(
     grad: Tensor,
     key: Tensor,
-    percentile: float,
-    sigma_estimator: str,
-    backend: str,
+    pruning: str,
     sigma_history: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tau, sigma, density = (grad.new_empty((), dtype=torch.float32) for _ in range(3))
@@ -190,7 +187,7 @@ def _prune_fake(
 
 
 _define(
-    f"prune(Tensor grad, Tensor key, float percentile, str sigma_estimator, str backend, {_HISTORY})"
+    f"prune(Tensor grad, Tensor key, str pruning, {_HISTORY})"
     " -> (Tensor values, Tensor tau, Tensor sigma, Tensor density)",
     _prune,
     _prune_fake,
@@ -278,10 +275,7 @@ def _conv2d_backward(
     dilation: Sequence[int],
     groups: int,
     key: Tensor,
-    percentile: float | None,
-    placement: str,
-    sigma_estimator: str,
-    backend: str,
+    pruning: str,
     layer_id: int,
     output_mask: Sequence[bool],
     sigma_history: Tensor | None = None,
@@ -293,7 +287,8 @@ def _conv2d_backward(
         grad_bias = _bias_gradient(grad_output)
     if output_mask[0] or output_mask[1]:
         problem = _problem(input.shape, weight.shape, stride, padding, dilation, groups)
-        chosen = choose_backend(backend, problem, grad_output.device.type, grad_output.dtype)
+        settings = Pruning.parse(pruning)
+        chosen = choose_backend(settings.backend, problem, grad_output.device.type, grad_output.dtype)
         start = time.perf_counter()
         result = chosen.conv2d_backward(
             problem,
@@ -301,9 +296,7 @@ def _conv2d_backward(
             _dense(input),
             _dense(weight),
             key,
-            percentile,
-            sigma_estimator,
-            placement,
+            settings,
             output_mask[:2],
             sigma_history=_unversioned(sigma_history),
             layer_id=layer_id,
@@ -320,8 +313,7 @@ def _conv2d_backward(
                 backend=chosen.name,
                 implementation=result.implementation,
                 problem=problem,
-                percentile=percentile,
-                placement=placement,
+                pruning=settings,
                 density=density(grad_output) if result.density is None else _float32(result.density, device),
                 sigma=_float32(result.sigma, device),
                 tau=_float32(result.tau, device),
@@ -354,10 +346,7 @@ def _conv2d_backward_fake(
     dilation,
     groups,
     key,
-    percentile,
-    placement,
-    sigma_estimator,
-    backend,
+    pruning,
     layer_id,
     output_mask,
     sigma_history=None,
@@ -391,13 +380,11 @@ def _conv2d(
     dilation: Sequence[int],
     groups: int,
     key: Tensor,
-    percentile: float | None,
-    placement: str,
-    sigma_estimator: str,
-    backend: str,
+    pruning: str,
     layer_id: int,
     sigma_history: Tensor | None = None,
 ) -> Tensor:
+    backend = Pruning.parse(pruning).backend
     if backend != "auto":
         # Refuse now rather than in the backward pass.
         problem = _problem(input.shape, weight.shape, stride, padding, dilation, groups)
@@ -423,15 +410,12 @@ def _setup_context(
     dilation,
     groups,
     key,
-    percentile,
-    placement,
-    sigma_estimator,
-    backend,
+    pruning,
     layer_id,
     sigma_history=None,
 ) -> None:
     ctx.geometry = (stride, padding, dilation, groups)
-    ctx.pruning = (percentile, placement, sigma_estimator, backend, layer_id)
+    ctx.pruning = (pruning, layer_id)
     ctx.save_for_backward(input, weight, key)
     # Not saved, as a tensor that is saved must not change.
     ctx.sigma_history = sigma_history

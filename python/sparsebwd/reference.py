@@ -11,13 +11,16 @@ import ctypes
 import math
 import struct
 from statistics import NormalDist
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .problem import ConvProblem
+
+if TYPE_CHECKING:
+    from .settings import Pruning
 
 SIGMA_COEFFICIENT = {
     # E|g| = sqrt(2/pi) sigma for a normal g, hence the factor sqrt(pi/2). The paper prints the
@@ -73,8 +76,7 @@ Scalar = TypeVar("Scalar", Tensor, float)
 def threshold(
     abs_sum: Scalar,
     numel: int,
-    percentile: float,
-    sigma_estimator: str,
+    pruning: Pruning,
     dtype: torch.dtype,
     sigma_history: Tensor | None = None,
 ) -> tuple[Scalar, Scalar]:
@@ -87,9 +89,9 @@ def threshold(
 
     sigma_history: None, or what :func:`predict` takes. Then tau comes from the sigma that it predicts.
     """
-    sigma = _rounded(SIGMA_COEFFICIENT[sigma_estimator] * (abs_sum / max(numel, 1)), torch.float32)
+    sigma = _rounded(pruning.sigma_coefficient * (abs_sum / max(numel, 1)), torch.float32)
     expected = sigma if sigma_history is None else predict(sigma_history, sigma)
-    tau = _rounded(_rounded(expected * quantile(percentile), torch.float32), dtype)
+    tau = _rounded(_rounded(expected * pruning.quantile, torch.float32), dtype)
     if isinstance(tau, Tensor):
         return sigma.float(), tau.nan_to_num(0.0, 0.0, 0.0).float()
     return sigma, tau if math.isfinite(tau) else 0.0
@@ -211,12 +213,10 @@ def prune_at(grad: Tensor, key: Tensor, tau: Tensor, first: int = 0) -> Tensor:
     return values.contiguous(memory_format=memory_format(grad))
 
 
-def prune(
-    grad: Tensor, key: Tensor, percentile: float, sigma_estimator: str, sigma_history: Tensor | None = None
-) -> PrunedGradient:
+def prune(grad: Tensor, key: Tensor, pruning: Pruning, sigma_history: Tensor | None = None) -> PrunedGradient:
     """Prune a gradient (N, C, H, W) of any floating dtype; see :func:`sparsebwd.prune_gradient`."""
     abs_sum = grad.abs().sum(dtype=torch.float64)
-    sigma, tau = threshold(abs_sum, grad.numel(), percentile, sigma_estimator, grad.dtype, sigma_history)
+    sigma, tau = threshold(abs_sum, grad.numel(), pruning, grad.dtype, sigma_history)
     values = prune_at(grad, key, tau)
     return PrunedGradient(values, tau, sigma, density(values))
 

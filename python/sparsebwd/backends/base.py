@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from torch import Tensor
 from .. import reference
 from ..problem import ConvProblem
 from ..reference import PrunedGradient
+
+if TYPE_CHECKING:
+    from ..settings import Pruning
 
 logger = logging.getLogger("sparsebwd")
 
@@ -53,8 +56,7 @@ class LayerStats:
     backend: str
     implementation: str
     problem: ConvProblem
-    percentile: float | None
-    placement: str
+    pruning: Pruning
     density: Tensor
     sigma: Tensor | None
     tau: Tensor | None
@@ -92,16 +94,16 @@ class Backend(ABC):
         self,
         grad: Tensor,
         key: Tensor,
-        percentile: float,
-        sigma_estimator: str,
+        pruning: Pruning,
         sigma_history: Tensor | None = None,
     ) -> PrunedGradient:
-        """Prune ``grad`` (N, C, H, W) with the int64[2] ``key``. Here in plain PyTorch, on any device.
+        """Prune ``grad`` (N, C, H, W) with the int64[2] ``key`` at a percentile that is not None. Here in plain
+        PyTorch, on any device.
 
         sigma_history: predict the threshold from it, and record sigma of ``grad`` in it, as
         :func:`sparsebwd.reference.threshold` does.
         """
-        return reference.prune(grad, key, percentile, sigma_estimator, sigma_history)
+        return reference.prune(grad, key, pruning, sigma_history)
 
     @abstractmethod
     def conv2d_input(self, problem: ConvProblem, weight: Tensor, grad_output: Tensor) -> Tensor:
@@ -118,9 +120,7 @@ class Backend(ABC):
         input: Tensor,
         weight: Tensor,
         key: Tensor,
-        percentile: float | None,
-        sigma_estimator: str,
-        placement: str,
+        pruning: Pruning,
         output_mask: Sequence[bool],
         sigma_history: Tensor | None = None,
         layer_id: int = 0,
@@ -129,13 +129,13 @@ class Backend(ABC):
         are wanted. layer_id: that of the layer, for backends that remember something of it; 0 if
         there is none. The rest is as in :meth:`prune`."""
         gradient, tau, sigma, density = grad_output, None, None, None
-        if percentile is not None and placement == "output":
-            gradient, tau, sigma, density = self.prune(grad_output, key, percentile, sigma_estimator, sigma_history)
+        if pruning.prunes_output:
+            gradient, tau, sigma, density = self.prune(grad_output, key, pruning, sigma_history)
         grad_input = grad_weight = None
         if output_mask[0]:
             grad_input = self.conv2d_input(problem, weight, gradient)
-            if percentile is not None and placement == "input":
-                grad_input, tau, sigma, _ = self.prune(grad_input, key, percentile, sigma_estimator, sigma_history)
+            if pruning.prunes_input:
+                grad_input, tau, sigma, _ = self.prune(grad_input, key, pruning, sigma_history)
         if output_mask[1]:
             grad_weight = self.conv2d_weight(problem, input, gradient)
         return BackwardResult(grad_input, grad_weight, tau, sigma, density, self.name)

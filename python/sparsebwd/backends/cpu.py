@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import reference
 from ..problem import ConvProblem
 from ..reference import PrunedGradient
+from ..settings import Pruning
 from .base import Backend, BackwardResult, empty, logger
 from .dense import DenseBackend, convolution_backward
 
@@ -51,12 +52,10 @@ def _in_format(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
     return result
 
 
-def _threshold(
-    grad: Tensor, percentile: float, sigma_estimator: str, sigma_history: Tensor | None
-) -> tuple[float, float]:
+def _threshold(grad: Tensor, pruning: Pruning, sigma_history: Tensor | None) -> tuple[float, float]:
     """(sigma, tau) of ``grad``, see :func:`sparsebwd.reference.threshold`."""
     abs_sum, _ = _raw.abs_sum(grad)
-    return reference.threshold(abs_sum, grad.numel(), percentile, sigma_estimator, grad.dtype, sigma_history)
+    return reference.threshold(abs_sum, grad.numel(), pruning, grad.dtype, sigma_history)
 
 
 def _prune_at(grad: Tensor, key: Tensor, tau: float, values: Tensor) -> float:
@@ -136,11 +135,10 @@ class CpuBackend(Backend):
         self,
         grad: Tensor,
         key: Tensor,
-        percentile: float,
-        sigma_estimator: str,
+        pruning: Pruning,
         sigma_history: Tensor | None = None,
     ) -> PrunedGradient:
-        sigma, tau = _threshold(grad, percentile, sigma_estimator, sigma_history)
+        sigma, tau = _threshold(grad, pruning, sigma_history)
         values = torch.empty_like(grad)
         density = _prune_at(grad, key, tau, values)
         scalars = (torch.scalar_tensor(x, dtype=torch.float32, device="cpu") for x in (tau, sigma, density))
@@ -168,20 +166,18 @@ class CpuBackend(Backend):
         input: Tensor,
         weight: Tensor,
         key: Tensor,
-        percentile: float | None,
-        sigma_estimator: str,
-        placement: str,
+        pruning: Pruning,
         output_mask: Sequence[bool],
         sigma_history: Tensor | None = None,
         layer_id: int = 0,
     ) -> BackwardResult:
         sigma = tau = density = pruned = grad_input = grad_weight = None
-        prune_output = percentile is not None and placement == "output"
+        prune_output = pruning.prunes_output
         if prune_output:
-            sigma, tau = _threshold(grad_output, percentile, sigma_estimator, sigma_history)
-        pruning = (key, tau) if prune_output else ()
+            sigma, tau = _threshold(grad_output, pruning, sigma_history)
+        at = (key, tau) if prune_output else ()
 
-        pays = self.sparse_pays(problem, grad_output, *pruning)
+        pays = self.sparse_pays(problem, grad_output, *at)
         sparse = (output_mask[0] and pays[0], output_mask[1] and pays[1])
         dense = (output_mask[0] and not pays[0], output_mask[1] and not pays[1])
         if any(sparse):
@@ -190,22 +186,22 @@ class CpuBackend(Backend):
                 grad_output,
                 input if sparse[1] else None,
                 weight if sparse[0] else None,
-                *pruning,
+                *at,
                 keep_pruned=prune_output and any(dense),
                 input_format=reference.memory_format(input),
                 weight_format=reference.memory_format(weight),
             )
         elif prune_output:
             pruned = torch.empty_like(grad_output)
-            density = _prune_at(grad_output, *pruning, pruned)
+            density = _prune_at(grad_output, *at, pruned)
         if any(dense):
             gradient = grad_output if pruned is None else pruned
             dense_input, dense_weight = convolution_backward(problem, gradient, input, weight, dense)
             grad_input = dense_input if dense[0] else grad_input
             grad_weight = dense_weight if dense[1] else grad_weight
 
-        if percentile is not None and placement == "input" and grad_input is not None:
-            sigma, tau = _threshold(grad_input, percentile, sigma_estimator, sigma_history)
+        if pruning.prunes_input and grad_input is not None:
+            sigma, tau = _threshold(grad_input, pruning, sigma_history)
             _prune_at(grad_input, key, tau, grad_input)
         implementation = "+".join(name for name, ran in ((self.name, any(sparse)), ("dense", any(dense))) if ran)
         return BackwardResult(grad_input, grad_weight, tau, sigma, density, implementation)

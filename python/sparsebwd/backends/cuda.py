@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import reference
 from ..problem import ConvProblem
 from ..reference import PrunedGradient
+from ..settings import Pruning
 from .base import Backend, BackwardResult, empty, logger
 from .dense import convolution_backward
 
@@ -52,7 +53,7 @@ def covers(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
     return False
 
 
-class _Pruning(NamedTuple):
+class _RawPruning(NamedTuple):
     """How the raw operators are to prune; nothing, as it is."""
 
     key: Tensor | None = None
@@ -61,9 +62,8 @@ class _Pruning(NamedTuple):
     sigma_history: Tensor | None = None
 
 
-def _pruning(key: Tensor, percentile: float, sigma_estimator: str, sigma_history: Tensor | None) -> _Pruning:
-    coefficient = reference.SIGMA_COEFFICIENT[sigma_estimator]
-    return _Pruning(key, coefficient, reference.quantile(percentile), sigma_history)
+def _raw_pruning(key: Tensor, pruning: Pruning, sigma_history: Tensor | None) -> _RawPruning:
+    return _RawPruning(key, pruning.sigma_coefficient, pruning.quantile, sigma_history)
 
 
 def _new_stats(grad: Tensor) -> Tensor:
@@ -81,6 +81,8 @@ def _refusals(operators, problem: ConvProblem, dtype: torch.dtype) -> tuple[str,
             logger.debug("%s in %s: no sparse %s, since %s", problem, dtype, name, refusal)
     return found
 
+
+_UNPRUNED = Pruning(percentile=None)
 
 _ALIGNMENT = 16
 
@@ -129,12 +131,11 @@ class CudaBackend(Backend):
         self,
         grad: Tensor,
         key: Tensor,
-        percentile: float,
-        sigma_estimator: str,
+        pruning: Pruning,
         sigma_history: Tensor | None = None,
     ) -> PrunedGradient:
         values, stats = torch.empty_like(grad), _new_stats(grad)
-        self.operators.prune(grad, *_pruning(key, percentile, sigma_estimator, sigma_history), values, stats)
+        self.operators.prune(grad, *_raw_pruning(key, pruning, sigma_history), values, stats)
         # What an operator returns must not share memory. This copies all three by one kernel.
         return PrunedGradient(values, *torch._foreach_mul(stats.unbind(), 1.0))
 
@@ -151,7 +152,7 @@ class CudaBackend(Backend):
     def _unpruned(
         self, problem: ConvProblem, grad_output: Tensor, input: Tensor, weight: Tensor, output_mask: tuple[bool, bool]
     ) -> BackwardResult:
-        return self.conv2d_backward(problem, grad_output, input, weight, None, None, "corrected", "output", output_mask)
+        return self.conv2d_backward(problem, grad_output, input, weight, None, _UNPRUNED, output_mask)
 
     def sparse_pays(self, problem: ConvProblem, grad: Tensor, layer_id: int) -> tuple[bool, bool]:
         """Whether AGB and WGC of ``grad`` run on the kernels of this backend."""
@@ -167,29 +168,27 @@ class CudaBackend(Backend):
         input: Tensor,
         weight: Tensor,
         key: Tensor | None,
-        percentile: float | None,
-        sigma_estimator: str,
-        placement: str,
+        pruning: Pruning,
         output_mask: Sequence[bool],
         sigma_history: Tensor | None = None,
         layer_id: int = 0,
     ) -> BackwardResult:
         sigma = tau = density = grad_input = grad_weight = None
         gradient = grad_output
-        pruning = None if percentile is None else _pruning(key, percentile, sigma_estimator, sigma_history)
-        prune_output = pruning is not None and placement == "output"
+        raw = _RawPruning() if pruning.percentile is None else _raw_pruning(key, pruning, sigma_history)
+        prune_output = pruning.prunes_output
 
         pays = self.sparse_pays(problem, grad_output, layer_id)
         sparse = (output_mask[0] and pays[0], output_mask[1] and pays[1])
         dense = (output_mask[0] and not pays[0], output_mask[1] and not pays[1])
         if any(sparse):
             stats, gradient, grad_input, grad_weight = self._convolve(
-                problem, grad_output, input, weight, sparse, pruning if prune_output else _Pruning()
+                problem, grad_output, input, weight, sparse, raw if prune_output else _RawPruning()
             )
             density = stats[2]
         elif prune_output:
             gradient, stats = torch.empty_like(grad_output), _new_stats(grad_output)
-            self.operators.prune(grad_output, *pruning, gradient, stats)
+            self.operators.prune(grad_output, *raw, gradient, stats)
             density = stats[2]
         if prune_output:
             tau, sigma = stats[0], stats[1]
@@ -199,9 +198,9 @@ class CudaBackend(Backend):
             grad_weight = dense_weight if dense[1] else grad_weight
         self.remember(problem, grad_output, layer_id, density)
 
-        if pruning is not None and placement == "input" and grad_input is not None:
+        if pruning.prunes_input and grad_input is not None:
             stats = _new_stats(grad_input)
-            self.operators.prune(grad_input, *pruning, grad_input, stats)
+            self.operators.prune(grad_input, *raw, grad_input, stats)
             tau, sigma = stats[0], stats[1]
         implementation = "+".join(name for name, ran in ((self.name, any(sparse)), ("dense", any(dense))) if ran)
         return BackwardResult(grad_input, grad_weight, tau, sigma, density, implementation)
@@ -213,7 +212,7 @@ class CudaBackend(Backend):
         input: Tensor,
         weight: Tensor,
         output_mask: tuple[bool, bool],
-        pruning: _Pruning,
+        raw: _RawPruning,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Prune, AGB and WGC in one call: stats, the gradient that was consumed, and the results."""
         agb_refusal, wgc_refusal = _refusals(self.operators, problem, grad_output.dtype)
@@ -229,7 +228,7 @@ class CudaBackend(Backend):
             grad_weight = empty(problem.weight_size, grad_output, reference.memory_format(weight))
             if sparse[1]:
                 input = _for_sparse_kernels(input)
-        pruned = None if pruning.key is None else torch.empty_like(grad_output)
+        pruned = None if raw.key is None else torch.empty_like(grad_output)
         stats = _new_stats(grad_output)
         self.operators.conv2d_backward(
             grad_output,
@@ -241,7 +240,7 @@ class CudaBackend(Backend):
             problem.padding,
             problem.dilation,
             problem.groups,
-            *pruning,
+            *raw,
             pruned,
             grad_input,
             grad_weight,
@@ -363,7 +362,7 @@ class AdaptiveCudaBackend(CudaBackend):
         history = layer.history
         if density is None and (history.calls < 2 or history.calls % _CALLS_PER_COUNT == 0):
             stats = _new_stats(grad)
-            self.operators.prune(grad, *_Pruning(), None, stats)
+            self.operators.prune(grad, *_RawPruning(), None, stats)
             density = stats[2]
         history.calls += 1
         if density is not None:

@@ -12,7 +12,7 @@ import torch
 
 from .. import data, models
 from ..backends import get_backend
-from ..functional import check_backend, check_percentile, check_placement, check_sigma_estimator, check_threshold
+from ..settings import Pruning
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SCHEDULES = ("step", "cosine")
@@ -84,14 +84,10 @@ class TrainConfig:
         _among("schedule", self.schedule, SCHEDULES)
         _among("dtype", self.dtype, DTYPES)
         _among("device", self.device, ("auto", "cpu", "cuda"))
-        check_percentile(self.percentile)
-        check_sigma_estimator(self.sigma_estimator)
-        check_threshold(self.threshold)
-        check_backend(self.backend)
+        placement = "output" if self.placement == "auto" else self.placement
+        Pruning(self.percentile, placement, self.sigma_estimator, self.threshold, self.backend)
         if self.backend != "auto" and (reason := get_backend(self.backend).available()):
             raise RuntimeError(f"backend: {self.backend!r} cannot run: {reason}")
-        if self.placement != "auto":
-            check_placement(self.placement)
         for name in ("epochs", "batch_size", "decay_epochs", "image_size", "measure_every"):
             _at_least(name, getattr(self, name), 1)
         for name in ("max_steps", "train_subset", "test_subset", "threads", "checkpoint_steps"):

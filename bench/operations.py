@@ -56,7 +56,16 @@ class Case:
 
     @cached_property
     def settings(self) -> settings.Pruning:
-        return settings.Pruning(self.percentile, self.layer.placement, backend=self.backend)
+        return settings.Pruning(self.percentile, self.layer.placement)
+
+    @cached_property
+    def pruned(self) -> str:
+        """The settings as operators take them, for the backend to be timed; made before the time counts."""
+        return self.settings.replace(backend=self.backend).text
+
+    @cached_property
+    def unpruned(self) -> str:
+        return self.settings.replace(percentile=None, backend=self.backend).text
 
     def gradient(self, operation: Operation) -> Gradient:
         """What `operation` starts from."""
@@ -260,7 +269,7 @@ class Convolution(Operation):
             *operands,
             *_geometry(case.layer.problem),
             key_on(device),
-            (case.settings if self.prunes else case.settings.replace(percentile=None)).text,
+            case.pruned if self.prunes else case.unpruned,
             _layer_id(self, case),
             (*self.outputs(case.layer), False),
             self.history(case, device),
@@ -426,7 +435,7 @@ def _prune(
     case: Case, gradient: Tensor, history: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     key = key_on(gradient.device)
-    return torch.ops.sparsebwd.prune(gradient, key, case.settings.text, history)
+    return torch.ops.sparsebwd.prune(gradient, key, case.pruned, history)
 
 
 # Calls with the gradients of a layer after which a backend that is free to choose knows what to choose by.

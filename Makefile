@@ -17,7 +17,7 @@ VECTOR_FLAGS = $(shell grep -qw avx2 /proc/cpuinfo && echo -mavx2 -mfma -mbmi -m
 SOURCES   := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test build bench gpu-check ceilings sass lint clean
+.PHONY: help demo test build bench fuzz sanitize gpu-check ceilings sass lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -32,6 +32,12 @@ build: $(BUILT)  ## set up .venv, build and install the package
 
 bench: $(BUILT)  ## time the sparse kernels against dense PyTorch
 	@$(BIN)/python -m sparsebwd.bench
+
+fuzz: $(BUILT)  ## random convolutions through the CPU kernels, against the reference (N=20000, SEED=0)
+	@$(BIN)/python tools/fuzz.py $(if $(N),-n $(N)) $(if $(SEED),--seed $(SEED))
+
+sanitize: $(BUILT)  ## the CPU kernels compiled with AddressSanitizer and UBSan, through their tests and the fuzz (ARGS= for pytest)
+	@$(BIN)/python tools/sanitize.py $(ARGS)
 
 # With the Python that has PyTorch with CUDA, not that of .venv. PARTS is some of: build tests sanitizer bench counters.
 gpu-check:  ## on a machine with a GPU: build, test, sanitize, measure and profile the CUDA kernels (PARTS=, ARGS=)

@@ -8,6 +8,7 @@ files are kept in build/ so that a rebuild compiles only what changed.
 SPARSEBWD_CUDA=0|1|auto says whether to build the CUDA kernels (auto: where PyTorch has CUDA and nvcc
 is found), TORCH_CUDA_ARCH_LIST for which architectures (else those of the devices here, or if there
 are none those that the kernels are tested for).
+SPARSEBWD_SANITIZE=1 compiles the CPU's part with AddressSanitizer and UBSan (tools/sanitize.py).
 """
 
 from __future__ import annotations
@@ -72,6 +73,12 @@ FLAGS = [
     "-Icsrc/cpu",
     *(["-DSPARSEBWD_X86"] if X86 else []),
 ]
+
+# Its functions then run only in processes that preload the sanitizers.
+SANITIZED = os.environ.get("SPARSEBWD_SANITIZE") == "1"
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined", "-g1"]
+if SANITIZED:
+    FLAGS += ["-O1", *SANITIZERS]
 
 NINJA_RULES = """\
 rule compile
@@ -189,7 +196,8 @@ class Build(BuildExtension):
     def finalize_options(self) -> None:
         super().finalize_options()
         # An editable install would use a temporary directory, and compile everything every time.
-        self.build_temp = str(Path("build") / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
+        name = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}" + ("-sanitized" if SANITIZED else "")
+        self.build_temp = str(Path("build") / name)
 
     def build_extensions(self) -> None:
         objects = kernel_objects(Path(self.build_temp, "kernels"))
@@ -208,7 +216,8 @@ def extension(name: str, source: str, folders: list[str], macros: list[tuple[str
         [f"csrc/torch/{source}"],
         include_dirs=[str(CSRC / "include"), *folders],
         define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000"), *macros],  # 2.11
-        extra_compile_args=["-O3", "-fvisibility=hidden"],
+        extra_compile_args=["-O3", "-fvisibility=hidden", *(SANITIZERS if SANITIZED else [])],
+        extra_link_args=SANITIZERS if SANITIZED else [],
         py_limited_api=True,
         **settings,
     )

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -536,6 +537,28 @@ def test_refusals():
         assert operators.refusals((2, 16, 6, 5), (24, 16, 3, 3), (1, 1), (1, 1), (1, 1), 1, dtype) == ("", "")
     agb, wgc = operators.refusals((2, 6, 9, 7), (6, 1, 3, 3), (1, 1), (1, 1), (1, 1), 6, "float32")
     assert agb and wgc and not agb.endswith(".")
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"n": 2**31}, "a size is above 2147483647"),
+        ({"stride": (1, 2**31), "padding": (0, 2**31)}, "a stride, padding or dilation is above 2147483647"),
+        ({"padding": (2**30, 0)}, "a side of the input with its padding is above"),
+        ({"n": 0, "h": 2**20, "w": 2**25, "c": 8}, "more than 2^46 elements"),
+    ],
+)
+def test_what_no_kernel_can_count_is_refused(changes, words):
+    problem = replace(BAD, **changes)
+    assert words in backends.get_backend("emulated").can_run(problem, "cpu", torch.float32)
+    geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
+    operators = torch.ops.sparsebwd_emulated
+    with pytest.raises(ValueError, match="which no kernel takes: "):
+        operators.refusals(problem.input_size, problem.weight_size, *geometry, "float32")
+    with pytest.raises(ValueError, match="which no kernel takes: "):
+        operators.conv2d_backward(
+            G, G, G, problem.input_size, problem.weight_size, *geometry, None, 0.0, 0.0, None, None, G, None, STATS
+        )
 
 
 def test_refusals_are_logged(caplog):

@@ -19,6 +19,9 @@ constexpr int64_t kChunkElements = 128 * 1024;
 constexpr int64_t kChunkPixels = 512;
 // Pixels whose pruned values are staged between pruning and listing.
 constexpr int64_t kTilePixels = 32;
+// Most partial sums of AGB for a row of input with its padding, of all images of a tile. A worker
+// has one such row at least. Visit::dst counts bytes of it.
+constexpr int64_t kMostRowBytes = int64_t{1} << 30;
 
 AgbPlan plan_agb(const ConvKernels& kernels, const ConvProblem& problem) {
   AgbPlan plan;
@@ -100,6 +103,20 @@ WgcPlan plan_wgc(const ConvKernels& kernels, const ConvProblem& problem) {
 }
 
 }  // namespace
+
+// Offsets into panels have 16 bits; plan_agb() and plan_wgc() cut panels so that they suffice, and with
+// them a list of WGC has fewer than 2^16 entries, one of AGB at most kMaxKBlock.
+const char* conv_refusal(const ConvKernels& kernels, const ConvProblem& problem) {
+  // ChannelLists::order
+  if (problem.k / problem.groups > UINT16_MAX) return "more than 65535 output channels a group";
+  const AgbPlan agb = plan_agb(kernels, problem);
+  if (agb.images * agb.row_floats() * 4 > kMostRowBytes)
+    return "rows of the input, with their padding, are too long";
+  // Visit::start, of the last entry of a tile
+  if (((agb.images - 1) * problem.p() + 1) * agb.capacity > UINT32_MAX)
+    return "rows of the output are too long";
+  return nullptr;
+}
 
 ConvPlan::ConvPlan(const ConvKernels& kernels, const PruneKernels& prune_kernels,
                    const ConvBackward& call)

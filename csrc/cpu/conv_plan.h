@@ -63,6 +63,10 @@ struct WgcPlan {
   bool window() const { return kernel->rows > 1; }
 };
 
+// Why the kernels do not take a problem that problem_refusal() passed, as a sentence without a full
+// stop: something that they count in 16 or 32 bits could be too large. Null if they do.
+const char* conv_refusal(const ConvKernels& kernels, const ConvProblem& problem);
+
 // All that the steps of one call share. A "k-block" is numbered through the convolution's groups.
 struct ConvPlan {
   ConvPlan(const ConvKernels& kernels, const PruneKernels& prune_kernels, const ConvBackward& call);

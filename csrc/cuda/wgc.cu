@@ -634,6 +634,12 @@ const char* wgc_refusal(const ConvProblem& problem, DType dtype) {
   for (const int64_t size : {problem.c * problem.stride_w, problem.k, problem.stride_h,
                              problem.h + 2 * problem.pad_h, problem.w + 2 * problem.pad_w})
     if (size > kMost) return "a size is above 16777216";
+  // A block counts its rows of grad_output in 32 bits. The grid has blocks for each strip and tile at
+  // least, with sums of their own.
+  if (problem.n * problem.p() > INT32_MAX) return "grad_output has more than 2^31 rows";
+  if (ceil_div(problem.c, pointwise ? 256 : 64) * ceil_div(problem.k, kTileK) *
+          ceil_div(problem.q(), kRun) > 1 << 20)
+    return "rows are too long for so many channels";
   return nullptr;
 }
 

@@ -91,9 +91,16 @@ inline void check_key(const Tensor& key) {
         ", accepted is Long (int64) of shape [2]");
 }
 
-inline ConvProblem checked_problem(const Sizes& input_size, const Sizes& weight_size,
-                                   const Sizes& stride, const Sizes& padding, const Sizes& dilation,
-                                   int64_t groups) {
+struct CheckedProblem {
+  ConvProblem problem;
+  const char* refusal;  // why kernels do not take it, null if they do
+};
+
+// Checks the numbers and that they fit together. `refusal(problem)`: why kernels do not take it, or null.
+template <class Refusal>
+CheckedProblem checked_numbers(const Sizes& input_size, const Sizes& weight_size,
+                               const Sizes& stride, const Sizes& padding, const Sizes& dilation,
+                               int64_t groups, Refusal refusal) {
   check(input_size.size() == 4, "input_size: got ", text(input_size), ", accepted are 4 sizes");
   check(weight_size.size() == 4, "weight_size: got ", text(weight_size), ", accepted are 4 sizes");
   for (const auto* pair : {&stride, &padding, &dilation})
@@ -115,11 +122,26 @@ inline ConvProblem checked_problem(const Sizes& input_size, const Sizes& weight_
   check(problem.n >= 0 && problem.pad_h >= 0 && problem.pad_w >= 0,
         "input_size and padding: got ", text(input_size), " and ", text(padding),
         ", accepted are numbers from 0 on");
+  // Before anything is computed from the numbers.
+  if (const char* reason = problem_refusal(problem)) return {problem, reason};
   check(problem.h + 2 * problem.pad_h > problem.dil_h * (problem.r - 1) &&
             problem.w + 2 * problem.pad_w > problem.dil_w * (problem.s - 1),
         "weight_size: got ", text(weight_size), ", accepted is a kernel not larger than the input ",
         text(input_size), " with padding ", text(padding));
-  return problem;
+  return {problem, refusal(problem)};
+}
+
+// The same for a problem that is to be computed.
+template <class Refusal>
+ConvProblem checked_problem(const Sizes& input_size, const Sizes& weight_size, const Sizes& stride,
+                            const Sizes& padding, const Sizes& dilation, int64_t groups,
+                            Refusal refusal) {
+  const CheckedProblem checked =
+      checked_numbers(input_size, weight_size, stride, padding, dilation, groups, refusal);
+  check(!checked.refusal, "input_size, weight_size, stride, padding, dilation: got ",
+        text(input_size), ", ", text(weight_size), ", ", text(stride), ", ", text(padding), " and ",
+        text(dilation), ", which no kernel takes: ", checked.refusal ? checked.refusal : "");
+  return checked.problem;
 }
 
 }  // namespace sparsebwd::checks

@@ -17,6 +17,7 @@
 
 #include "checks.h"
 #include "conv_backward.h"
+#include "conv_plan.h"
 #include "isa.h"
 #include "layout.h"
 #include "parallel.h"
@@ -164,6 +165,19 @@ sparsebwd::WeightStrides checked_weight(const Tensor& tensor, const char* name,
   return {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
 }
 
+const char* why_refused(const sparsebwd::ConvProblem& problem) {
+  return sparsebwd::conv_refusal(sparsebwd::active_kernels().conv, problem);
+}
+
+// Why conv2d_backward does not take a problem; empty if it does.
+std::string refusal(std::vector<int64_t> input_size, std::vector<int64_t> weight_size,
+                    std::vector<int64_t> stride, std::vector<int64_t> padding,
+                    std::vector<int64_t> dilation, int64_t groups) {
+  const char* reason =
+      checked_numbers(input_size, weight_size, stride, padding, dilation, groups, why_refused).refusal;
+  return reason ? reason : "";
+}
+
 int64_t conv2d_backward(const Tensor& grad_output, std::optional<Tensor> input,
                         std::optional<Tensor> weight, std::vector<int64_t> input_size,
                         std::vector<int64_t> weight_size, std::vector<int64_t> stride,
@@ -173,9 +187,7 @@ int64_t conv2d_backward(const Tensor& grad_output, std::optional<Tensor> input,
                         std::optional<Tensor> grad_weight, bool lists_only) {
   sparsebwd::ConvBackward call = {};
   const sparsebwd::ConvProblem& problem = call.problem =
-      checked_problem(input_size, weight_size, stride, padding, dilation, groups);
-  check(problem.k / groups <= 65535, "weight_size: got ", text(weight_size),
-        ", accepted are up to 65535 output channels a group");
+      checked_problem(input_size, weight_size, stride, padding, dilation, groups, why_refused);
   call.lists_only = lists_only;
   call.dtype = checked_dtype(grad_output, "grad_output");
   check_activation(grad_output, "grad_output", grad_output,
@@ -220,6 +232,9 @@ STABLE_TORCH_LIBRARY(sparsebwd_cpu, m) {
   m.def("prune(Tensor g, Tensor key, float tau, Tensor(a!) out) -> int");
   m.def("copy_layout(Tensor src, Tensor(a!) out) -> ()");
   m.def(
+      "refusal(int[] input_size, int[] weight_size, int[] stride, int[] padding, int[] dilation, "
+      "int groups) -> str");
+  m.def(
       "conv2d_backward(Tensor grad_output, Tensor? input, Tensor? weight, int[] input_size, "
       "int[] weight_size, int[] stride, int[] padding, int[] dilation, int groups, Tensor? key, "
       "float tau, Tensor(a!)? pruned, Tensor(b!)? grad_input, Tensor(c!)? grad_weight, "
@@ -234,6 +249,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparsebwd_cpu, CompositeExplicitAutograd, m) {
   m.impl("abs_sum", TORCH_BOX(&abs_sum));
   m.impl("prune", TORCH_BOX(&prune));
   m.impl("copy_layout", TORCH_BOX(&copy_layout));
+  m.impl("refusal", TORCH_BOX(&refusal));
   m.impl("conv2d_backward", TORCH_BOX(&conv2d_backward));
 }
 

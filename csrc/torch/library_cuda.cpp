@@ -260,6 +260,9 @@ void prune(const Tensor& g, std::optional<Tensor> key, double sigma_coefficient,
                [&] { return text(g.sizes()) + " in " + dtype_name(call.dtype); });
 }
 
+// The plain kernels count in 64 bits.
+const char* plain_refusal(const ConvProblem&) { return nullptr; }
+
 void conv2d_backward(const Tensor& grad_output, std::optional<Tensor> input,
                      std::optional<Tensor> weight, Sizes input_size, Sizes weight_size,
                      Sizes stride, Sizes padding, Sizes dilation, int64_t groups,
@@ -268,7 +271,7 @@ void conv2d_backward(const Tensor& grad_output, std::optional<Tensor> input,
                      std::optional<Tensor> grad_input, std::optional<Tensor> grad_weight,
                      Tensor stats) {
   const ConvProblem problem =
-      checked_problem(input_size, weight_size, stride, padding, dilation, groups);
+      checked_problem(input_size, weight_size, stride, padding, dilation, groups, plain_refusal);
   const Sizes output_size = {problem.n, problem.k, problem.p(), problem.q()};
   check_on_device(grad_output, "grad_output");
   const DType dtype = checked_dtype(grad_output, "grad_output");
@@ -342,12 +345,20 @@ void conv2d_backward(const Tensor& grad_output, std::optional<Tensor> input,
   if (grad_weight) check_launch(cuda::wgc(wgc, target.device, target.stream), "wgc", what);
 }
 
-// Why the sparse kernels of AGB and of WGC do not take a problem; empty if they do.
+// Why no kernel takes a problem; empty if some do.
+std::string refusal(Sizes input_size, Sizes weight_size, Sizes stride, Sizes padding, Sizes dilation,
+                    int64_t groups) {
+  const char* reason =
+      checked_numbers(input_size, weight_size, stride, padding, dilation, groups, plain_refusal).refusal;
+  return reason ? reason : "";
+}
+
+// Why the sparse kernels of AGB and of WGC do not take a problem that others do; empty if they do.
 std::tuple<std::string, std::string> refusals(Sizes input_size, Sizes weight_size, Sizes stride,
                                               Sizes padding, Sizes dilation, int64_t groups,
                                               std::string dtype) {
   const ConvProblem problem =
-      checked_problem(input_size, weight_size, stride, padding, dilation, groups);
+      checked_problem(input_size, weight_size, stride, padding, dilation, groups, plain_refusal);
   for (const DType known : {DType::kFloat32, DType::kBFloat16, DType::kFloat16})
     if (dtype == dtype_name(known)) {
       const char* agb = cuda::agb_refusal(problem, known);
@@ -362,6 +373,9 @@ std::tuple<std::string, std::string> refusals(Sizes input_size, Sizes weight_siz
 
 STABLE_TORCH_LIBRARY(SPARSEBWD_OPERATORS, m) {
   m.def("build() -> (str, int, int)");
+  m.def(
+      "refusal(int[] input_size, int[] weight_size, int[] stride, int[] padding, int[] dilation, "
+      "int groups) -> str");
   m.def(
       "refusals(int[] input_size, int[] weight_size, int[] stride, int[] padding, int[] dilation, "
       "int groups, str dtype) -> (str, str)");
@@ -378,6 +392,7 @@ STABLE_TORCH_LIBRARY(SPARSEBWD_OPERATORS, m) {
 // No key of a device: the checks above then say in words which devices are accepted.
 STABLE_TORCH_LIBRARY_IMPL(SPARSEBWD_OPERATORS, CompositeExplicitAutograd, m) {
   m.impl("build", TORCH_BOX(&build));
+  m.impl("refusal", TORCH_BOX(&refusal));
   m.impl("refusals", TORCH_BOX(&refusals));
   m.impl("prune", TORCH_BOX(&prune));
   m.impl("conv2d_backward", TORCH_BOX(&conv2d_backward));

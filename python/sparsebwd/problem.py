@@ -12,6 +12,7 @@ from functools import cached_property
 Pair = tuple[int, int]
 
 _TOKEN = re.compile(r"([a-z])(\d+)(?:x(\d+))?")
+_MOST = 2**63 - 1  # as tensors and operators count
 _SIZES = "nchwkrs"
 _OPTIONS = {"u": "stride", "p": "padding", "d": "dilation", "g": "groups"}
 
@@ -76,6 +77,8 @@ class ConvProblem:
             value = getattr(self, name)
             if min(value) < bound if isinstance(value, tuple) else value < bound:
                 raise ValueError(f"{name}: got {value}; accepted: at least {bound}")
+            if max(value) > _MOST if isinstance(value, tuple) else value > _MOST:
+                raise ValueError(f"{name}: got {value}; accepted: at most 2^63 - 1")
         for name, channels in (("c", self.c), ("k", self.k)):
             if channels % self.groups:
                 raise ValueError(f"groups: got {self.groups}; accepted: a divisor of {name}={channels}")

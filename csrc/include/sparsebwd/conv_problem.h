@@ -26,4 +26,30 @@ struct ConvProblem {
   }
 };
 
+// Why no native kernel takes the problem, as a sentence without a full stop; null if some may. For sizes
+// that checks.h accepts and any settings: it is asked before p() and q() are, which could overflow.
+// What kernels multiply fits 64 bits then: products of two of a problem's numbers, and elements times
+// what a kernel holds for each. What a kernel counts in fewer bits it refuses itself.
+static inline const char* problem_refusal(const ConvProblem& problem) {
+  constexpr int64_t kMost = INT32_MAX;
+  constexpr double kMostElements = 1LL << 46;  // only tensors without elements have such shapes
+  const int64_t sizes[] = {problem.n, problem.c, problem.h, problem.w, problem.k, problem.r, problem.s};
+  for (const int64_t size : sizes)
+    if (size > kMost) return "a size is above 2147483647";
+  const int64_t settings[] = {problem.stride_h, problem.stride_w, problem.pad_h,
+                              problem.pad_w,    problem.dil_h,    problem.dil_w};
+  for (const int64_t setting : settings)
+    if (setting > kMost) return "a stride, padding or dilation is above 2147483647";
+  if (problem.h + 2 * problem.pad_h > kMost || problem.w + 2 * problem.pad_w > kMost)
+    return "a side of the input with its padding is above 2147483647";
+  const auto elements = [&](int64_t channels, int64_t height, int64_t width) {
+    const double n = static_cast<double>(problem.n > 0 ? problem.n : 1);
+    return n * static_cast<double>(channels) * static_cast<double>(height) * static_cast<double>(width);
+  };
+  if (elements(problem.c, problem.h, problem.w) > kMostElements ||
+      elements(problem.k, problem.p(), problem.q()) > kMostElements)
+    return "the input or the output has more than 2^46 elements";
+  return nullptr;
+}
+
 }  // namespace sparsebwd

@@ -141,6 +141,13 @@ class Backend(ABC):
         return BackwardResult(grad_input, grad_weight, tau, sigma, density, self.name)
 
 
+def refusal(operators, problem: ConvProblem) -> str | None:
+    """Why the kernels behind these raw operators do not take the problem, None if they do: what they count could
+    overflow."""
+    geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
+    return operators.refusal(problem.input_size, problem.weight_size, *geometry) or None
+
+
 def empty(size: Sequence[int], like: Tensor, memory_format: torch.memory_format) -> Tensor:
     """An uninitialised tensor of the dtype and on the device of ``like``."""
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=memory_format)

@@ -14,7 +14,7 @@ from .. import reference
 from ..problem import ConvProblem
 from ..reference import PrunedGradient
 from ..settings import Pruning
-from .base import Backend, BackwardResult, empty, logger
+from .base import Backend, BackwardResult, empty, logger, refusal
 from .dense import DenseBackend, convolution_backward
 
 try:
@@ -25,11 +25,6 @@ except ImportError as error:
     _unavailable = f"the native module sparsebwd._C cannot be loaded: {error}"
 
 _raw = torch.ops.sparsebwd_cpu
-
-
-# What the lists' integers can count.
-_MOST_CHANNELS = 65535
-_LONGEST_ROW = 2**22
 
 
 class _Convolved(NamedTuple):
@@ -121,12 +116,7 @@ class CpuBackend(Backend):
             return f"the device is {device_type}, not cpu"
         if dtype not in (torch.float32, torch.bfloat16):
             return f"{dtype} is not float32 or bfloat16"
-        if problem is not None:
-            if problem.k // problem.groups > _MOST_CHANNELS:
-                return f"more than {_MOST_CHANNELS} output channels a group"
-            if problem.w > _LONGEST_ROW:
-                return f"rows longer than {_LONGEST_ROW} pixels"
-        return None
+        return problem and refusal(_raw, problem)
 
     def for_auto(self) -> Backend:
         return AdaptiveCpuBackend()

@@ -20,7 +20,7 @@ from .. import reference
 from ..problem import ConvProblem
 from ..reference import PrunedGradient
 from ..settings import Pruning
-from .base import Backend, BackwardResult, empty, logger
+from .base import Backend, BackwardResult, empty, logger, refusal
 from .dense import convolution_backward
 
 
@@ -122,7 +122,7 @@ class CudaBackend(Backend):
             return f"the device is {device_type}, not {self.device_type}"
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"{dtype} is not float32, bfloat16 or float16"
-        return None
+        return problem and refusal(self.operators, problem)
 
     def for_auto(self) -> Backend:
         return _adaptive

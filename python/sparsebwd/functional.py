@@ -12,6 +12,7 @@ from torch import Tensor
 from . import ops
 from .problem import as_int, as_pair
 from .reference import SIGMA_HISTORY, PrunedGradient
+from .registration import transformed
 from .settings import Pruning, check_choice, check_percentile
 
 __all__ = ["PrunedGradient", "prune_gradient", "sparse_conv2d"]
@@ -66,7 +67,7 @@ def _key(input: Tensor, weight: Tensor | None, needed: bool, generator: torch.Ge
     if not needed:
         return torch.zeros(2, dtype=torch.int64, device=input.device)
     if generator is None:
-        return torch.ops.sparsebwd.draw_key(input, weight)
+        return ops.draw_key(input, weight)
     if not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: got {type(generator).__name__}; accepted: a torch.Generator or None")
     if generator.device.type != input.device.type:
@@ -219,10 +220,13 @@ def convolve(
         # Raises if the sizes do not fit together.
         ops.problem_of(tuple(input.shape), tuple(weight.shape), stride, padding, dilation, groups)
 
-    if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
+    if transformed(input, weight, bias):
+        ops.log_unpruned()
+        output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    elif torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
         pruned = pruning.active and (input.requires_grad or pruning.placement == "output")
         key = _key(input, weight, pruned, generator)
-        output = torch.ops.sparsebwd.conv2d(
+        output = ops.conv2d(
             input,
             weight,
             bias,

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import ops
 from .functional import convolve
 from .reference import SIGMA_HISTORY
 from .settings import Pruning
@@ -165,7 +166,7 @@ class SparseConv2d(nn.Conv2d):
         if self._pruning.active and not torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
             # Reentrant checkpointing runs forward without gradients first. Drawing the key that
             # its replay will draw keeps the generator in step, so that no two layers share one.
-            torch.ops.sparsebwd.draw_key(input, weight)
+            ops.draw_key(input, weight)
         padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)

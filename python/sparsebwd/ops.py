@@ -9,15 +9,17 @@ promise: the gradient of a tensor has the format of that tensor.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from .backends import LayerStats, choose_backend, observers
+from .backends.base import logger
 from .problem import ConvProblem
 from .reference import density, memory_format
+from .registration import define, not_differentiable, plain, register_autocast, register_autograd, transformed
 from .settings import Pruning
 
 _GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
@@ -26,8 +28,6 @@ _PRUNING = "Tensor key, str pruning, int layer_id"
 
 # What reference.predict takes. The forward operator only hands it on, and has it without the "!".
 _HISTORY = "Tensor(a!)? sigma_history=None"
-
-_library = torch.library.Library("sparsebwd", "DEF")
 
 problem_of = lru_cache(maxsize=4096)(ConvProblem.from_sizes)
 
@@ -56,94 +56,6 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=memory_format(tensor))
 
 
-def _define(signature: str, implementation: Callable, fake: Callable, *tags: torch.Tag) -> None:
-    name = signature[: signature.index("(")]
-    _library.define(signature, tags=(torch.Tag.pt2_compliant_tag, *tags))
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"sparsebwd::{name}", fake, lib=_library)
-
-
-def _register_autocast(name: str, cast: bool) -> None:
-    """Run the operator with autocast off, on operands cast to its dtype if ``cast``."""
-    operator = getattr(torch.ops.sparsebwd, name).default
-
-    def register(device_type: str, key: torch._C.DispatchKey) -> None:
-        def kernel(*args):
-            if cast:
-                dtype = torch.get_autocast_dtype(device_type)
-                args = tuple(_cast(arg, device_type, dtype) for arg in args)
-            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-                return operator(*args)
-
-        _library.impl(name, kernel, str(key).removeprefix("DispatchKey."))
-
-    register("cpu", torch._C.DispatchKey.AutocastCPU)
-    register("cuda", torch._C.DispatchKey.AutocastCUDA)
-
-
-def _cast(arg: object, device_type: str, dtype: torch.dtype) -> object:
-    # As PyTorch's own convolution does, float64 is left alone.
-    if (
-        isinstance(arg, Tensor)
-        and arg.is_floating_point()
-        and arg.dtype != torch.float64
-        and arg.device.type == device_type
-    ):
-        return arg.to(dtype)
-    return arg
-
-
-# If one of these keys comes first after autograd, the dispatcher goes on to the implementation, not to a mode or a fake.
-_ORDINARY = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
-
-
-def _register_autograd(
-    name: str, implementation: Callable, backward: Callable, setup_context: Callable | None = None
-) -> None:
-    """:func:`torch.library.register_autograd` for our operators; that for any operator takes longer than a small
-    convolution.
-
-    Tensors that may need a gradient are among the first three arguments. ``backward(ctx, *grads)`` returns the
-    gradients of these three, and None for the others together. ``setup_context(ctx, *args)`` is called before forward.
-    """
-    operator = getattr(torch.ops.sparsebwd, name).default
-
-    def below_autograd(keyset: torch._C.DispatchKeySet, args: tuple) -> object:
-        keyset = keyset & torch._C._after_autograd_keyset
-        if keyset.highestPriorityTypeId() in _ORDINARY:
-            return implementation(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator.redispatch(keyset, *args)
-
-    def forward(ctx, *args):
-        *tensors, (keyset, config) = args
-        args = (*tensors, *config)
-        if setup_context is not None:
-            setup_context(ctx, *args)
-        return below_autograd(keyset, args)
-
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function = type(f"sparsebwd_{name}", (torch.autograd.Function,), methods)
-
-    def kernel(keyset: torch._C.DispatchKeySet, *args):
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args[:3]):
-            # In one, as PyTorch looks at each argument several times.
-            return function.apply(*args[:3], (keyset, args[3:]))
-        return below_autograd(keyset, args)
-
-    _library.impl(name, kernel, "Autograd", with_keyset=True)
-
-
-def _not_differentiable(name: str, implementation: Callable) -> None:
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            f"sparsebwd::{name} is not differentiable: gradients through it, and double backward "
-            "through a sparse convolution, are not supported"
-        )
-
-    _register_autograd(name, implementation, backward)
-
-
 # draw_key: the weight is an argument so that a compiler that merges identical calls merges them
 # only where it also merges the convolutions; two layers may well share their input.
 
@@ -156,7 +68,7 @@ def _draw_key_fake(input: Tensor, weight: Tensor | None) -> Tensor:
     return torch.empty(2, dtype=torch.int64, device=input.device)
 
 
-_define(
+define(
     "draw_key(Tensor input, Tensor? weight) -> Tensor",
     _draw_key,
     _draw_key_fake,
@@ -186,14 +98,14 @@ def _prune_fake(
     return torch.empty_like(grad, memory_format=memory_format(grad)), tau, sigma, density
 
 
-_define(
+define(
     f"prune(Tensor grad, Tensor key, str pruning, {_HISTORY})"
     " -> (Tensor values, Tensor tau, Tensor sigma, Tensor density)",
     _prune,
     _prune_fake,
 )
-_not_differentiable("prune", _prune)
-_register_autocast("prune", cast=False)
+not_differentiable("prune", _prune)
+register_autocast("prune", cast=False)
 
 
 # conv2d_input and conv2d_weight: the result has the memory format of the operand that has its
@@ -250,20 +162,20 @@ def _conv2d_weight_fake(input, weight_size, grad_output, stride, padding, dilati
     return torch.empty_like(input.new_empty(weight_size), memory_format=memory_format(input))
 
 
-_define(
+define(
     f"conv2d_input(SymInt[] input_size, Tensor weight, Tensor grad_output, {_GEOMETRY}, str backend) -> Tensor",
     _conv2d_input,
     _conv2d_input_fake,
 )
-_define(
+define(
     f"conv2d_weight(Tensor input, SymInt[] weight_size, Tensor grad_output, {_GEOMETRY}, str backend) -> Tensor",
     _conv2d_weight,
     _conv2d_weight_fake,
 )
-_not_differentiable("conv2d_input", _conv2d_input)
-_not_differentiable("conv2d_weight", _conv2d_weight)
-_register_autocast("conv2d_input", cast=True)
-_register_autocast("conv2d_weight", cast=True)
+not_differentiable("conv2d_input", _conv2d_input)
+not_differentiable("conv2d_weight", _conv2d_weight)
+register_autocast("conv2d_input", cast=True)
+register_autocast("conv2d_weight", cast=True)
 
 
 def _conv2d_backward(
@@ -361,14 +273,14 @@ def _conv2d_backward_fake(
     return grad_input, grad_weight, grad_bias
 
 
-_define(
+define(
     "conv2d_backward(Tensor grad_output, Tensor input, Tensor weight,"
     f" {_GEOMETRY}, {_PRUNING}, bool[3] output_mask, {_HISTORY}) -> (Tensor, Tensor, Tensor)",
     _conv2d_backward,
     _conv2d_backward_fake,
 )
-_not_differentiable("conv2d_backward", _conv2d_backward)
-_register_autocast("conv2d_backward", cast=False)
+not_differentiable("conv2d_backward", _conv2d_backward)
+register_autocast("conv2d_backward", cast=False)
 
 
 def _conv2d(
@@ -421,21 +333,64 @@ def _setup_context(
     ctx.sigma_history = sigma_history
 
 
+@lru_cache(maxsize=1)
+def log_unpruned() -> None:
+    """Once in a process."""
+    logger.warning("inside torch.func, forward-mode AD and batched gradients, sparse convolutions prune nothing")
+
+
+def _batched_backward(grad_output, input, weight, stride, padding, dilation, groups, output_mask) -> tuple:
+    bias_size = [weight.shape[0]]
+    arguments = (stride, padding, dilation, False, (0, 0), groups, output_mask)
+    return torch.ops.aten.convolution_backward(grad_output, input, weight, bias_size, *arguments)
+
+
 def _backward(ctx, grad_output: Tensor) -> tuple:
     input, weight, key = ctx.saved_tensors
     output_mask = ctx.needs_input_grad[:3]
-    grads = torch.ops.sparsebwd.conv2d_backward.default(
-        grad_output, input, weight, *ctx.geometry, key, *ctx.pruning, output_mask, ctx.sigma_history
-    )
+    if transformed(grad_output):  # several gradients at once, as torch.autograd.grad(is_grads_batched=True) has them
+        log_unpruned()
+        return (*_batched_backward(grad_output, input, weight, *ctx.geometry, output_mask), None)
+    direct = not torch.is_grad_enabled() and plain(grad_output, input, weight)
+    backward = _conv2d_backward if direct else torch.ops.sparsebwd.conv2d_backward.default
+    grads = backward(grad_output, input, weight, *ctx.geometry, key, *ctx.pruning, output_mask, ctx.sigma_history)
     wanted = (grad if want else None for grad, want in zip(grads, output_mask))
     return (*wanted, None)
 
 
-_define(
+define(
     f"conv2d(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}, {_PRUNING},"
     " Tensor? sigma_history=None) -> Tensor",
     _conv2d,
     _conv2d_fake,
 )
-_register_autograd("conv2d", _conv2d, _backward, _setup_context)
-_register_autocast("conv2d", cast=True)
+_Conv2d = register_autograd("conv2d", _conv2d, _backward, _setup_context)
+register_autocast("conv2d", cast=True)
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    key: Tensor,
+    pruning: str,
+    layer_id: int,
+    sigma_history: Tensor | None,
+) -> Tensor:
+    """The operator ``conv2d`` for tensors of which one needs a gradient. Where nothing listens it is not called through the
+    dispatcher, which would take longer than a small convolution."""
+    others = (stride, padding, dilation, groups, key, pruning, layer_id, sigma_history)
+    if plain(input, weight) and (bias is None or plain(bias)):
+        return _Conv2d.apply(input, weight, bias, (None, others))
+    return torch.ops.sparsebwd.conv2d.default(input, weight, bias, *others)
+
+
+def draw_key(input: Tensor, weight: Tensor | None) -> Tensor:
+    """The operator ``draw_key``, likewise."""
+    if plain(input):
+        return _draw_key(input, weight)
+    return torch.ops.sparsebwd.draw_key.default(input, weight)

@@ -123,6 +123,19 @@ void Agb::write(Images images, Rows rows, int64_t channel_task, const float* sum
   const int64_t block_begin = channel_task % agb.channel_blocks * group;
   const int64_t c = channel_task / agb.channel_blocks * agb.channels + block_begin;
   sums += problem.pad_w * group;
+  if (call.grad_input_planes) {
+    const int64_t plane = problem.h * problem.w;
+    const int64_t channels = std::min(group, agb.channels - block_begin);
+    // Rows without padding between them are one.
+    const int64_t together = agb.padded_w == problem.w ? rows.count : 1;
+    for (int64_t n = images.begin; n < images.end; ++n, sums += agb.image_floats())
+      for (int64_t i = 0; i < rows.count; i += together)
+        plan_->kernels.transpose(sums + i * agb.row_floats(), group, together * problem.w, channels,
+                                 static_cast<float*>(call.grad_input) +
+                                     (n * problem.c + c) * plane + (rows.first + i) * problem.w,
+                                 plane);
+    return;
+  }
   for (int64_t n = images.begin; n < images.end; ++n, sums += agb.image_floats())
     for (int64_t i = 0; i < rows.count; ++i) {
       const int64_t row = n * problem.h + rows.first + i;

@@ -11,8 +11,8 @@
 
 namespace sparsebwd {
 
-// All activations are channels-last (memory order n, h, w, c) and of one dtype. Weights have any
-// strides, in elements.
+// Activations are of one dtype and channels-last (memory order n, h, w, c), or where a call says so, and
+// in float32 only, contiguous: planes, in the order n, c, h, w. Weights have any strides, in elements.
 struct WeightStrides {
   int64_t k, c, r, s;
 };
@@ -22,16 +22,19 @@ struct ConvBackward {
   DType dtype;
   const void* grad_output;  // [n][p][q][k]
   const PruneSpec* prune;   // null: use the gradient as it is
-  void* pruned;             // null, or [n][p][q][k]: receives the gradient that was used
+  void* pruned;             // null, or as grad_output: receives the gradient that was used
+  bool grad_output_planes;
 
   // AGB: done if grad_input is not null.
   const void* weight;
   DType weight_dtype;
   WeightStrides weight_strides;
   void* grad_input;  // [n][h][w][c]
+  bool grad_input_planes;
 
   // WGC: done if grad_weight is not null.
   const void* input;  // [n][h][w][c]
+  bool input_planes;
   void* grad_weight;
   DType grad_weight_dtype;
   WeightStrides grad_weight_strides;

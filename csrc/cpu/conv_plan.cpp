@@ -19,6 +19,7 @@ constexpr int64_t kChunkElements = 128 * 1024;
 constexpr int64_t kChunkPixels = 512;
 // Pixels whose pruned values are staged between pruning and listing.
 constexpr int64_t kTilePixels = 32;
+constexpr int64_t kPlaneTilePixels = 64;  // where they come from planes: whole cache lines of each
 // Most partial sums of AGB for a row of input with its padding, of all images of a tile. A worker
 // has one such row at least. Visit::dst counts bytes of it.
 constexpr int64_t kMostRowBytes = int64_t{1} << 30;
@@ -130,7 +131,9 @@ ConvPlan::ConvPlan(const ConvKernels& kernels, const PruneKernels& prune_kernels
       agb(plan_agb(kernels, problem)),
       wgc(plan_wgc(kernels, problem)) {}
 
-int64_t ConvPlan::tile_rows() const { return std::max<int64_t>(1, kTilePixels / q); }
+int64_t ConvPlan::tile_rows() const {
+  return std::max<int64_t>(1, (call.grad_output_planes ? kPlaneTilePixels : kTilePixels) / q);
+}
 
 int64_t ConvPlan::units(Images images) const {
   return ceil_div(images.count(), wgc.images) * wgc.units_per_block;

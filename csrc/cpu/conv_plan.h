@@ -81,7 +81,9 @@ struct ConvPlan {
   const WgcPlan wgc;
 
   // Whether the gradient is read through a buffer of pruned or converted values.
-  bool staged() const { return call.prune || call.pruned || call.dtype != DType::kFloat32; }
+  bool staged() const {
+    return call.prune || call.pruned || call.grad_output_planes || call.dtype != DType::kFloat32;
+  }
   int64_t tile_rows() const;  // rows that are staged and listed at a time
   int64_t tile_floats() const { return tile_rows() * q * problem.k; }
 

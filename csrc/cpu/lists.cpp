@@ -169,6 +169,31 @@ int64_t stage(const ConvPlan& plan, const char* source, char* out, Rows rows, fl
   return found;
 }
 
+// The same from planes, into `tile`; of what is not pruned, the number of non-zeros is not counted. What
+// is pruned is written back to planes from there, where that is wanted.
+int64_t stage_planes(const ConvPlan& plan, Rows rows, float* tile) {
+  const ConvBackward& call = plan.call;
+  const int64_t k = plan.problem.k, plane = plan.p * plan.q;
+  int64_t found = 0;
+  for (int64_t row = rows.first; row < rows.first + rows.count;) {
+    const int64_t image = row / plan.p, end = std::min(rows.first + rows.count, (image + 1) * plan.p);
+    const int64_t at = image * k * plane + row % plan.p * plan.q, pixels = (end - row) * plan.q;
+    plan.kernels.transpose(static_cast<const float*>(call.grad_output) + at, plane, k, pixels, tile, k);
+    if (call.prune)
+      for (int64_t i = row; i < end; ++i) {
+        float* values = tile + (i - row) * plan.q * k;
+        found += plan.prune_kernels.prune_pixels_nhwc(
+            values, DType::kFloat32, k, values, nullptr, k, static_cast<uint32_t>(image),
+            static_cast<uint32_t>(i % plan.p), 0, plan.q, k, *call.prune);
+      }
+    if (call.pruned)
+      plan.kernels.transpose(tile, k, pixels, k, static_cast<float*>(call.pruned) + at, plane);
+    tile += pixels * k;
+    row = end;
+  }
+  return found;
+}
+
 constexpr int64_t kPrefetchBytes = 16 * 1024;
 
 // The next tile, while the lists are written: they are so many streams that the hardware loses sight
@@ -219,7 +244,10 @@ int64_t list_unit(const ConvPlan& plan, Rows unit, int64_t unit_index, PixelList
     const int64_t at = rows.first * plan.q * plan.problem.k * dtype_size(call.dtype);
     const char* source = static_cast<const char*>(call.grad_output) + at;
     const float* g = reinterpret_cast<const float*>(source);
-    if (plan.staged()) {
+    if (call.grad_output_planes) {
+      staged += stage_planes(plan, rows, scratch);
+      g = scratch;
+    } else if (plan.staged()) {
       char* out = call.pruned ? static_cast<char*>(call.pruned) + at : nullptr;
       // Pruned values that are kept as float32 need no second copy.
       const bool keeps = out && call.dtype == DType::kFloat32;
@@ -235,7 +263,8 @@ int64_t list_unit(const ConvPlan& plan, Rows unit, int64_t unit_index, PixelList
       by_channel += list_by_channel(plan, g, unit_index, {i, rows.count}, *channel_lists);
   }
   if (channel_lists) channel_lists->sort(unit_index);
-  return plan.staged() ? staged : pixel_lists ? by_pixel : by_channel;
+  const bool counted = plan.staged() && (call.prune || !call.grad_output_planes);
+  return counted ? staged : pixel_lists ? by_pixel : by_channel;
 }
 
 }  // namespace sparsebwd

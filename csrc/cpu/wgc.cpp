@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <type_traits>
 
 namespace sparsebwd {
 namespace {
@@ -95,6 +96,14 @@ Upcoming Wgc::input_pixels(Rows rows, Block block) const {
   const int64_t first = input_row(rows.first, 0);
   const int64_t last = input_row(rows.first + rows.count - 1, (problem.r - 1) * problem.dil_h);
   const int64_t size = dtype_size(plan_->call.dtype);
+  if (plan_->call.input_planes) {
+    // Of several images the first.
+    const int64_t image = first / problem.h, end = std::min(last + 1, (image + 1) * problem.h);
+    const int64_t plane = problem.h * problem.w * size;
+    return {static_cast<const char*>(plan_->call.input) + (image * problem.c + block.c) * plane +
+                (first - image * problem.h) * problem.w * size,
+            plane, block.channels, (end - first) * problem.w * size};
+  }
   const int64_t pixels = (last + 1 - first) * problem.w;
   const char* from = static_cast<const char*>(plan_->call.input) +
                      (first * problem.w * problem.c + block.c) * size;
@@ -119,6 +128,20 @@ void Wgc::gather_row(int64_t image, int64_t h, int64_t first, int64_t step, int6
   memset(to + end * pitch, 0, (count - end) * pitch * sizeof(float));
   if (begin == end) return;
   const DType dtype = plan_->call.dtype;
+  if (plan_->call.input_planes) {
+    const int64_t plane = problem.h * problem.w;
+    const float* from = static_cast<const float*>(plan_->call.input) +
+                        (image * problem.c + block.c) * plane + h * problem.w + first + begin * step;
+    to += begin * pitch;
+    if (block.channels < pitch) memset(to, 0, (end - begin) * pitch * sizeof(float));
+    if (step == 1) {
+      plan_->kernels.transpose(from, plane, block.channels, end - begin, to, pitch);
+      return;
+    }
+    for (int64_t c = 0; c < block.channels; ++c, from += plane)
+      for (int64_t i = 0; i < end - begin; ++i) to[i * pitch + c] = from[i * step];
+    return;
+  }
   const int64_t pixel = (image * problem.h + h) * problem.w + first + begin * step;
   const int64_t at = (pixel * problem.c + block.c) * dtype_size(dtype);
   plan_->kernels.gather_pixels(static_cast<const char*>(plan_->call.input) + at, dtype,
@@ -189,8 +212,19 @@ void Wgc::write(Storage* grad_weight, int64_t channel_task, int64_t k, const flo
   // Sums are in the order [r][s][channel], with nothing between the columns if they are packed.
   const int64_t column = wgc.kernel->packed ? channels : wgc.kernel->group;
   const int64_t row = wgc.filter_floats / problem.r;
+  // Contiguous: the taps of a channel lie side by side. Those that fill no vector are left to the loop.
+  int64_t transposed = 0;
+  if (std::is_same_v<Storage, float> && !wgc.kernel->packed && strides.c != 1 && strides.s == 1 &&
+      strides.r == problem.s) {
+    const int64_t taps = problem.r * problem.s, lanes = plan_->kernels.lanes;
+    transposed = taps < lanes ? taps : taps / lanes * lanes;
+    plan_->kernels.transpose(sums, column, transposed, channels,
+                             reinterpret_cast<float*>(grad_weight + k * strides.k + c * strides.c),
+                             strides.c);
+  }
   for (int64_t r = 0; r < problem.r; ++r)
     for (int64_t s = 0; s < problem.s; ++s) {
+      if (r * problem.s + s < transposed) continue;
       const float* from = sums + r * row + s * column;
       Storage* to =
           grad_weight + k * strides.k + c * strides.c + r * strides.r + s * strides.s;

@@ -147,14 +147,18 @@ void copy_layout(const Tensor& src, Tensor out) {
                               static_cast<float*>(out.mutable_data_ptr()));
 }
 
-void check_activation(const Tensor& tensor, const char* name, const Tensor& grad_output,
+// Whether the tensor is planes (see ConvBackward), else it is channels_last.
+bool checked_activation(const Tensor& tensor, const char* name, const Tensor& grad_output,
                       const std::vector<int64_t>& size) {
   check_on_cpu(tensor, name);
+  const bool planes = tensor.scalar_type() == ScalarType::Float && is_dense(tensor, kContiguous);
   check(tensor.scalar_type() == grad_output.scalar_type() &&
-            has_sizes(tensor, size) && is_dense(tensor, kChannelsLast),
+            has_sizes(tensor, size) && (is_dense(tensor, kChannelsLast) || planes),
         name, ": got ", toString(tensor.scalar_type()), " of shape ",
         text(tensor.sizes()), " and strides ", text(tensor.strides()),
-        ", accepted is a channels_last tensor of grad_output's dtype and of shape ", text(size));
+        ", accepted is a channels_last tensor, or a contiguous one of float32, of grad_output's dtype and "
+        "of shape ", text(size));
+  return !is_dense(tensor, kChannelsLast);
 }
 
 sparsebwd::WeightStrides checked_weight(const Tensor& tensor, const char* name,
@@ -190,8 +194,9 @@ int64_t conv2d_backward(const Tensor& grad_output, std::optional<Tensor> input,
       checked_problem(input_size, weight_size, stride, padding, dilation, groups, why_refused);
   call.lists_only = lists_only;
   call.dtype = checked_dtype(grad_output, "grad_output");
-  check_activation(grad_output, "grad_output", grad_output,
-                   {problem.n, problem.k, problem.p(), problem.q()});
+  const std::vector<int64_t> output_size = {problem.n, problem.k, problem.p(), problem.q()};
+  call.grad_output_planes =
+      checked_activation(grad_output, "grad_output", grad_output, output_size);
   call.grad_output = grad_output.const_data_ptr();
   sparsebwd::PruneSpec spec;
   if (key) {
@@ -199,12 +204,12 @@ int64_t conv2d_backward(const Tensor& grad_output, std::optional<Tensor> input,
     call.prune = &spec;
   }
   if (pruned) {
-    check_activation(*pruned, "pruned", grad_output, {problem.n, problem.k, problem.p(), problem.q()});
+    check_alike(*pruned, "pruned", grad_output, "grad_output");
     call.pruned = pruned->mutable_data_ptr();
   }
   if (grad_input) {
     check(weight.has_value(), "weight: got None, accepted is a tensor if grad_input is wanted");
-    check_activation(*grad_input, "grad_input", grad_output, input_size);
+    call.grad_input_planes = checked_activation(*grad_input, "grad_input", grad_output, input_size);
     call.weight_strides = checked_weight(*weight, "weight", weight_size);
     call.weight_dtype = checked_dtype(*weight, "weight");
     call.weight = weight->const_data_ptr();
@@ -212,7 +217,7 @@ int64_t conv2d_backward(const Tensor& grad_output, std::optional<Tensor> input,
   }
   if (grad_weight) {
     check(input.has_value(), "input: got None, accepted is a tensor if grad_weight is wanted");
-    check_activation(*input, "input", grad_output, input_size);
+    call.input_planes = checked_activation(*input, "input", grad_output, input_size);
     call.grad_weight_strides = checked_weight(*grad_weight, "grad_weight", weight_size);
     call.grad_weight_dtype = checked_dtype(*grad_weight, "grad_weight");
     call.input = input->const_data_ptr();

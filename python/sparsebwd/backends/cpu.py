@@ -73,15 +73,18 @@ def _convolve(
 
     input_format, weight_format: those of the gradients of the input and of the weight.
     """
-    grad_output = _in_format(grad_output, torch.channels_last)
+    # What the kernels do not read and write as it is: bfloat16 that is contiguous.
+    copied = grad_output.dtype != torch.float32
+    if copied:
+        grad_output = _in_format(grad_output, torch.channels_last)
     pruned = torch.empty_like(grad_output) if keep_pruned else None
     grad_input = grad_weight = None
     if weight is not None:
-        grad_input = empty(problem.input_size, grad_output, torch.channels_last)
-        weight = _in_format(weight, torch.channels_last)
+        grad_input = empty(problem.input_size, grad_output, torch.channels_last if copied else input_format)
+        weight = _in_format(weight, torch.channels_last)  # faster than packing it as it is
     if input is not None:
         grad_weight = empty(problem.weight_size, input, weight_format)
-        input = _in_format(input, torch.channels_last)
+        input = _in_format(input, torch.channels_last) if copied else input
     nonzeros = _raw.conv2d_backward(
         grad_output,
         input,
@@ -98,7 +101,7 @@ def _convolve(
         grad_input,
         grad_weight,
     )
-    if grad_input is not None:
+    if grad_input is not None and copied:
         grad_input = _in_format(grad_input, input_format)
     return _Convolved(nonzeros / max(grad_output.numel(), 1), pruned, grad_input, grad_weight)
 

@@ -76,9 +76,9 @@ def _refusals(operators, problem: ConvProblem, dtype: torch.dtype) -> tuple[str,
     """Why the sparse kernels of AGB and of WGC do not take the problem; "" where they do. Logged when first asked."""
     geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
     found = operators.refusals(problem.input_size, problem.weight_size, *geometry, str(dtype).removeprefix("torch."))
-    for name, refusal in zip(("AGB", "WGC"), found):
-        if refusal:
-            logger.debug("%s in %s: no sparse %s, since %s", problem, dtype, name, refusal)
+    for name, reason in zip(("AGB", "WGC"), found):
+        if reason:
+            logger.debug("%s in %s: no sparse %s, since %s", problem, dtype, name, reason)
     return found
 
 

@@ -1,20 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets for the training command, held as uint8 arrays, and the batches drawn from them."""
+"""Data sets for the training command, as uint8 arrays or as files, and the batches drawn from them."""
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
+from .augment import CROPS
 from .batches import Batches, Normalize, ordered_batches
 from .dataset import DataError, ImageData
+from .decode import shown
 from .files import atomic_write, remove_leftovers, write_text
+from .streaming import available_cores
 
 __all__ = [
+    "CROPS",
     "Batches",
     "DataError",
     "ImageData",
     "Normalize",
     "atomic_write",
+    "available_cores",
     "load",
     "names",
     "ordered_batches",
@@ -31,40 +38,70 @@ def names() -> tuple[str, ...]:
 
 
 def load(
-    name: str, *, data_dir: str | Path | None = None, cache_dir: str | Path | None = None, image_size: int = 32
+    name: str,
+    *,
+    data_dir: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    image_size: int = 32,
+    stream: bool | None = None,
+    crop: str = "auto",
+    strict: bool = False,
 ) -> ImageData:
     """Read a data set.
 
     Args:
-        name: `digits` (scikit-learn's handwritten digits, no download), `cifar10`, `cifar100` (their binary files) or
-            `imagefolder` (`train/` and `test/` or `val/`, in each a folder of JPEG or PNG files per class).
+        name: `digits` (scikit-learn's handwritten digits, no download), `cifar10`, `cifar100` (their binary or Python
+            files) or `imagefolder` (`train/` and `test/` or `val/`, in each a folder of JPEG or PNG files per class).
         data_dir: where the files are; needed by all but `digits`.
         cache_dir: where `imagefolder` keeps its decoded images; default `$XDG_CACHE_HOME/sparsebwd`.
         image_size: height and width of the images, in pixels; CIFAR images are 32 and stay so.
+        stream: whether the files of `imagefolder` are decoded for each batch, instead of once for all; None does so for
+            crops "resized", and where the decoded images would take more than 8 GiB.
+        crop: how training images are to be cropped at random: "padded", out of 4 pixels of padding, as is usual for
+            CIFAR; "resized", 8 to 100 % of the area, as is usual for ImageNet; "auto" is "resized" for an `imagefolder`
+            of more than 64 pixels. With "resized", the middle 7/8 of an image is what is tested.
+        strict: whether an image of `imagefolder` that cannot be read is an error. Otherwise it is left out, and
+            `ImageData.notes` names it; when streaming, the next image takes its place in training.
 
     Raises:
-        ValueError: unknown `name`, a missing `data_dir`, or an `image_size` that does not fit.
+        ValueError: unknown `name` or `crop`, a missing `data_dir`, an `image_size` that does not fit, or `stream` for
+            data that is not in files.
         DataError: `data_dir` is no directory, or a file is missing, truncated or corrupt; the message names it.
     """
     if name not in _NAMES:
         raise ValueError(f"data: got {name!r}, accepted are {', '.join(_NAMES)}")
     if not 1 <= image_size <= 1024:
         raise ValueError(f"image_size: got {image_size}, accepted are integers from 1 to 1024")
+    if crop not in ("auto", *CROPS):
+        raise ValueError(f"crop: got {crop!r}, accepted are auto, {', '.join(CROPS)}")
+    if stream and name != "imagefolder":
+        raise ValueError(f"stream: got {stream}, but only imagefolder is streamed; {name} fits into memory")
     if name == "digits":
         from .digits import load_digits
 
-        return load_digits(image_size)
+        images = load_digits(image_size)
+    else:
+        folder = _directory(name, data_dir)
+        if name == "imagefolder":
+            from .imagefolder import load_imagefolder
+
+            return load_imagefolder(folder, image_size, cache_dir, stream=stream, crop=crop, strict=strict)
+        if image_size != 32:
+            raise ValueError(f"image_size: got {image_size}, but the images of {name} are 32x32")
+        from .cifar import load_cifar
+
+        images = load_cifar(name, folder)
+    return replace(images, crop="padded" if crop == "auto" else crop)
+
+
+def _directory(name: str, data_dir: str | Path | None) -> Path:
     if data_dir is None:
         raise ValueError(f"data_dir: got none, but {name} is read from files: name the folder that holds them")
-    if not Path(data_dir).is_dir():
-        problem = "is not a directory" if Path(data_dir).exists() else "does not exist"
-        raise DataError(f"data_dir: got {str(data_dir)!r}, which {problem}")
-    if name == "imagefolder":
-        from .imagefolder import load_imagefolder
-
-        return load_imagefolder(Path(data_dir), image_size, cache_dir)
-    if image_size != 32:
-        raise ValueError(f"image_size: got {image_size}, but the images of {name} are 32x32")
-    from .cifar import load_cifar
-
-    return load_cifar(name, Path(data_dir))
+    try:
+        is_directory, exists = Path(data_dir).is_dir(), os.path.lexists(data_dir)
+    except OSError as error:
+        raise DataError(f"data_dir: got '{shown(data_dir)}': {error.strerror}") from error
+    if not is_directory:
+        problem = "is not a directory" if exists else "does not exist"
+        raise DataError(f"data_dir: got '{shown(data_dir)}', which {problem}")
+    return Path(data_dir)

@@ -4,14 +4,21 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .notes import Notes
+
+if TYPE_CHECKING:
+    from .streaming import ImageFiles
+
 # Enough images for three digits of the mean; a data set on disk is not read as a whole for it.
 _STATISTICS_IMAGES = 50_000
+# Enough for two digits, where each has to be decoded.
+_STATISTICS_FILES = 2048
 _CHUNK = 1024
 _FINGERPRINT_IMAGES = 256
 
@@ -24,16 +31,22 @@ class DataError(ValueError):
 class ImageData:
     """Images as uint8 [N, H, W, 3] and labels as int64 [N], split into a training and a test set.
 
-    The arrays may be memory-mapped files. `mirror` says whether a mirrored image still shows its class.
+    The arrays may be memory-mapped files, or made from image files as they are used.
+
+    mirror: whether a mirrored image still shows its class.
+    crop: which random crops suit training, see `Batches`.
+    notes: what the user should be told.
     """
 
     name: str
-    train_images: np.ndarray
+    train_images: np.ndarray | ImageFiles
     train_labels: np.ndarray
-    test_images: np.ndarray
+    test_images: np.ndarray | ImageFiles
     test_labels: np.ndarray
     classes: tuple[str, ...]
     mirror: bool = True
+    crop: str = "padded"
+    notes: Notes = field(default_factory=Notes)
 
     def subset(self, train: int | None = None, test: int | None = None) -> ImageData:
         """The same data with `train` training and `test` test images, spread evenly over the whole; None keeps all."""
@@ -65,16 +78,18 @@ class ImageData:
         for images, labels in ((self.train_images, self.train_labels), (self.test_images, self.test_labels)):
             digest.update(labels.tobytes())
             some, _ = _spread(images, labels, _FINGERPRINT_IMAGES)
-            digest.update(np.ascontiguousarray(some).tobytes())
+            digest.update(np.ascontiguousarray(some, np.uint8).tobytes())
         return digest.hexdigest()
 
     @cached_property
     def statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of each channel of the training images: float32 [3], on the scale 0 to 255."""
-        step = -(-len(self.train_images) // _STATISTICS_IMAGES)
+        enough = _STATISTICS_IMAGES if isinstance(self.train_images, np.ndarray) else _STATISTICS_FILES
+        step = -(-len(self.train_images) // enough)
         count, total, squares = 0, np.zeros(3, np.int64), np.zeros(3, np.int64)
         for start in range(0, len(self.train_images), _CHUNK * step):
-            pixels = self.train_images[start : start + _CHUNK * step : step].reshape(-1, 3).astype(np.int64)
+            images = np.asarray(self.train_images[start : start + _CHUNK * step : step])
+            pixels = images.reshape(-1, 3).astype(np.int64)
             count += len(pixels)
             total += pixels.sum(axis=0)
             squares += (pixels * pixels).sum(axis=0)
@@ -83,7 +98,9 @@ class ImageData:
         return mean.astype(np.float32), deviation.astype(np.float32)
 
 
-def _spread(images: np.ndarray, labels: np.ndarray, count: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _spread(
+    images: np.ndarray | ImageFiles, labels: np.ndarray, count: int | None
+) -> tuple[np.ndarray | ImageFiles, np.ndarray]:
     if count is None or count >= len(images):
         return images, labels
     chosen = np.arange(count) * len(images) // count

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder of images per class, decoded once into an array on disk."""
+"""A folder of images per class: decoded once into an array on disk, or again for each batch."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,29 +13,72 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from .cache import cached
 from .dataset import DataError, ImageData
-from .files import atomic_write
+from .decode import VERSION, ImageError, decode, fit, require_pillow, shown
+from .listing import Listing, class_folders, list_images
+from .notes import Notes
+from .streaming import ImageFiles, available_cores
 
-_SUFFIXES = (".jpg", ".jpeg", ".png")
+# Up to here a crop out of some padding is usual, as for CIFAR; above, a crop of random size, as for ImageNet.
+_LARGEST_PADDED = 64
+# Decoded images beyond this many bytes are not kept.
+_LARGEST_CACHE = 8 << 30
+# 256 to 224 pixels: random crops of ImageNet show objects larger than the whole images do.
+_BORDER = (1 - 224 / 256) / 2
+# Decoding runs ahead of writing by so many images at most.
+_CHUNK = 512
 
 
-def load_imagefolder(data_dir: Path, image_size: int, cache_dir: str | Path | None) -> ImageData:
-    """Reads `train/CLASS/*` and `test/CLASS/*` (`val/` where there is no `test/`).
+def load_imagefolder(
+    data_dir: Path,
+    image_size: int,
+    cache_dir: str | Path | None,
+    *,
+    stream: bool | None = None,
+    crop: str = "auto",
+    strict: bool = False,
+) -> ImageData:
+    """Reads `train/CLASS/*` and `test/CLASS/*` (`val/` where there is no `test/`); see `sparsebwd.data.load`.
 
-    Images of another size are scaled and cropped around the centre. The decoded images are kept in `cache_dir`, under
-    a name made from the paths, sizes and times of all files, so that a change of any decodes them again.
+    Images of another size are scaled and cropped around the centre. Decoded images are kept in `cache_dir` with the
+    names, sizes, times and inodes of all files, so that a change of any decodes them again.
     """
-    cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     train_dir = data_dir / "train"
-    test_dir = next((folder for folder in (data_dir / "test", data_dir / "val") if folder.is_dir()), None)
-    if not train_dir.is_dir() or test_dir is None:
-        raise DataError(f"data_dir: {data_dir} needs the folders train/ and test/ (or val/), in each one per class")
-    classes = _class_folders(train_dir)
-    unknown = set(_class_folders(test_dir)) - set(classes)
+    test_dir = next((folder for folder in (data_dir / "test", data_dir / "val") if _is_dir(folder)), None)
+    if not _is_dir(train_dir) or test_dir is None:
+        raise DataError(
+            f"data_dir: {shown(data_dir)} needs the folders train/ and test/ (or val/), in each one per class"
+        )
+    classes = class_folders(train_dir)
+    unknown = set(class_folders(test_dir)) - set(classes)
     if unknown:
-        raise DataError(f"{test_dir}: no training images for the classes {', '.join(sorted(unknown))}")
-    train_images, train_labels = _load_split(train_dir, classes, image_size, cache)
-    test_images, test_labels = _load_split(test_dir, classes, image_size, cache)
+        names = ", ".join(shown(name) for name in sorted(unknown))
+        raise DataError(f"{shown(test_dir)}: no training images for the classes {names}")
+    train, test = list_images(train_dir, classes), list_images(test_dir, classes)
+    if crop == "auto":
+        crop = "padded" if image_size <= _LARGEST_PADDED else "resized"
+    if stream is None:
+        decoded = (len(train.names) + len(test.names)) * image_size * image_size * 3
+        stream = crop == "resized" or decoded > _LARGEST_CACHE
+    border = _BORDER if crop == "resized" else 0.0
+    notes = Notes()
+    for listing in (train, test):
+        if listing.ignored:
+            notes.add(listing.ignored)
+    if stream:
+        require_pillow()
+        train_images, test_images = (
+            ImageFiles(listing, image_size, border=border, strict=strict, notes=notes) for listing in (train, test)
+        )
+        train_labels, test_labels = train.labels, test.labels
+    else:
+        cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+        train_images, train_labels = _decoded(train, image_size, border, cache, strict, notes)
+        test_images, test_labels = _decoded(test, image_size, border, cache, strict, notes)
+        missing = set(range(len(classes))) - set(train_labels.tolist())
+        if missing:
+            raise DataError(f"{shown(train_dir / classes[min(missing)])}: none of its images can be read")
     return ImageData(
         name="imagefolder",
         train_images=train_images,
@@ -43,101 +86,73 @@ def load_imagefolder(data_dir: Path, image_size: int, cache_dir: str | Path | No
         test_images=test_images,
         test_labels=test_labels,
         classes=tuple(classes),
+        crop=crop,
+        notes=notes,
     )
 
 
 def default_cache_dir() -> Path:
     """`$XDG_CACHE_HOME/sparsebwd`, or `~/.cache/sparsebwd`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsebwd"
-
-
-def _class_folders(split_dir: Path) -> list[str]:
-    names = sorted(entry.name for entry in os.scandir(split_dir) if entry.is_dir() and not entry.name.startswith("."))
-    if not names:
-        raise DataError(f"{split_dir}: has no folders, but needs one per class")
-    return names
-
-
-def _load_split(
-    split_dir: Path, classes: Sequence[str], image_size: int, cache: Path
-) -> tuple[np.ndarray, np.ndarray]:
-    paths: list[Path] = []
-    labels: list[int] = []
-    identity = hashlib.blake2b(f"{split_dir.resolve()}\0{image_size}\0".encode(), digest_size=12)
-    for label, name in enumerate(classes):
-        folder = split_dir / name
-        if not folder.is_dir():
-            continue  # a class without test images
-        files = [
-            entry
-            for entry in os.scandir(folder)
-            if entry.name.lower().endswith(_SUFFIXES) and not entry.name.startswith(".")
-        ]
-        if not files:
-            raise DataError(f"{folder}: has no images, accepted are the endings {', '.join(_SUFFIXES)}")
-        for entry in sorted(files, key=lambda entry: entry.name):
-            status = entry.stat()
-            identity.update(f"{name}/{entry.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "replace"))
-            paths.append(Path(entry.path))
-            labels.append(label)
-    shape = (len(paths), image_size, image_size, 3)
-    path = cache / f"{split_dir.name}-{identity.hexdigest()}.npy"
-    images = _open_cached(path, shape)
-    if images is None:
-        _decode_all(paths, shape, path)
-        images = _open_cached(path, shape)
-        if images is None:
-            raise DataError(f"{path}: what was just written cannot be read back")
-    return images, np.array(labels, np.int64)
-
-
-def _open_cached(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The cached array, or None where there is none that fits: it can always be made again."""
+    named = os.environ.get("XDG_CACHE_HOME")
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
-    return array if array.shape == shape and array.dtype == np.uint8 else None
+        return Path(named or Path.home() / ".cache") / "sparsebwd"
+    except RuntimeError as error:
+        raise DataError(f"cache_dir: got none, and there is no home directory for it ({error}): name a folder") from error
 
 
-def _decode_all(paths: Sequence[Path], shape: tuple[int, ...], target: Path) -> None:
-    size = shape[1]
-    with atomic_write(target) as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
-        array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+def _is_dir(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise DataError(f"{shown(path)}: {error.strerror}") from error
+
+
+def _decoded(
+    listing: Listing, size: int, border: float, cache: Path, strict: bool, notes: Notes
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of those that can be read."""
+    folder = listing.folder
+    place = os.fsencode(os.path.realpath(folder))
+    name = hashlib.blake2b(place + f"\0{size}\0{border}".encode(), digest_size=12).hexdigest()
+    paths = [os.path.join(os.fsencode(folder), name) for name in listing.names]
+    identity = f"{VERSION}-{listing.identity}"
+    result = cached(
+        cache / f"{folder.name}-{name}.images",
+        identity,
+        (len(paths), size, size, 3),
+        lambda: _decode_all(paths, size, border, strict, f"decoding {folder.name} images"),
+        notes,
+    )
+    corrupt = {shown(paths[position]): reason for position, reason in result.corrupt.items()}
+    if strict:
+        for path, reason in corrupt.items():
+            raise ImageError(path, reason)
+    if len(corrupt) == len(paths):
+        path, reason = next(iter(corrupt.items()))
+        raise DataError(f"{shown(folder)}: none of the {len(paths)} images can be read, such as {path}: {reason}")
+    notes.add_corrupt(corrupt)
+    return result.images, np.delete(listing.labels, list(result.corrupt))
+
+
+def _decode_all(
+    paths: list[bytes], size: int, border: float, strict: bool, title: str
+) -> Iterator[np.ndarray | ImageError]:
+    def decode_one(path: bytes) -> np.ndarray | ImageError:
         try:
-            decoded = pool.map(lambda path: decode(path, size), paths)
-            console = Console(stderr=True)
-            shown = track(
-                decoded,
-                f"decoding {target.name.split('-')[0]} images",
-                len(paths),
-                console=console,
-                transient=True,
-                disable=not console.is_terminal,
+            return np.asarray(fit(decode(path), size, border))
+        except ImageError as error:
+            if strict:
+                raise
+            return error
+
+    console = Console(stderr=True)
+    chunks = (paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK))
+    with ThreadPoolExecutor(available_cores()) as pool:
+        try:
+            images = (image for chunk in chunks for image in pool.map(decode_one, chunk))
+            yield from track(
+                images, title, len(paths), console=console, transient=True, disable=not console.is_terminal
             )
-            for index, image in enumerate(shown):
-                array[index] = image
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-        array.flush()
-
-
-def decode(path: Path, size: int) -> np.ndarray:
-    """One image file as uint8 [size, size, 3].
-
-    Raises:
-        DataError: the file is truncated or is no image.
-    """
-    try:
-        from PIL import Image, ImageOps
-    except ImportError as error:
-        raise DataError(f"imagefolder needs Pillow ({error}): pip install pillow") from error
-    try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
-            if image.size != (size, size):
-                image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-            return np.asarray(image)
-    except Exception as error:  # Pillow's decoders raise many types on a broken file, SyntaxError among them
-        raise DataError(f"{path}: truncated, corrupt or no image: {error}") from error

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparsebwd import SparseConv2d, models
-from sparsebwd.convert import conversion_report, convert, revert
+from sparsebwd import conversion_report, convert, revert
 
 
 def conv(*args, **kwargs) -> nn.Conv2d:

@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import sparsebwd
 from sparsebwd.backends import observers
-from sparsebwd.convert import convert
+from sparsebwd import convert
 from sparsebwd.monitor import DensityMonitor
 
 

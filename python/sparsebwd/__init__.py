@@ -4,7 +4,7 @@
 __version__ = "0.1.0"
 
 from . import functional, grad, nn
-from .convert import conversion_report, convert, revert
+from .conversion import conversion_report, convert, revert
 from .functional import prune_gradient
 from .info import info
 from .monitor import DensityMonitor

@@ -17,7 +17,7 @@ from .settings import Pruning, check_choice, check_percentile
 
 __all__ = ["PrunedGradient", "prune_gradient", "sparse_conv2d"]
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_sigma_history(sigma_history: Tensor | None, like: Tensor) -> None:
@@ -43,8 +43,8 @@ def check_operands(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}; accepted: a torch.Tensor")
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(f"{name}: got {tensor.dtype}; accepted: " + ", ".join(str(dtype) for dtype in _DTYPES))
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name}: got {tensor.dtype}; accepted: " + ", ".join(str(dtype) for dtype in DTYPES))
         if tensor.device != first.device:
             raise ValueError(f"{name}: got device {tensor.device}; accepted: {first.device}, that of {first_name}")
         if tensor.dtype != first.dtype and not _autocasts(first.device.type):

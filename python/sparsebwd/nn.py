@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from . import ops
-from .functional import convolve
+from .functional import convolve, sparse_conv2d
 from .reference import SIGMA_HISTORY
 from .settings import Pruning
 
@@ -52,9 +53,9 @@ class SparseConv2d(nn.Conv2d):
         threshold: "exact": that of the very gradient which is pruned; or "predicted" from the last
             few gradients of this layer, so that a GPU reads the gradient only once.
 
-    All five may be set later, one by one or as one :class:`sparsebwd.Pruning`, the attribute ``pruning``. Raises TypeError or ValueError naming the one that is wrong, both
-    times, and RuntimeError for a backend that is only planned; RuntimeError in forward if the
-    backend asked for cannot run.
+    All five may be set later, one by one or as one :class:`sparsebwd.Pruning`, the attribute ``pruning``.
+    Raises TypeError or ValueError naming the one that is wrong, both times, and RuntimeError for a
+    backend that is only planned; RuntimeError in forward if the backend asked for cannot run.
 
     What the threshold is predicted from is in the buffer ``sigma_history``, int32[5], which a layer
     has only if its threshold is "predicted". It is not in the state_dict. Setting ``threshold``, or
@@ -63,7 +64,13 @@ class SparseConv2d(nn.Conv2d):
     ``layer_id`` is an int unique in the process, fresh for copies, as reported to
     ``sparsebwd.backends.observers``. For torch.compile it is a constant, so that code compiled for
     one layer is not used for another: compile whole models rather than their equal blocks.
+
+    torch.fx traces a layer as one call_module node, and torch.jit.script compiles one in eval mode.
+    Tools that look for nn.Conv2d by its exact type (fusion, quantisation) do not see it: it warns
+    where it can tell, and :func:`sparsebwd.revert` gives them an nn.Conv2d.
     """
+
+    __jit_unused_properties__ = ["percentile", "placement", "backend", "sigma_estimator", "threshold", "pruning"]
 
     percentile = _setting("percentile", "In [50, 100), or None: nothing is pruned.")
     placement = _setting("placement", '"output" or "input".')
@@ -72,21 +79,49 @@ class SparseConv2d(nn.Conv2d):
 
     def __init__(
         self,
-        *args,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
         percentile: float | None = 90.0,
         placement: str = "output",
         backend: str = "auto",
         sigma_estimator: str = "corrected",
         threshold: str = "exact",
-        **kwargs,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
         self._configure(Pruning(percentile, placement, sigma_estimator, threshold, backend))
 
     def _configure(self, pruning: Pruning) -> None:
         self.__dict__.pop("_pruning", None)  # that of the layer it was made from, whose history is not this one's
         self.pruning = pruning
         self.layer_id = next(_layer_ids)
+
+    def _unconfigure(self) -> None:
+        """Leave only the attributes of an nn.Conv2d."""
+        if self._pruning.threshold == "predicted":
+            del self.sigma_history
+        del self._pruning, self.layer_id
 
     @classmethod
     def from_conv2d(
@@ -116,12 +151,10 @@ class SparseConv2d(nn.Conv2d):
 
     def to_conv2d(self) -> nn.Conv2d:
         """The plain nn.Conv2d that shares the parameters, hooks and training flag of this layer."""
-        conv = _share(self, nn.Conv2d)
-        for name in ("_pruning", "layer_id"):
-            del conv.__dict__[name]
-        if self.threshold == "predicted":
-            del conv.sigma_history
-        return conv
+        layer = _share(self, SparseConv2d)
+        layer._unconfigure()
+        layer.__class__ = nn.Conv2d
+        return layer
 
     @property
     def pruning(self) -> Pruning:
@@ -159,6 +192,58 @@ class SparseConv2d(nn.Conv2d):
         super().reset_parameters()
         if "sigma_history" in self._buffers:
             self.sigma_history.zero_()
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._dense_forward(input, self.weight, self.bias)
+        else:  # TorchScript does not look in here.
+            if isinstance(input, fx.Proxy):
+                return self._symbolic_forward(input)
+            return self._conv_forward(input, self.weight, self.bias)
+
+    _dense_forward = nn.Conv2d._conv_forward
+
+    def _symbolic_forward(self, input: fx.Proxy) -> fx.Proxy:
+        """What torch.fx traces: the call of a module, as for nn.Conv2d, and for the root of the trace that of a
+        function."""
+        tracer = input.tracer
+        if not self.training:
+            warnings.warn(
+                "torch.fx traces a model with SparseConv2d layers: passes over its graph that look for nn.Conv2d by "
+                "exact type, such as fusion with BatchNorm2d and quantization, skip them; for these, call "
+                "sparsebwd.revert(model) first",
+                stacklevel=2,
+            )
+        if self is not getattr(tracer, "root", None):
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
+        if not self.training:
+            return self._dense_forward(input, self.weight, self.bias)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+        geometry = (self.stride, padding, self.dilation, self.groups)
+        settings = {name: getattr(self, name) for name in ("percentile", "placement", "sigma_estimator", "backend")}
+        settings |= {"layer_id": self.layer_id, "sigma_history": self._buffers.get("sigma_history")}
+        args = (input, self.weight, self.bias, *geometry)
+        return tracer.create_proxy("call_function", sparse_conv2d, args, settings)
+
+    def __prepare_scriptable__(self) -> SparseConv2d:
+        # Called by torch.jit.script, which uses what it returns.
+        if self.training:
+            raise RuntimeError(
+                "SparseConv2d: torch.jit.script cannot compile it in training mode: TorchScript would not prune; "
+                "call eval() on the model, or sparsebwd.revert(model), first"
+            )
+        return self
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "qconfig" and value is not None:
+            warnings.warn(
+                "torch.ao.quantization looks for nn.Conv2d by its exact type and leaves SparseConv2d layers in "
+                "floating point: call sparsebwd.revert(model) first",
+                stacklevel=2,
+            )
+        super().__setattr__(name, value)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self.training:

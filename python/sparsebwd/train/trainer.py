@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import models
-from ..convert import convert
+from ..conversion import convert
 from ..data import Batches, ImageData, Normalize, ordered_batches
 from ..info import info
 from ..monitor import DensityMonitor

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Symbolic tracing by torch.fx of a model in use: nothing of it, and nothing outside of it, changes meanwhile.
+
+:func:`torch.fx.symbolic_trace` patches ``nn.Module.__call__`` and ``__getattr__`` for the whole process while it runs,
+which other threads meet. Here a copy of the model is traced, and calls are caught in the modules of the copy.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from functools import partial
+from random import Random
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx import _symbolic_trace
+from torch.fx.proxy import TraceError
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+log = logging.getLogger("sparsebwd")
+
+
+class Tracer(fx.Tracer):
+    """The graph of a model, in which every convolution is one node, and so is every module that does not trace.
+
+    ``graph`` is None if the forward of ``root`` does not trace. Names are those of ``root.named_modules()``;
+    ``opaque`` has those of the modules that do not trace, ``root`` itself ("") included.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        super().__init__(autowrap_modules=())
+        self.opaque: set[str] = set()
+        self.graph: fx.Graph | None = fx.Graph(tracer_cls=type(self))
+        self.tensor_attrs = {}
+        self._functions: dict[type, FunctionType | str] = {}
+        try:
+            self.root = self._shadow(root, {})
+            self.submodule_paths = {module: name for name, module in self.root.named_modules()}
+            # What would need an argument that is not traced cannot be the root.
+            function, args = self.create_args_for_root(self._function(self.root), True)
+            with _NoRandomNumbers():
+                self.create_node("output", "output", (self.create_arg(function(*args)),), {})
+        except Exception as error:  # forward() is the user's code on symbolic values: it may raise anything
+            self._is_opaque("", root, error)
+            self.graph = None
+
+    def _is_opaque(self, name: str, module: nn.Module, error: Exception) -> None:
+        log.debug("torch.fx does not trace %s %r: %s", type(module).__name__, name, error)
+        self.opaque.add(name)
+
+    def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
+        return isinstance(m, (_ConvNd, torch.jit.ScriptModule)) or super().is_leaf_module(m, qualified_name)
+
+    def _call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """What a module of the copy does when it is called."""
+        name = self.path_of_module(module)
+        if not self.is_leaf_module(module, name) and name not in self.opaque:
+            last = next(iter(reversed(self.graph.nodes)))
+            try:
+                return self._function(module)(module, *args, **kwargs)
+            except Exception as error:
+                self._is_opaque(name, module, error)
+                while (node := next(iter(reversed(self.graph.nodes)))) is not last:
+                    self.graph.erase_node(node)
+        return self.create_proxy("call_module", name, args, kwargs)
+
+    def _function(self, module: nn.Module) -> Callable:
+        """The forward function of ``module``, as it is to be traced. Raises if it is not to be."""
+        if "forward" in vars(module):
+            bound = vars(module)["forward"]
+            if not (isinstance(bound, MethodType) and bound.__self__ is module):
+                raise TraceError("its forward is overridden on the instance")
+            return bound.__func__
+        cls = type(module)
+        if cls not in self._functions:
+            reason = _unfit(cls.forward, cls)
+            self._functions[cls] = reason or _with_symbolic_globals(cls.forward)
+        if isinstance(self._functions[cls], str):
+            raise TraceError(self._functions[cls])
+        return self._functions[cls]
+
+    def _shadow(self, module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+        """A copy of the module tree to trace, with empty meta tensors and no hooks.
+
+        Tracing runs forward(); on a copy, whatever forward() stores in the model, or a hook does, leaves no mark.
+        """
+        if id(module) in made:
+            return made[id(module)]
+        if isinstance(module, torch.jit.ScriptModule):
+            twin = made[id(module)] = nn.Identity()  # it is called, never looked into
+        else:
+            twin = made[id(module)] = object.__new__(type(module))
+            state = {name: _copied(value, module, twin) for name, value in vars(module).items()}
+            for key in state:
+                if key.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
+                    state[key] = OrderedDict()
+            state["_parameters"] = {
+                name: None if parameter is None else nn.Parameter(_meta(parameter), requires_grad=False)
+                for name, parameter in module._parameters.items()
+            }
+            state["_buffers"] = {name: None if b is None else _meta(b) for name, b in module._buffers.items()}
+            state["_modules"] = {k: None if m is None else self._shadow(m, made) for k, m in module._modules.items()}
+            vars(twin).update(state)
+        # Module.__call__ looks here first: it is where compiled modules keep what to call.
+        vars(twin)["_compiled_call_impl"] = partial(self._call, twin)
+        return twin
+
+
+def _meta(tensor: torch.Tensor) -> torch.Tensor:
+    size = () if nn.parameter.is_lazy(tensor) else tensor.size()
+    return torch.empty(size, dtype=tensor.dtype, device="meta")
+
+
+def _copied(value: Any, module: nn.Module, twin: nn.Module) -> Any:
+    """An attribute of ``module`` for its ``twin``, which may change it."""
+    if isinstance(value, torch.Tensor):
+        return _meta(value)
+    if isinstance(value, (list, dict, set, deque)):
+        return copy.copy(value)
+    if isinstance(value, Random) or type(value).__module__.startswith("numpy.random"):
+        return copy.deepcopy(value)
+    if isinstance(value, MethodType) and value.__self__ is module:
+        return MethodType(value.__func__, twin)
+    return value
+
+
+class _NoRandomNumbers(TorchDispatchMode):
+    """In this thread, operators that would draw from a generator raise, unless they only would on the meta device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            tensors = [value for value in tree_iter((args, kwargs)) if isinstance(value, torch.Tensor)]
+            devices = {tensor.device.type for tensor in tensors} or {torch.device(kwargs.get("device") or "cpu").type}
+            if devices != {"meta"}:
+                raise TraceError(f"it draws random numbers: {func}")
+        return func(*args, **kwargs)
+
+
+# ---- what forward functions refer to
+
+
+def _code_names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _code_names(constant)
+
+
+def _referred(function: FunctionType, cls: type) -> Iterator[Any]:
+    """What ``function``, a method of ``cls``, refers to by name: globals, attributes of modules, methods, closures."""
+    names = set(_code_names(function.__code__))
+    found = [function.__globals__[name] for name in names if name in function.__globals__]
+    for value in found:
+        yield value
+        if isinstance(value, ModuleType) and value.__name__.partition(".")[0] != "torch":
+            found.extend(vars(value)[name] for name in names if name in vars(value))
+    yield from (getattr(cls, name, None) for name in names)
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # empty
+            pass
+
+
+def _draws(value: Any) -> bool:
+    """Whether ``value`` draws from, or sets, a generator that the whole process shares, without an operator."""
+    if isinstance(value, ModuleType):
+        return value.__name__ in ("random", "numpy.random")
+    if isinstance(value, FunctionType):
+        return value.__module__ in ("torch.random", "torch.cuda.random")
+    owner = getattr(value, "__self__", None)
+    return isinstance(owner, Random) or type(owner).__module__.startswith("numpy.random")
+
+
+def _unfit(forward: Callable, cls: type) -> str | None:
+    """Why ``forward`` of ``cls`` is not to be run, or None. Python's and NumPy's generators can only be protected by
+    not running what draws from them: another thread may draw at the same time."""
+    seen, queue = set(), [forward]
+    while queue:
+        value = queue.pop()
+        if isinstance(value, MethodType):
+            value = value.__func__
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if _draws(value):
+            return f"it may draw random numbers: {getattr(value, '__name__', value)}"
+        if isinstance(value, FunctionType):
+            if hasattr(value, "_torchdynamo_orig_callable"):
+                return f"{value.__name__} is compiled"
+            if value is forward or (value.__module__ or "").partition(".")[0] != "torch":
+                queue.extend(_referred(value, cls))
+    return None
+
+
+_MATH = {id(value) for value in vars(math).values() if callable(value)}
+
+
+def _with_symbolic_globals(function: Callable) -> Callable:
+    """``function`` with globals of its own, in which the functions of math, and those that :func:`torch.fx.wrap` names,
+    take symbolic values. (torch.fx puts them into the true globals.)"""
+    if not isinstance(function, FunctionType):
+        return function
+    scope, changed = function.__globals__, {}
+    for name in set(_code_names(function.__code__)):
+        value = scope.get(name)
+        if value is math:
+            changed[name] = ModuleType("math")
+            vars(changed[name]).update(
+                {key: _symbolic(member) if id(member) in _MATH else member for key, member in vars(math).items()}
+            )
+        elif value is not None and (id(value) in _MATH or (id(scope), name) in _symbolic_trace._wrapped_fns_to_patch):
+            changed[name] = _symbolic(value)
+    if not changed:
+        return function
+    twin = FunctionType(
+        function.__code__, {**scope, **changed}, function.__name__, function.__defaults__, function.__closure__
+    )
+    twin.__kwdefaults__, twin.__annotations__ = function.__kwdefaults__, function.__annotations__
+    return twin
+
+
+def _symbolic(function: Callable) -> Callable:
+    def call(*args, **kwargs):
+        for value in tree_iter((args, kwargs)):
+            if isinstance(value, fx.Proxy):
+                return value.tracer.create_proxy("call_function", function, args, kwargs)
+        return function(*args, **kwargs)
+
+    return call

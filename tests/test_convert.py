@@ -230,7 +230,6 @@ def test_what_is_not_eligible_is_left_alone_and_reported(caplog):
     model = nn.ModuleDict(
         {
             "own": Own(3, 3, 3),
-            "parametrized": nn.utils.parametrizations.weight_norm(conv()),
             "lazy": nn.LazyConv2d(3, 3),
             "transposed": nn.ConvTranspose2d(3, 3, 3),
             "flat": nn.Conv1d(3, 3, 3),
@@ -246,7 +245,6 @@ def test_what_is_not_eligible_is_left_alone_and_reported(caplog):
     assert report["plain"].converted and report["plain"].percentile == 90
     for name, reason in {
         "own": "subclass",
-        "parametrized": "parametrized",
         "lazy": "lazy",
         "transposed": "ConvTranspose2d is not a Conv2d",
         "flat": "Conv1d is not a Conv2d",
@@ -255,6 +253,21 @@ def test_what_is_not_eligible_is_left_alone_and_reported(caplog):
         assert not report[name].converted and reason in report[name].reason
         assert f"{name}: not converted: {report[name].reason}" in caplog.text
     assert "plain: placement='output', percentile=90.0" in caplog.text
+
+
+def test_parametrized_convolutions_convert_and_revert():
+    layer = nn.utils.parametrizations.weight_norm(conv())
+    kind, keys = type(layer), list(layer.state_dict())
+    x = torch.randn(2, 3, 6, 6)
+    expected = layer(x)
+    convert(layer)
+    assert isinstance(layer, SparseConv2d) and nn.utils.parametrize.is_parametrized(layer)
+    assert layer(x).equal(expected) and list(layer.state_dict()) == keys
+    layer(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+    revert(layer)
+    assert not isinstance(layer, SparseConv2d) and isinstance(layer, nn.Conv2d)
+    assert layer(x).equal(expected) and list(layer.state_dict()) == keys and type(layer).__name__ == kind.__name__
 
 
 def test_lazy_convolution_converts_once_it_is_materialised():

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,16 +17,25 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     Whoever reads `path` sees the old file or the whole new one, also after a crash. If the body raises, the temporary
     file is removed and `path` is as it was.
+
+    Raises:
+        OSError: the file cannot be written; its `filename` is `path`, also where the system call that failed (a write,
+            on a full disk) knew of no name.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        _remove(temporary)
+        if error.errno is None or error.filename not in (None, str(temporary), temporary):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
@@ -40,7 +50,20 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files of writers that were killed. Nobody else may be writing there."""
-    for temporary in folder.glob(".*.tmp"):
-        temporary.unlink(missing_ok=True)
+def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
+    """Delete the temporary files that killed writers of the files `names` have left in `folder`, and no others.
+
+    Nobody else may be writing these files.
+    """
+    own = re.compile(rf"\.({'|'.join(map(re.escape, names))})\.[0-9]+\.[0-9a-f]{{8}}\.tmp")
+    for found in folder.iterdir():
+        if own.fullmatch(found.name) and not found.is_dir():
+            _remove(found)
+
+
+def _remove(path: Path) -> None:
+    """A temporary file that cannot be deleted is no reason to fail, nor to hide why one failed before."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        pass

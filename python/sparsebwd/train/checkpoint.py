@@ -1,52 +1,221 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints: whole or absent, and refused where they do not fit."""
+"""Checkpoints: whole or absent, verified bit by bit, and refused where they do not fit.
+
+A state is checked against that of the run which takes it up, before anything of it is used: the same names, dtypes and
+shapes, finite numbers, a step within the run.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..data import atomic_write
+from ..data.records import RecordError, load_record, save_record
 from .config import TrainConfig
+from .measure import EpochTally, speedups
 
 FILE = "checkpoint.pt"
-_FORMAT = 1
+_FORMAT = 2
+_KEYS = ("format", "config", "fingerprint", "state")
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or is not one of this run."""
 
 
+class _Wrong(ValueError):
+    """What is wrong with the contents, and where."""
+
+
 def save(path: Path, config: dict[str, Any], fingerprint: str, state: dict[str, Any]) -> None:
-    """Write `state`, of tensors and plain values only, with the run that it belongs to."""
-    record = {"format": _FORMAT, "config": config, "fingerprint": fingerprint, "state": state}
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        torch.save(record, file)
-
-
-def load(path: Path, config: TrainConfig, fingerprint: str) -> dict[str, Any]:
-    """The state that `save` was given. No code in the file is run.
+    """Write `state`, of tensors and plain values only, with the run that it belongs to.
 
     Raises:
-        CheckpointError: truncated, corrupt, or of a run with another configuration or other images.
+        OSError: it cannot be written; the checkpoint that was there before is as it was.
+    """
+    save_record(path, {"format": _FORMAT, "config": config, "fingerprint": fingerprint, "state": state})
+
+
+def load(
+    path: Path,
+    config: TrainConfig,
+    fingerprint: str,
+    like: dict[str, Any],
+    parameters: Mapping[str, Mapping[str, Tensor]],
+    total_steps: int,
+) -> dict[str, Any]:
+    """The state that `save` was given. No code in the file is run.
+
+    Args:
+        like: the state of this run at its beginning.
+        parameters: those of each twin, by name.
+        total_steps: the length of this run.
+
+    Raises:
+        CheckpointError: truncated, corrupt, of another format, with wrong contents, or of a run with another
+            configuration or other images.
+        OSError: the file cannot be read.
     """
     try:
-        record = torch.load(path, map_location="cpu", weights_only=True)
-        version, saved, images = record["format"], record["config"], record["fingerprint"]
-        state = record["state"]
-    except Exception as error:  # zip, pickle and key errors alike: what is read is not what was written
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        record = load_record(path)
+    except RecordError as error:
+        raise CheckpointError(f"{path}: {error}; restore it from a copy, or start again with --overwrite") from error
+    try:
+        _check_keys("checkpoint", record, _KEYS)
+        if record["format"] != _FORMAT:
+            raise CheckpointError(f"{path}: got format {record['format']!r}, accepted is {_FORMAT}")
+        _check_type("config", record["config"], dict)
+        for name, value in record["config"].items():
+            if value is not None and not isinstance(value, str | int | float):
+                raise _Wrong(f"config.{name}: got {type(value).__name__}, accepted are strings, numbers and None")
+        _check_type("fingerprint", record["fingerprint"], str)
+        differences = config.differences(record["config"])
+        if not differences and record["fingerprint"] != fingerprint:
+            differences = ["the images or labels are not the same"]
+        if differences:
+            raise CheckpointError(f"{path}: a checkpoint of another run: {'; '.join(differences)}")
+        _check_state(record["state"], like, parameters, config, total_steps)
+    except _Wrong as error:
         raise CheckpointError(
-            f"{path}: truncated or corrupt, or no checkpoint of this program ({reason}); "
-            "restore it from a copy, or start again with --overwrite"
-        ) from error
-    if version != _FORMAT:
-        raise CheckpointError(f"{path}: got format {version}, accepted is {_FORMAT}")
-    differences = config.differences(saved)
-    if not differences and images != fingerprint:
-        differences = ["the images or labels are not the same"]
-    if differences:
-        raise CheckpointError(f"{path}: a checkpoint of another run: {'; '.join(differences)}")
-    return state
+            f"{path}: its contents are wrong: {error}; restore it from a copy, or start again with --overwrite"
+        ) from None
+    return record["state"]
+
+
+def require_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError naming the first that is not finite."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise _Wrong(f"{name} is not finite")
+
+
+def _check_state(
+    state: Any,
+    like: dict[str, Any],
+    parameters: Mapping[str, Mapping[str, Tensor]],
+    config: TrainConfig,
+    total_steps: int,
+) -> None:
+    _check_keys("state", state, like)
+    _check_type("environment", state["environment"], dict)
+    step = state["step"]
+    _check_type("step", step, int)
+    if not 0 <= step <= total_steps:
+        raise _Wrong(f"got step {step}, but this run has {total_steps} steps (epochs, max_steps)")
+    _check_keys("twins", state["twins"], like["twins"])
+    for name, twin in state["twins"].items():
+        expected = like["twins"][name]
+        _check_keys(name, twin, expected)
+        _check_tensors(f"{name}.model", twin["model"], expected["model"])
+        _check_tensors(f"{name}.sigma_histories", twin["sigma_histories"], expected["sigma_histories"])
+        # Those of the beginning are empty.
+        momenta = parameters[name] if step and config.momentum else {}
+        _check_tensors(f"{name}.momenta", twin["momenta"], momenta)
+        _check_tally(f"{name}.tally", twin["tally"])
+    _check_history(state["history"], step, like["twins"])
+
+
+def _check_tensors(where: str, got: Any, expected: Mapping[str, Tensor]) -> None:
+    _check_keys(where, got, expected)
+    for name, like in expected.items():
+        tensor = got[name]
+        _check_type(f"{where}.{name}", tensor, Tensor)
+        for quantity in ("layout", "dtype", "shape"):
+            found, wanted = getattr(tensor, quantity), getattr(like, quantity)
+            if found != wanted:
+                raise _Wrong(f"{where}.{name}: got {quantity} {_plain(found)}, this run has {_plain(wanted)}")
+        require_finite({f"{where}.{name}": tensor})
+        if name.endswith("sigma_history"):
+            require_finite({f"{where}.{name}": tensor[1:].view(torch.float32)})  # behind the count, bits of floats
+        # Integers are counts.
+        if (name.endswith("running_var") or not tensor.is_floating_point()) and (tensor < 0).any():
+            raise _Wrong(f"{where}.{name} is negative")
+
+
+def _check_tally(where: str, tally: Any) -> None:
+    like = asdict(EpochTally())
+    _check_keys(where, tally, like)
+    for name, empty in like.items():
+        at, value = f"{where}.{name}", tally[name]
+        if name == "layers":
+            _check_layers(at, value, lambda at, entry: _check_numbers(at, entry, 2))
+        elif isinstance(empty, list):
+            _check_numbers(at, value)
+        else:
+            _check_number(at, value)
+
+
+def _check_history(history: Any, step: int, twins: Iterable[str]) -> None:
+    _check_type("history", history, list)
+    row_like = {**EpochTally().row(), "test_loss": None, "test_accuracy": None}
+    before = 0
+    for index, entry in enumerate(history):
+        at = f"history[{index}]"
+        _check_keys(at, entry, ("epoch", "global_step", "complete", "learning_rate", "variants", "speedup"))
+        _check_type(f"{at}.epoch", entry["epoch"], int)
+        _check_type(f"{at}.global_step", entry["global_step"], int)
+        _check_type(f"{at}.complete", entry["complete"], bool)
+        _check_number(f"{at}.learning_rate", entry["learning_rate"])
+        if not before < entry["global_step"] <= step:
+            raise _Wrong(f"{at}.global_step: got {entry['global_step']} after {before}, in a state of step {step}")
+        before = entry["global_step"]
+        _check_keys(f"{at}.variants", entry["variants"], twins)
+        for name, row in entry["variants"].items():
+            _check_keys(f"{at}.{name}", row, row_like)
+            for key, value in row.items():
+                if key == "layers":
+                    _check_layers(f"{at}.{name}.layers", value, _check_number)
+                elif value is not None and not isinstance(value, float | int):
+                    raise _Wrong(f"{at}.{name}.{key}: got {type(value).__name__}, accepted are numbers and None")
+        _check_keys(f"{at}.speedup", entry["speedup"], speedups({}))
+        for key, value in entry["speedup"].items():
+            if value is not None:
+                _check_number(f"{at}.speedup.{key}", value)
+
+
+def _check_layers(where: str, layers: Any, check) -> None:
+    """A dictionary of layers, in each one of quantities."""
+    _check_type(where, layers, dict)
+    for name, quantities in layers.items():
+        _check_type(f"{where}.{name}", quantities, dict)
+        for quantity, value in quantities.items():
+            check(f"{where}.{name}.{quantity}", value)
+
+
+def _check_keys(where: str, got: Any, expected: Iterable[str]) -> None:
+    _check_type(where, got, dict)
+    missing = [str(key) for key in expected if key not in got]
+    unknown = [str(key) for key in got if key not in set(expected)]
+    if missing or unknown:
+        found = [f"lacks {', '.join(missing[:3])}"] if missing else []
+        found += [f"has {', '.join(unknown[:3])}, which this run has not"] if unknown else []
+        raise _Wrong(f"{where} {' and '.join(found)}")
+
+
+def _check_type(where: str, got: Any, accepted: type) -> None:
+    if not isinstance(got, accepted) or (accepted is int and isinstance(got, bool)):
+        raise _Wrong(f"{where}: got {type(got).__name__}, accepted is {accepted.__name__}")
+
+
+def _check_number(where: str, got: Any) -> None:
+    if isinstance(got, bool) or not isinstance(got, float | int) or not math.isfinite(got):
+        text = repr(got) if isinstance(got, float) else type(got).__name__
+        raise _Wrong(f"{where}: got {text}, accepted are finite numbers")
+
+
+def _check_numbers(where: str, got: Any, length: int | None = None) -> None:
+    _check_type(where, got, list)
+    if length is not None and len(got) != length:
+        raise _Wrong(f"{where}: got {len(got)} numbers, accepted are {length}")
+    for value in got:
+        _check_number(where, value)
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, torch.Size) else value

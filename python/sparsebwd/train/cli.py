@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,11 +15,17 @@ from rich.console import Console
 
 from .. import data, models
 from ..backends import registered_backends
-from . import checkpoint
+from ..commands import check_environment, describe, one_line_errors
+from ..data.files import remove_leftovers
+from . import checkpoint, log
 from .config import TrainConfig
+from .lock import LockedError, locked
 from .report import Reporter
+from .stop import Signals
 from .trainer import Trainer, TrainingError
 from .world import World, join, launched
+
+_FILES = (checkpoint.FILE, log.CSV_FILE, log.JSON_FILE)
 
 # A few minutes on two cores: three epochs of digits, or as many steps on other images, with a schedule to match.
 _DEMO = {
@@ -37,64 +44,120 @@ _DEMO = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the arguments and train. Returns the exit status: 0, 1 if training failed, 130 if interrupted.
+    """Parse the arguments and train. Returns the exit status: 0, 1 if training failed, 128 and its number if a signal
+    ended it.
 
     Raises:
         SystemExit: with status 2 and a message where an argument or a file is refused.
     """
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    if options.demo:
-        parser.set_defaults(**_DEMO)
+    with one_line_errors():
+        parser = _parser()
         options = parser.parse_args(arguments)
-    names = {field.name for field in fields(TrainConfig)}
-    try:
-        config = TrainConfig(**{name: value for name, value in vars(options).items() if name in names})
-    except (ValueError, RuntimeError) as error:
-        parser.error(str(error))
-    if options.distributed and not launched():
-        parser.error("distributed: start the processes with torchrun --nproc-per-node N -m sparsebwd.train ...")
-    folder = Path(options.output or f"runs/{config.model}-{config.data}-p{config.percentile or 'none'}")
-    with join(config.device) as world:
-        return _run(parser, options, config, folder, world)
+        if options.demo:
+            parser.set_defaults(**_DEMO)
+            options = parser.parse_args(arguments)
+        names = {field.name for field in fields(TrainConfig)}
+        with ExitStack() as stack:
+            try:
+                check_environment()
+                config = TrainConfig(**{name: value for name, value in vars(options).items() if name in names})
+                if options.distributed and not launched():
+                    raise ValueError(
+                        "distributed: start the processes with torchrun --nproc-per-node N -m sparsebwd.train ..."
+                    )
+                world = stack.enter_context(join(config.device))
+            except (ValueError, RuntimeError) as error:
+                parser.error(describe(error))
+            # Not before: while processes wait for each other to join, no handler would be called.
+            signals = stack.enter_context(Signals().handled())
+            return _run(parser, options, config, world, signals)
 
 
 def _run(
-    parser: argparse.ArgumentParser, options: argparse.Namespace, config: TrainConfig, folder: Path, world: World
+    parser: argparse.ArgumentParser, options: argparse.Namespace, config: TrainConfig, world: World, signals: Signals
 ) -> int:
+    folder = Path(options.output or f"runs/{config.model}-{config.data}-p{config.percentile or 'none'}")
     reporter = Reporter(Console(quiet=world.rank > 0))
-    try:
-        trainer = _prepare(config, folder, options, world, reporter)
-    except ValueError as error:
-        parser.error(str(error))
-    except OSError as error:
-        parser.error(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    try:
-        summary = trainer.fit()
-    except (TrainingError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
-        return 130
+    with ExitStack() as stack:
+        try:
+            try:
+                stack.enter_context(_claimed(folder, world))
+                trainer = _prepare(config, folder, options, world, reporter, signals)
+            except ValueError as error:
+                parser.error(describe(error))
+            except OSError as error:
+                if not error.filename:
+                    raise
+                parser.error(describe(error))
+            summary = trainer.fit()
+        except (TrainingError, OSError) as error:
+            if isinstance(error, OSError) and not error.filename:
+                raise  # not of a file of the run
+            print(f"error: {describe(error)}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt as error:
+            print(_ended(error, folder), file=sys.stderr)
+            return getattr(error, "status", 130)
     reporter.summary(summary, folder)
     if options.demo:
         reporter.demo(summary)
     return 0
 
 
-def _prepare(config: TrainConfig, folder: Path, options: argparse.Namespace, world: World, reporter: Reporter) -> Trainer:
+def _ended(error: KeyboardInterrupt, folder: Path) -> str:
+    """What a signal did, and how to go on."""
+    text = str(error) or "interrupted"
+    if getattr(error, "saved", False):
+        return f"{text}; the same command with --resume goes on from here"
+    if (folder / checkpoint.FILE).exists():
+        return f"{text}; the same command with --resume goes on from the last checkpoint"
+    return f"{text} before the first step"
+
+
+@contextmanager
+def _claimed(folder: Path, world: World) -> Iterator[None]:
+    """The folder, locked by process 0 for all, without what killed runs left of the files of a run.
+
+    Raises:
+        ValueError: another run writes there.
+    """
+    with ExitStack() as stack:
+        refused = None
+        if world.rank == 0:
+            try:
+                stack.enter_context(locked(folder))
+                remove_leftovers(folder, _FILES)
+            except LockedError as error:
+                refused = f"output: {error}: name another folder, or wait until it has ended"
+            except OSError as error:
+                refused = f"output: {describe(error)}"
+        refused = world.broadcast(refused)
+        if refused is not None:
+            raise ValueError(refused)
+        yield
+
+
+def _prepare(
+    config: TrainConfig,
+    folder: Path,
+    options: argparse.Namespace,
+    world: World,
+    reporter: Reporter,
+    signals: Signals,
+) -> Trainer:
     """Everything up to the first step; what the user got wrong shows here."""
-    if (folder / checkpoint.FILE).exists() and not options.resume and not options.overwrite:
+    found = [name for name in _FILES if (folder / name).exists()]
+    if found and not options.overwrite and not (options.resume and checkpoint.FILE in found):
+        resume = "continue it with --resume, " if checkpoint.FILE in found else ""
         raise ValueError(
-            f"output: {folder} holds a run already: continue it with --resume, replace it with --overwrite, "
+            f"output: {folder} holds a run already ({', '.join(found)}): {resume}replace it with --overwrite, "
             "or name another folder"
         )
     with world.one_first():
         images = data.load(
             config.data, data_dir=config.data_dir, cache_dir=config.cache_dir, image_size=config.image_size
         )
-    trainer = Trainer(config, images, folder, world, reporter)
+    trainer = Trainer(config, images, folder, world, reporter, signals)
     about = trainer.data.description
     pruning = "no pruning" if config.percentile is None else f"percentile {config.percentile:g}"
     if config.percentile is not None and config.threshold != "exact":

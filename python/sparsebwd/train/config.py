@@ -12,10 +12,14 @@ import torch
 
 from .. import data, models
 from ..backends import get_backend
+from ..commands import check_seed, check_threads
 from ..settings import Pruning
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SCHEDULES = ("step", "cosine")
+
+_MOST = 2**63 - 1  # of anything that is counted
+_LARGEST = torch.finfo(torch.float32).max  # of what is multiplied with weights and gradients
 
 # A resumed run may change these: they do not alter what was computed up to the checkpoint. The length of the run
 # is among them, unless the learning rate depends on it.
@@ -89,14 +93,19 @@ class TrainConfig:
         if self.backend != "auto" and (reason := get_backend(self.backend).available()):
             raise RuntimeError(f"backend: {self.backend!r} cannot run: {reason}")
         for name in ("epochs", "batch_size", "decay_epochs", "image_size", "measure_every"):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("max_steps", "train_subset", "test_subset", "threads", "checkpoint_steps"):
+            _between(name, getattr(self, name), 1, _MOST)
+        for name in ("max_steps", "train_subset", "test_subset", "checkpoint_steps"):
             if getattr(self, name) is not None:
-                _at_least(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "seed", "weight_decay"):
-            _at_least(name, getattr(self, name), 0)
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate: got {self.learning_rate}, accepted are numbers above 0")
+                _between(name, getattr(self, name), 1, _MOST)
+        if self.threads is not None:
+            check_threads(self.threads)
+        check_seed(self.seed)
+        _between("warmup_steps", self.warmup_steps, 0, _MOST)
+        _between("weight_decay", self.weight_decay, 0, _LARGEST)
+        if self.learning_rate is not None and not 0 < self.learning_rate <= _LARGEST:
+            raise ValueError(
+                f"learning_rate: got {self.learning_rate}, accepted are numbers above 0, up to {_LARGEST:.4g}"
+            )
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum: got {self.momentum}, accepted are numbers in [0, 1)")
         if not 0 < self.decay_factor <= 1:
@@ -126,7 +135,10 @@ class TrainConfig:
         mine = asdict(self)
         # An option younger than the checkpoint had what is its default now.
         saved = {**{field.name: field.default for field in fields(self)}, **saved}
-        return [
+        unknown = [
+            f"{name} is {saved[name]!r} in the checkpoint and unknown here" for name in saved if name not in mine
+        ]
+        return unknown + [
             f"{field.name} is {saved[field.name]!r} in the checkpoint and {mine[field.name]!r} here"
             for field in fields(self)
             if field.name not in free and saved[field.name] != mine[field.name]
@@ -138,6 +150,6 @@ def _among(name: str, value: str, accepted) -> None:
         raise ValueError(f"{name}: got {value!r}, accepted are {', '.join(accepted)}")
 
 
-def _at_least(name: str, value: float, lowest: int) -> None:
-    if not lowest <= value < math.inf:
-        raise ValueError(f"{name}: got {value}, accepted are numbers from {lowest}")
+def _between(name: str, value: float, lowest: int, highest: float) -> None:
+    if not lowest <= value <= highest:
+        raise ValueError(f"{name}: got {value}, accepted are numbers from {lowest} to {highest:.4g}")

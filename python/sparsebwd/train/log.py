@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..data import atomic_write, remove_leftovers, write_text
+from ..data import atomic_write, write_text
 
 CSV_FILE, JSON_FILE = "epochs.csv", "log.json"
 
@@ -41,7 +41,6 @@ class RunLog:
 
     def __init__(self, folder: Path, header: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
         self.folder = folder
         self._header = header
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
+import signal
 import time
 import warnings
 from contextlib import ExitStack
@@ -27,7 +28,10 @@ from .config import DTYPES, TrainConfig
 from .log import RunLog
 from .measure import BackwardTimer, EpochTally, speedups, summarize
 from .report import Reporter
+from .stop import Signals, Stopped
 from .world import World
+
+_ADVICE = "try a lower --learning-rate, some --warmup-steps or a lower --percentile"
 
 
 class TrainingError(RuntimeError):
@@ -44,6 +48,31 @@ class Twin:
     optimizer: torch.optim.Optimizer
     tally: EpochTally
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        state = self.optimizer.state
+        momenta = {
+            name: state[value].get("momentum_buffer") for name, value in self.model.named_parameters() if value in state
+        }
+        histories = {name: value for name, value in self.model.named_buffers() if name.endswith("sigma_history")}
+        return {
+            "model": self.model.state_dict(),
+            "sigma_histories": histories,
+            "momenta": {name: value for name, value in momenta.items() if value is not None},
+            "tally": asdict(self.tally),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up a state that fits."""
+        self.model.load_state_dict(state["model"])
+        for name, history in state["sigma_histories"].items():
+            self.model.get_buffer(name).copy_(history)
+        for name, value in self.model.named_parameters():
+            if name in state["momenta"]:
+                momentum = torch.empty_like(value, requires_grad=False).copy_(state["momenta"][name])
+                self.optimizer.state[value]["momentum_buffer"] = momentum
+        self.tally = EpochTally(**state["tally"])
+
 
 class Trainer:
     """Trains a sparse model, and with `config.compare` its dense twin, step by step in turns.
@@ -54,15 +83,24 @@ class Trainer:
     Args:
         config: the run.
         data: its images.
-        folder: where checkpoint and logs go; None writes nothing.
+        folder: where checkpoint and logs go, which nobody else may write to (see `lock`); None writes nothing.
         world: the processes; those of rank above 0 neither write nor print.
         reporter: what shows the progress.
+        signals: those that end `fit` after the step in which they arrive; None: they do as elsewhere.
     """
 
     def __init__(
-        self, config: TrainConfig, data: ImageData, folder: Path | None, world: World, reporter: Reporter
+        self,
+        config: TrainConfig,
+        data: ImageData,
+        folder: Path | None,
+        world: World,
+        reporter: Reporter,
+        signals: Signals | None = None,
     ) -> None:
         self.config, self.world, self.reporter = config, world, reporter
+        self._signals = signals or Signals()
+        self._stop = 0
         self.data = data.subset(config.train_subset, config.test_subset)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -111,7 +149,10 @@ class Trainer:
         """
         if self._checkpoint is None or not self._checkpoint.is_file():
             return False
-        state = checkpoint.load(self._checkpoint, self.config, self.data.fingerprint)
+        parameters = {twin.name: dict(twin.model.named_parameters()) for twin in self.twins}
+        state = checkpoint.load(
+            self._checkpoint, self.config, self.data.fingerprint, self._state(), parameters, self._total_steps
+        )
         for key, value in self._environment.items():
             if state["environment"].get(key) != value:
                 self.reporter.warn(
@@ -119,12 +160,7 @@ class Trainer:
                     "the results may differ in the last bits"
                 )
         for twin in self.twins:
-            saved = state["twins"][twin.name]
-            twin.model.load_state_dict(saved["model"])
-            for name, history in saved.get("sigma_histories", {}).items():
-                twin.model.get_buffer(name).copy_(history)
-            twin.optimizer.load_state_dict(saved["optimizer"])
-            twin.tally = EpochTally(**saved["tally"])
+            twin.restore(state["twins"][twin.name])
         self._step, self._history = state["step"], state["history"]
         return True
 
@@ -132,24 +168,42 @@ class Trainer:
         """Train to the end, and return the summary that also goes into the log.
 
         Raises:
-            TrainingError: the loss is not finite.
+            TrainingError: the loss, or a weight, is not finite.
+            Stopped: a signal arrived. What was done until then is in the checkpoint.
+            OSError: checkpoint or log cannot be written.
         """
         if self._step < self._total_steps:
             # Where an earlier run stopped within an epoch, this one goes on within it.
             self._history = [entry for entry in self._history if entry["complete"]]
         self._write_log()
-        with self.reporter.running(self._step, self._total_steps):
-            while self._step < self._total_steps:
-                self.train_step()
-                if self._step % len(self._batches) == 0:
+        with self.reporter.running(self._step, self._total_steps), self._signals.deferred():
+            if self._step == 0:
+                # From here on there is something to resume; a disk that cannot hold it is found now, not in an hour.
+                self._save()
+            while True:
+                if self._step and self._step % len(self._batches) == 0 and not self._closed():
                     self._close_epoch(complete=True)
-                elif self.config.checkpoint_steps and self._step % self.config.checkpoint_steps == 0:
+                self._end_if(self._stop)
+                if self._step == self._total_steps:
+                    break
+                self.train_step()
+                if self.config.checkpoint_steps and self._step % self.config.checkpoint_steps == 0:
                     self._save()
-            if not self._history or self._history[-1]["global_step"] != self._step:
+            if not self._closed():
                 self._close_epoch(complete=False)
         summary = summarize(self._history)
         self._write_log(summary)
         return summary
+
+    def _end_if(self, number: int) -> None:
+        """End the run between two steps where a signal, by its number, arrived."""
+        if number:
+            self._save()
+            raise Stopped(number, saved=True)
+
+    def _closed(self) -> bool:
+        """Whether the history ends with the step that was the last."""
+        return bool(self._history) and self._history[-1]["global_step"] == self._step
 
     def train_step(self) -> None:
         """One step of every twin on the same batch, within `reporter.running`. They take turns at going first.
@@ -171,8 +225,7 @@ class Trainer:
         for twin in self.twins:
             if not math.isfinite(losses[twin.name]):
                 raise TrainingError(
-                    f"the loss of the {twin.name} model became {losses[twin.name]} in step {self._step}: "
-                    "try a lower --learning-rate, some --warmup-steps or a lower --percentile"
+                    f"the loss of the {twin.name} model became {losses[twin.name]} in step {self._step}: {_ADVICE}"
                 )
         self.reporter.step(losses, {twin.name: twin.tally.step[-1] for twin in self.twins if twin.tally.step})
 
@@ -248,7 +301,11 @@ class Trainer:
             twin.tally.backward.append(after - middle)
         with torch.no_grad():
             correct = (logits.argmax(1) == labels).sum().item()
-        total, correct, count = self.world.sum([loss.item() * len(labels), correct, len(labels)])
+        # All processes have to learn of a signal in the same step, or some would wait for the others for ever.
+        arrived = self._signals.received
+        total, correct, count, stop = self.world.sum([loss.item() * len(labels), correct, len(labels), arrived])
+        if stop:
+            self._stop = arrived or signal.SIGTERM
         twin.tally.loss += total
         twin.tally.correct += correct
         twin.tally.images += count
@@ -266,6 +323,8 @@ class Trainer:
             rank=self.world.rank,
             world_size=self.world.size,
         ):
+            if self.world.size == 1:
+                self._end_if(self._signals.received)
             labels = labels.to(self.world.device)
             logits = self.forward(twin.model, self._normalize(images))
             loss += cross_entropy(logits, labels, reduction="sum").item()
@@ -299,26 +358,21 @@ class Trainer:
             self._log.write(self._history, summary)
 
     def _save(self) -> None:
-        if self._log is None:
-            return
-        twins = {
-            twin.name: {
-                "model": twin.model.state_dict(),
-                "sigma_histories": {
-                    name: buffer for name, buffer in twin.model.named_buffers() if name.endswith("sigma_history")
-                },
-                "optimizer": twin.optimizer.state_dict(),
-                "tally": asdict(twin.tally),
-            }
-            for twin in self.twins
-        }
-        state = {
+        for twin in self.twins:
+            try:
+                checkpoint.require_finite(twin.model.state_dict())
+            except ValueError as error:
+                raise TrainingError(f"in the {twin.name} model after step {self._step}, {error}: {_ADVICE}") from None
+        if self._log is not None:
+            checkpoint.save(self._checkpoint, asdict(self.config), self.data.fingerprint, self._state())
+
+    def _state(self) -> dict[str, Any]:
+        return {
             "environment": self._environment,
             "step": self._step,
             "history": self._history,
-            "twins": twins,
+            "twins": {twin.name: twin.state() for twin in self.twins},
         }
-        checkpoint.save(self._checkpoint, asdict(self.config), self.data.fingerprint, state)
 
     def _describe_environment(self) -> dict[str, Any]:
         """What else the last bits of a result depend on."""

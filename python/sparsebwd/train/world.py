@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import distributed
 
+from ..commands import describe
+
 
 @dataclass(frozen=True)
 class World:
@@ -40,15 +42,45 @@ class World:
             if self.size > 1 and self.rank == 0:
                 distributed.barrier()
 
+    def broadcast(self, value: str | None) -> str | None:
+        """That of process 0."""
+        if self.size == 1:
+            return value
+        values = [value]
+        distributed.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
+
     def synchronize(self) -> None:
         """Wait for the device, so that the clock can be read."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
 def launched() -> bool:
-    """Whether torchrun started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    """Whether torchrun, or a launcher like it, started this process.
+
+    Raises:
+        ValueError: only some of the variables that it sets are there, or a number is none.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return False
+    missing = [name for name in _VARIABLES if not os.environ.get(name)]
+    if missing:
+        raise ValueError(
+            f"RANK: got {os.environ['RANK']!r}, but {', '.join(missing)} is not set; accepted are all of "
+            f"{', '.join(_VARIABLES)}, as torchrun sets them, or neither RANK nor WORLD_SIZE"
+        )
+    for name in (*_VARIABLES[:2], *_VARIABLES[3:], "LOCAL_RANK"):
+        text = os.environ.get(name, "0")
+        if not text.isdecimal():
+            raise ValueError(f"{name}: got {text!r}; accepted: integers from 0, as torchrun sets them")
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank >= size:
+        raise ValueError(f"RANK: got {rank}; accepted: 0 to {size - 1}, below WORLD_SIZE")
+    return True
 
 
 @contextmanager
@@ -57,6 +89,9 @@ def join(device: str = "auto") -> Iterator[World]:
 
     Processes on CPUs talk by gloo, those on GPUs by nccl. A process group that the program has set up already is used
     as it is, and left.
+
+    Raises:
+        ValueError: as `launched`, or the processes do not find each other.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,7 +105,11 @@ def join(device: str = "auto") -> Iterator[World]:
         here = torch.device("cpu")
     ours = not distributed.is_initialized()
     if ours:
-        distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+        try:
+            distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+        except (RuntimeError, ValueError) as error:
+            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise ValueError(f"MASTER_ADDR: the processes cannot meet at {address}: {describe(error)}") from error
     try:
         yield World(here, distributed.get_rank(), distributed.get_world_size())
     finally:

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands have in common: what is wrong in one line, limits of arguments, plain terminals."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+
+from . import backends
+
+_MOST_THREADS = 1024
+_SEEDS = 2**64
+_NO_MEMORY = ("not enough memory", "can't allocate memory", "invalid argument to memory allocation")
+
+
+def describe(error: BaseException) -> str:
+    """The error in one line; that of the system names its file, and not its number."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, of Python, on a CPU or on a GPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Around a whole command: what goes wrong outside of the program ends it with one line on stderr, not a traceback.
+
+    Raises:
+        SystemExit: 1 for an error of the system or too little memory; 130 if interrupted; 141, as shells have it, if
+            nobody reads what it prints.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError):  # a replaced stream
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+        _flush()
+    except KeyboardInterrupt as error:
+        _end(str(error) or "interrupted", getattr(error, "status", 130))
+    except BrokenPipeError:
+        _end(None, 141)
+    except OSError as error:
+        text = describe(error)
+        # Only what is printed has no name: files are written by `atomic_write`.
+        _end(f"error: {text}" if error.filename else f"error: standard output: {text}", 1)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        _end(f"error: not enough memory: {describe(error)}", 1)
+
+
+def _flush() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _end(text: str | None, status: int) -> None:
+    """Say `text` and exit, without a second complaint about what could not be printed."""
+    try:
+        _flush()
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+    if text is not None:
+        with suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
+    raise SystemExit(status)
+
+
+def check_threads(threads: int) -> int:
+    """Return ``threads``. Raises ValueError where there are more than any pool survives."""
+    most = max(_MOST_THREADS, os.cpu_count() or 1)
+    if not 1 <= threads <= most:
+        raise ValueError(f"threads: got {threads}; accepted: 1 to {most}")
+    return threads
+
+
+def check_seed(seed: int) -> int:
+    """Return ``seed``. Raises ValueError if it is none that PyTorch's generators take."""
+    if not 0 <= seed < _SEEDS:
+        raise ValueError(f"seed: got {seed}; accepted: 0 to 2**64 - 1")
+    return seed
+
+
+def check_environment() -> None:
+    """Raises ValueError if a variable of the environment that sparsebwd reads has a value that it does not know."""
+    if backends.get_backend("cpu").available() is None:
+        torch.ops.sparsebwd_cpu.isa()

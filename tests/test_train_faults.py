@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What may happen to a training run from outside: corrupt checkpoints, files of others, full disks, signals."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from functools import partial
+
+import pytest
+import torch
+from training import DRIVER, SMALL, assert_same_run, interrupt, refused, saved_state, tiny, train  # noqa: F401
+
+from sparsebwd import commands, data
+from sparsebwd.data import records
+from sparsebwd.train import checkpoint, cli, lock, stop, trainer
+
+
+@pytest.fixture
+def driver(tmp_path):
+    """The command line of a program that trains the tiny model."""
+    path = tmp_path / "driver.py"
+    path.write_text(DRIVER)
+    return [sys.executable, str(path)]
+
+
+def program(command, **options):
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+# checkpoints
+
+
+def test_every_bit_of_a_checkpoint_is_verified(tmp_path, capsys):
+    train(tmp_path, "--max-steps", "1")
+    path = tmp_path / checkpoint.FILE
+    whole = path.read_bytes()
+    stored = saved_state(tmp_path)["twins"]["sparse"]["model"]["0.weight"]
+    weight = whole.index(stored.permute(0, 2, 3, 1).numpy().tobytes())  # in the order of channels_last
+    for place in (weight, len(whole) // 3, len(whole) - 1, len(whole) - 70):
+        corrupt = bytearray(whole)
+        corrupt[place] ^= 4
+        path.write_bytes(corrupt)
+        assert f"{path}: truncated or corrupt" in refused(capsys, *SMALL, "--output", str(tmp_path), "--resume")
+    path.write_bytes(whole)
+    train(tmp_path, "--resume")
+
+
+@pytest.mark.parametrize("place", range(0, 1800, 60))
+def test_every_bit_of_a_record_is_verified(tmp_path, place):
+    path = tmp_path / "record.pt"
+    records.save_record(path, {"tensor": torch.arange(8.0), "text": "words"})
+    content = bytearray(path.read_bytes())
+    assert torch.load(path, weights_only=True)["text"] == "words"
+    content[place % len(content)] ^= 1 << place % 8
+    path.write_bytes(content)
+    with pytest.raises(records.RecordError, match="truncated or corrupt"):
+        records.load_record(path)
+
+
+def replaced(path, value):
+    """Replaces what is at `path`, as "state.step", in a record."""
+
+    def change(record):
+        *parents, last = path.split("/")
+        for key in parents:
+            record = record[int(key) if isinstance(record, list) else key]
+        last = int(last) if isinstance(record, list) else last
+        if value is KeyError:
+            del record[last]
+        else:
+            record[last] = value(record[last]) if callable(value) else value
+
+    return change
+
+
+def with_nan(tensor):
+    tensor[(0,) * tensor.ndim] = float("nan")
+    return tensor
+
+
+WRONG = {
+    "config": ([1, 2], "config: got list, accepted is dict"),
+    "config/seed": ([0], "config.seed: got list"),
+    "config/colour": ("red", "colour is 'red' in the checkpoint and unknown here"),
+    "fingerprint": (5, "fingerprint: got int"),
+    "format": (7, "got format 7, accepted is 2"),
+    "state": (KeyError, "checkpoint lacks state"),
+    "state/step": (-1, "got step -1, but this run has 12 steps"),
+    "state/step#far": (10**9, "got step 1000000000, but this run has 12 steps"),
+    "state/step#float": (1.0, "step: got float, accepted is int"),
+    "state/step#bool": (True, "step: got bool, accepted is int"),
+    "state/step#missing": (KeyError, "state lacks step"),
+    "state/history": ({}, "history: got dict, accepted is list"),
+    "state/history/0": (3, "history[0]: got int, accepted is dict"),
+    "state/history/0/global_step": (9, "history[0].global_step: got 9 after 0, in a state of step 7"),
+    "state/history/0/variants/sparse/test_loss": ("low", "history[0].sparse.test_loss: got str"),
+    "state/history/0/variants/sparse": (KeyError, "history[0].variants lacks sparse"),
+    "state/twins": ([], "twins: got list"),
+    "state/twins/sparse": (KeyError, "twins lacks sparse"),
+    "state/twins/sparse/model/0.weight": (KeyError, "sparse.model lacks 0.weight"),
+    "state/twins/sparse/model/0.weight#shape": (torch.zeros(8, 3, 1, 1), "got shape (8, 3, 1, 1), this run has (8, 3, 3, 3)"),
+    "state/twins/sparse/model/0.weight#dtype": (torch.Tensor.double, "got dtype torch.float64, this run has torch.float32"),
+    "state/twins/sparse/model/0.weight#nan": (with_nan, "sparse.model.0.weight is not finite"),
+    "state/twins/sparse/model/0.weight#sparse": (torch.Tensor.to_sparse, "got layout torch.sparse_coo"),
+    "state/twins/sparse/model/1.running_var": (torch.Tensor.neg, "sparse.model.1.running_var is negative"),
+    "state/twins/sparse/model/1.num_batches_tracked": (torch.tensor(-1), "sparse.model.1.num_batches_tracked is negative"),
+    "state/twins/sparse/model/9.bias": ([0.0] * 10, "sparse.model.9.bias: got list, accepted is Tensor"),
+    "state/twins/sparse/model/more": (torch.zeros(1), "sparse.model has more, which this run has not"),
+    "state/twins/sparse/momenta": ({}, "sparse.momenta lacks 0.weight, 1.weight, 1.bias"),
+    "state/twins/sparse/momenta/0.weight": (with_nan, "sparse.momenta.0.weight is not finite"),
+    "state/twins/sparse/momenta/1.bias": (torch.zeros(9), "sparse.momenta.1.bias: got shape (9,)"),
+    "state/twins/sparse/sigma_histories": ({"0.sigma_history": torch.zeros(5)}, "sparse.sigma_histories has 0.sigma_history"),
+    "state/twins/sparse/tally/loss": (float("nan"), "sparse.tally.loss: got nan, accepted are finite numbers"),
+    "state/twins/sparse/tally/step": ("abc", "sparse.tally.step: got str, accepted is list"),
+    "state/twins/sparse/tally/layers": ({"0": {"density": [1.0]}}, "sparse.tally.layers.0.density: got 1 numbers"),
+    "state/environment": (None, "environment: got NoneType"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def a_checkpoint(tmp_path_factory):
+    """Of step 7 of 12."""
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        from sparsebwd import models
+
+        patch.setattr(models, "_BUILDERS", dict(models._BUILDERS))
+        exec(DRIVER.partition("import sys")[0], {})
+        train(folder, "--max-steps", "7")
+    return folder / checkpoint.FILE
+
+
+@pytest.mark.parametrize("path", WRONG)
+def test_wrong_contents_are_refused(tmp_path, capsys, a_checkpoint, path):
+    """Of a file whose digest is right. Nothing of it is used."""
+    value, message = WRONG[path]
+    record = records.load_record(a_checkpoint)
+    replaced(path.partition("#")[0], value)(record)
+    records.save_record(tmp_path / checkpoint.FILE, record)
+    shown = refused(capsys, *SMALL, "--output", str(tmp_path), "--resume")
+    assert message in shown and f"{tmp_path / checkpoint.FILE}: " in shown
+
+
+def test_contents_that_are_no_dictionary_are_refused(tmp_path, capsys):
+    records.save_record(tmp_path / checkpoint.FILE, [1, 2, 3])
+    assert "checkpoint: got list, accepted is dict" in refused(capsys, *SMALL, "--output", str(tmp_path), "--resume")
+
+
+def test_wrong_histories_of_predicted_thresholds_are_refused(tmp_path, capsys):
+    options = ["--threshold", "predicted"]
+    train(tmp_path, *options, "--max-steps", "2")
+    path = tmp_path / checkpoint.FILE
+    record = records.load_record(path)
+    history = record["state"]["twins"]["sparse"]["sigma_histories"]["3.sigma_history"]
+    for place, value, message in ((0, -1, "is negative"), (1, 0x7FC00000, "is not finite")):
+        before = int(history[place])
+        history[place] = value
+        records.save_record(path, record)
+        history[place] = before
+        shown = refused(capsys, *SMALL, "--output", str(tmp_path), *options, "--resume")
+        assert f"sparse.sigma_histories.3.sigma_history {message}" in shown
+
+
+def test_a_checkpoint_of_an_earlier_version_is_named_so(tmp_path, capsys):
+    torch.save({"format": 1, "config": {}, "fingerprint": "", "state": {}}, tmp_path / checkpoint.FILE)
+    message = refused(capsys, *SMALL, "--output", str(tmp_path), "--resume")
+    assert "written by an earlier version: it does not end in its digest" in message and "--overwrite" in message
+
+
+def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path, monkeypatch, capsys):
+    train(tmp_path, "--max-steps", "1")
+    before = (tmp_path / checkpoint.FILE).read_bytes()
+    one_step = trainer.Trainer.train_step
+
+    def spoil(self):
+        one_step(self)
+        if self.steps_done == 3:
+            with_nan(self.twins[0].model[9].bias.data)
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", spoil)
+    assert cli.main([*SMALL, "--output", str(tmp_path), "--resume", "--max-steps", "3"]) == 1
+    assert "in the sparse model after step 3, 9.bias is not finite: try a lower" in capsys.readouterr().err
+    assert (tmp_path / checkpoint.FILE).read_bytes() == before
+
+
+# the folder
+
+
+def test_only_own_temporary_files_are_deleted(tmp_path):
+    mine = [
+        ".mynotes.tmp",
+        ".checkpoint.pt.tmp",
+        ".notes.12.0123abcd.tmp",
+        "log.json.12.0123abcd.tmp",
+        ".log.json.1.0123abcd.tmp~",
+    ]
+    left = [".checkpoint.pt.12.0123abcd.tmp", ".log.json.1.deadbeef.tmp", ".epochs.csv.77.00000000.tmp"]
+    for name in mine + left:
+        (tmp_path / name).write_text("text")
+    (tmp_path / ".log.json.2.deadbeef.tmp").mkdir()
+    train(tmp_path, "--max-steps", "1")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {*mine, ".log.json.2.deadbeef.tmp", "checkpoint.pt", "epochs.csv", "log.json"}
+
+
+@pytest.mark.parametrize("name", ["epochs.csv", "log.json"])
+@pytest.mark.parametrize("option", [None, "--resume"])
+def test_files_with_the_names_of_logs_are_not_replaced(tmp_path, capsys, name, option):
+    (tmp_path / name).write_text("of somebody else")
+    message = refused(capsys, *SMALL, "--output", str(tmp_path), *filter(None, [option]))
+    assert f"{tmp_path} holds a run already ({name}): replace it with --overwrite" in message
+    assert (tmp_path / name).read_text() == "of somebody else"
+
+
+def test_a_folder_in_use_is_refused_by_name(tmp_path, capsys):
+    train(tmp_path, "--max-steps", "1")
+    leftover = tmp_path / ".log.json.1.deadbeef.tmp"  # which the other one may be writing
+    leftover.write_text("")
+    before = (tmp_path / checkpoint.FILE).read_bytes()
+    with lock.locked(tmp_path):
+        for option in ("--resume", "--overwrite"):
+            message = refused(capsys, *SMALL, "--output", str(tmp_path), option)
+            holder = f"process {os.getpid()} on {socket.gethostname()}"
+            assert f"output: {tmp_path} is in use by {holder}: name another folder" in message
+    assert leftover.exists() and (tmp_path / checkpoint.FILE).read_bytes() == before
+    assert not (tmp_path / lock.FILE).exists()
+    train(tmp_path, "--resume")
+    assert not leftover.exists()
+
+
+def test_the_lock_goes_with_its_process(tmp_path):
+    code = f"""
+        from pathlib import Path
+        from sparsebwd.train.lock import locked
+        with locked(Path({str(tmp_path)!r})):
+            print("held", flush=True)
+            input()
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(lock.LockedError, match=f"in use by process {process.pid} on "), lock.locked(tmp_path):
+            pass
+    finally:
+        process.kill()
+        process.communicate()
+    assert (tmp_path / lock.FILE).exists()
+    with lock.locked(tmp_path):
+        pass
+    assert not (tmp_path / lock.FILE).exists()
+
+
+def test_a_lock_whose_file_was_deleted_meanwhile_is_not_taken(tmp_path, monkeypatch):
+    """Its holder deletes it between our open and our lock: a third process would make, and lock, another file."""
+    flock, calls = fcntl.flock, []
+
+    def deleted_first(descriptor, operation):
+        calls.append(operation)
+        if len(calls) == 1:
+            (tmp_path / lock.FILE).unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", deleted_first)
+    with lock.locked(tmp_path):
+        assert len(calls) == 2
+        with pytest.raises(lock.LockedError), lock.locked(tmp_path):
+            pass
+
+
+def test_where_files_cannot_be_locked_a_run_goes_on(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    train(tmp_path, "--max-steps", "1")
+
+
+# full disks
+
+
+@pytest.mark.parametrize("limit", [4096, 20_000], ids=["at once", "after some steps"])
+def test_full_disk_in_one_line(tmp_path, driver, limit):
+    """A limit on the size of files stands in for the size of the disk: the system call fails at the same place."""
+    script = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    script += (
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); import runpy, sys; sys.argv = sys.argv[1:]; "
+    )
+    script += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    output = tmp_path / "run"
+    result = program([sys.executable, "-c", script, driver[1], *SMALL, "--output", str(output), "--max-steps", "1"])
+    assert result.returncode == 1
+    assert result.stderr == f"error: {output / checkpoint.FILE}: File too large\n"
+    assert {path.name for path in output.iterdir()} <= {"epochs.csv", "log.json", "checkpoint.pt"}
+
+
+@pytest.mark.parametrize(
+    "write", [partial(records.save_record, record={"a": torch.zeros(9999)}), partial(data.write_text, text="x")]
+)
+def test_writes_name_their_file(tmp_path, monkeypatch, write):
+    """Those that fail where the system knows of no name."""
+    path = tmp_path / "file"
+    path.write_text("before")
+
+    class Full(io.FileIO):
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("builtins.open", lambda name, mode="r", *_, **__: Full(name, mode.replace("b", "")))
+    monkeypatch.setattr(
+        io, "open", lambda name, mode="r", *_, **__: io.TextIOWrapper(io.BufferedWriter(Full(name, mode)))
+    )
+    with pytest.raises(OSError) as caught:
+        write(path)
+    monkeypatch.undo()
+    assert commands.describe(caught.value) == f"{path}: No space left on device"
+    assert path.read_text() == "before" and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_output_that_cannot_be_printed(tmp_path, driver):
+    with open("/dev/full", "w") as full:
+        command = [*driver, *SMALL, "--output", str(tmp_path / "run"), "--max-steps", "1"]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (1, "error: standard output: No space left on device\n")
+
+
+# signals
+
+
+@pytest.mark.parametrize(
+    ("number", "word"), [("SIGTERM", "terminated"), ("SIGINT", "interrupted"), ("SIGHUP", "hung up")]
+)
+def test_a_signal_in_the_first_epoch_leaves_what_can_be_resumed(tmp_path, monkeypatch, capsys, number, word):
+    number = getattr(signal, number)
+    before = signal.getsignal(number)
+    if before is signal.SIG_IGN:
+        pytest.skip("this process ignores it, and so does a run")
+    train(tmp_path / "whole")
+    batch = data.Batches.batch
+
+    def signalled(self, epoch, index):
+        if (epoch, index) == (0, 2):
+            os.kill(os.getpid(), number)
+        return batch(self, epoch, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data.Batches, "batch", signalled)
+        assert cli.main([*SMALL, "--output", str(tmp_path / "parts")]) == 128 + number
+    assert capsys.readouterr().err == f"{word}; the same command with --resume goes on from here\n"
+    assert saved_state(tmp_path / "parts")["step"] == 3
+    assert signal.getsignal(number) is before
+    train(tmp_path / "parts", "--resume")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_signal_in_the_test_of_an_epoch(tmp_path, monkeypatch):
+    """The epoch is closed by the run that takes it up."""
+    train(tmp_path / "whole")
+    evaluate = trainer.Trainer._evaluate
+
+    def signalled(self, twin):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, twin)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_evaluate", signalled)
+        assert cli.main([*SMALL, "--output", str(tmp_path / "parts")]) == 143
+    state = saved_state(tmp_path / "parts")
+    assert state["step"] == 6 and state["history"] == []
+    train(tmp_path / "parts", "--resume")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_signal_before_the_first_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "load", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    assert cli.main([*SMALL, "--output", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "interrupted before the first step\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_signal_ends_the_run_at_once(tmp_path, monkeypatch, capsys):
+    def twice(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(data.Batches, "batch", twice)
+    assert cli.main([*SMALL, "--output", str(tmp_path)]) == 143
+    assert capsys.readouterr().err == "terminated; the same command with --resume goes on from the last checkpoint\n"
+    assert saved_state(tmp_path)["step"] == 0
+
+
+def test_ignored_signals_stay_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop.Signals().handled():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_killed_at_its_first_step_can_be_resumed(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(data.Batches, "batch", interrupt)
+        assert cli.main([*SMALL, "--output", str(tmp_path / "parts")]) == 130
+    assert json.loads((tmp_path / "parts" / "log.json").read_text())["epochs"] == []
+    train(tmp_path / "parts", "--resume")
+    train(tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")

@@ -389,7 +389,7 @@ needs_cpu_kernels = pytest.mark.skipif("cpu" not in backends.available_backends(
 def test_auto_takes_either_for_either_gradient(
     limits, expected, percentile, placement, memory_format, monkeypatch, stats
 ):
-    monkeypatch.setattr(backends.cpu, "_break_even", lambda problem, dtype: limits)
+    monkeypatch.setattr(backends.cpu, "break_even", lambda problem, dtype, channels_last: limits)
     _, input, weight, grad_output, geometry = _operands("n2c16h12w12k16r3s3p1", torch.float32, memory_format)
     results = []
     for backend in ("auto", "cpu"):

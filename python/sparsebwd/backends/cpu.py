@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,8 @@ from ..problem import ConvProblem
 from ..reference import PrunedGradient
 from ..settings import Pruning
 from .base import Backend, BackwardResult, empty, logger, refusal
-from .dense import DenseBackend, convolution_backward
+from .break_even import break_even
+from .dense import DenseBackend, gradients
 
 try:
     from .. import _C  # noqa: F401  registers torch.ops.sparsebwd_cpu
@@ -189,7 +189,7 @@ class CpuBackend(Backend):
             density = _prune_at(grad_output, *at, pruned)
         if any(dense):
             gradient = grad_output if pruned is None else pruned
-            dense_input, dense_weight = convolution_backward(problem, gradient, input, weight, dense)
+            dense_input, dense_weight = gradients(problem, gradient, input, weight, dense)
             grad_input = dense_input if dense[0] else grad_input
             grad_weight = dense_weight if dense[1] else grad_weight
 
@@ -206,14 +206,14 @@ _dense = DenseBackend()
 class AdaptiveCpuBackend(CpuBackend):
     """The sparse kernels where they pay, PyTorch's dense ones on the pruned gradient where not.
 
-    The choice depends on the problem, the dtype and the density of this very gradient, never on
-    time measured, so that a run can be repeated bit for bit.
+    The choice depends on the problem, the dtype, the layout and the density of this very gradient, and on the kind of
+    CPU, see :mod:`.break_even`; never on time measured during the run, so that it can be repeated bit for bit.
     """
 
     def sparse_pays(
         self, problem: ConvProblem, grad: Tensor, key: Tensor | None = None, tau: float = 0.0
     ) -> tuple[bool, bool]:
-        limits = _break_even(problem, grad.dtype)
+        limits = break_even(problem, grad.dtype, grad.is_contiguous(memory_format=torch.channels_last))
         if not any(limits):
             return False, False
         density = _expected_density(grad, key, tau)
@@ -255,31 +255,3 @@ def _expected_density(grad: Tensor, key: Tensor | None, tau: float) -> float:
     if key is None:
         return _raw.abs_sum(sample)[1] / sample.numel()
     return _prune_at(sample, key, tau, sample)
-
-
-# Multiply-adds below which estimating the density takes longer than the sparse kernels could save.
-_FEWEST_MACS = 2**20
-
-
-@lru_cache(maxsize=4096)
-def _break_even(problem: ConvProblem, dtype: torch.dtype) -> tuple[float, float]:
-    """Densities up to which the sparse AGB and WGC are the faster ones; 0 where they never are.
-
-    Read off ``python -m sparsebwd.bench``, on the cautious side; docs/performance.md has the
-    measurements.
-    """
-    float32 = dtype == torch.float32
-    # Few channels a group leave the kernels' vectors mostly empty.
-    if problem.groups > 1 or problem.k < 16 or problem.macs < _FEWEST_MACS:
-        return 0.0, 0.0
-    if problem.c < 16:
-        # The one kernel for few input channels takes a whole row of a 3x3 filter as one vector.
-        fits = problem.r == problem.s == 3 and problem.c <= 5 and problem.dilation == (1, 1)
-        return 0.0, 0.20 if float32 and fits else 0.0
-    if problem.r * problem.s > 1:
-        return (0.53, 0.70) if float32 else (0.25, 0.35)
-    # So little is computed with each element here that finding the zeros takes longer.
-    few_channels = problem.c <= 64 and problem.k <= 64
-    if float32:
-        return (0.20, 0.30) if few_channels else (0.53, 0.60)
-    return 0.0 if few_channels else 0.10, 0.12

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which densities "auto" takes the sparse kernels for: by problem, dtype, layout and kind of CPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sparsebwd import backends
+from sparsebwd.backends import break_even as module
+from sparsebwd.backends.break_even import CLASSES, break_even, classify
+from sparsebwd.problem import ConvProblem
+
+pytestmark = pytest.mark.skipif("cpu" not in backends.available_backends(), reason="no CPU kernels")
+
+TABLES = [*module._FLOAT32.values(), *module._BFLOAT16.values()]
+
+
+@pytest.mark.parametrize(
+    "text, kind",
+    [
+        ("n32c3h32w32k64r3s3p1", "first"),
+        ("n32c3h32w32k64r3s3p2d2", None),
+        ("n8c3h224w224k64r7s7u2p3", None),
+        ("n32c12h32w32k64r3s3p1", None),
+        ("n32c16h32w32k16r3s3p1", "narrow"),
+        ("n32c128h32w32k24r1s3p0x1", "narrow"),
+        ("n32c64h32w32k64r3s3p1", "kernel"),
+        ("n32c64h32w32k64r3s3u2p1", "kernel"),
+        ("n32c64h32w32k64r5s5p2", "large kernel"),
+        ("n32c64h32w32k64r1s1", "1x1 narrow"),
+        ("n32c256h32w32k24r1s1u2", "1x1 narrow"),
+        ("n32c64h32w32k256r1s1", "1x1 half narrow"),
+        ("n32c256h32w32k64r1s1", "1x1 half narrow"),
+        ("n32c64h32w32k128r1s1u2", "1x1 strided"),
+        ("n32c128h32w32k128r1s1", "1x1"),
+        ("n32c64h32w32k64r3s3p1g64", None),
+        ("n32c64h32w32k8r3s3p1", None),
+        ("n1c32h4w4k32r3s3p1", None),
+    ],
+)
+def test_class_of_a_problem(text, kind):
+    assert classify(ConvProblem.parse(text)) == kind
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+def test_tables_have_a_density_for_each_class(table):
+    assert table.name and table.origin.startswith(("measured", "estimated", "as "))
+    for layout in (table.channels_last, table.contiguous):
+        assert list(layout) == list(CLASSES)
+        assert all(0 <= limit <= 1 for limits in layout.values() for limit in limits)
+        # No kernel computes AGB of the first layer, and no training step asks for it.
+        assert layout["first"].agb == 0
+
+
+@pytest.mark.parametrize(
+    "isa, native, amx, units_256_bits, float32, bfloat16",
+    [
+        ("baseline", False, False, False, "baseline", "baseline, dense through float32"),
+        ("baseline", True, False, False, "baseline", "avx2 against avx512"),
+        ("avx2", False, False, False, "avx2", "avx2, dense through float32"),
+        ("avx2", True, True, False, "avx2 against avx512", "avx2 against avx512"),
+        ("avx512", True, False, False, "avx512", "avx512_bf16"),
+        ("avx512", True, False, True, "avx512, 256-bit units", "avx512_bf16"),
+        ("avx512", True, True, False, "avx512", "amx"),
+        ("avx512", False, False, False, "avx512", "avx2, dense through float32"),
+    ],
+)
+def test_kind_of_cpu(isa, native, amx, units_256_bits, float32, bfloat16):
+    assert module._kinds(isa, native, amx, units_256_bits) == (float32, bfloat16)
+    assert float32 in module._FLOAT32 and bfloat16 in module._BFLOAT16
+
+
+@pytest.mark.parametrize(
+    "vendor, family, expected",
+    [("AuthenticAMD", 25, True), ("AuthenticAMD", 26, False), ("GenuineIntel", 25, False), (None, None, False)],
+)
+def test_zen4_is_told_by_its_family(vendor, family, expected, monkeypatch):
+    def read(self):
+        if vendor is None:
+            raise FileNotFoundError
+        return f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel name\t: A: B\n\nprocessor\t: 1\n"
+
+    monkeypatch.setattr(module.Path, "read_text", read)
+    assert module._has_256_bit_units() is expected
+
+
+def test_limited_kernels_have_the_table_of_their_instruction_set(monkeypatch):
+    monkeypatch.setenv("SPARSEBWD_MAX_ISA", "baseline")
+    program = (
+        "import torch, sparsebwd; from sparsebwd.backends import break_even; print(break_even.tables()[torch.float32].name)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "baseline\n"
+
+
+def test_break_even_is_that_of_the_table_in_force(monkeypatch):
+    table = module.Table("one", "measured", {"kernel": module.BreakEven(0.5, 0.25)}, {})
+    monkeypatch.setattr(module, "tables", lambda: {torch.float32: table})
+    break_even.cache_clear()
+    problem = ConvProblem.parse("n32c64h32w32k64r3s3p1")
+    try:
+        assert break_even(problem, torch.float32, True) == (0.5, 0.25)
+        assert break_even(problem, torch.float32, False) == (0, 0)
+        assert break_even(ConvProblem.parse("n32c128h32w32k128r1s1"), torch.float32, True) == (0, 0)
+    finally:
+        break_even.cache_clear()

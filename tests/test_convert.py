@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparsebwd import SparseConv2d, models
-from sparsebwd import conversion_report, convert, revert
+from sparsebwd import SparseConv2d, conversion_report, convert, models, revert
 
 
 def conv(*args, **kwargs) -> nn.Conv2d:

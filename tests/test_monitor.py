@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import sparsebwd
-from sparsebwd.backends import observers
 from sparsebwd import convert
+from sparsebwd.backends import observers
 from sparsebwd.monitor import DensityMonitor
 
 

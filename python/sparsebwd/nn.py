@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -201,7 +202,12 @@ class SparseConv2d(nn.Conv2d):
                 return self._symbolic_forward(input)
             return self._conv_forward(input, self.weight, self.bias)
 
-    _dense_forward = nn.Conv2d._conv_forward
+    def _dense_forward(self, input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:  # noqa: UP045
+        """nn.Conv2d._conv_forward, under a name of its own, and types, that TorchScript takes."""
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            return F.conv2d(input, weight, bias, self.stride, (0, 0), self.dilation, self.groups)
+        return F.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def _symbolic_forward(self, input: fx.Proxy) -> fx.Proxy:
         """What torch.fx traces: the call of a module, as for nn.Conv2d, and for the root of the trace that of a

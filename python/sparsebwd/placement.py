@@ -290,7 +290,10 @@ def _constant(value: Any) -> float | None:
     return value.meta.get("constant") if isinstance(value, fx.Node) else None
 
 
-def _rectifies(bounds: tuple[float, float], value: _Affine = _Affine()) -> bool:
+_ITSELF = _Affine()
+
+
+def _rectifies(bounds: tuple[float, float], value: _Affine = _ITSELF) -> bool:
     """Whether a function that passes the gradient between ``bounds`` of ``value`` zeroes a large part of it.
 
     It does not where it only cuts off large values on both sides, seen from itself or from the convolution.
@@ -302,7 +305,7 @@ def _rectifies(bounds: tuple[float, float], value: _Affine = _Affine()) -> bool:
     return 1 - passed >= _LARGE_PART
 
 
-def _module_kind(module: nn.Module, value: _Affine = _Affine()) -> str:
+def _module_kind(module: nn.Module, value: _Affine = _ITSELF) -> str:
     bounds = None
     if isinstance(module, nn.ReLU):
         bounds = 0.0, math.inf

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What decides the placement of a convolution, and that tracing it changes nothing."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from sparsebwd import SparseConv2d, conversion_report, convert, revert
+
+_METHODS = nn.Module.__call__, nn.Module.__getattr__
+
+
+class Calls(nn.Module):
+    def __init__(self, after) -> None:
+        super().__init__()
+        self.conv, self.after = nn.Conv2d(3, 3, 3), after
+
+    def forward(self, x):
+        assert (nn.Module.__call__, nn.Module.__getattr__) == _METHODS
+        return self.after(self.conv(x))
+
+
+class Untraceable(nn.Module):
+    def __init__(self, part) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x):
+        return self.part(x) if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize(
+    "after, expected",
+    [
+        (lambda x: F.relu6(x + 3) / 6, "output"),
+        (lambda x: x * F.relu6(x + 3) / 6, "output"),
+        (lambda x: x.clamp(-1, 1), "output"),
+        (nn.Hardtanh(-20, 20), "output"),
+        (lambda x: torch.clamp_min(x, 0), "input"),
+        (lambda x: torch.maximum(x, torch.tensor(0.0)), "input"),
+        (lambda x: torch.where(x > 0, x, 0), "input"),
+        (lambda x: x * (x > 0), "input"),
+        (lambda x: F.leaky_relu(x, 0), "input"),
+        (lambda x: F.leaky_relu(x, 0.1), "output"),
+        (nn.Softshrink(), "input"),
+        (lambda x: F.relu(x.squeeze()), "input"),
+        (lambda x: F.relu(torch.stack([x, x])), "input"),
+        (lambda x: F.relu(torch.einsum("nchw->nhwc", x)), "input"),
+        (lambda x: F.max_pool2d(F.silu(x), 2), "input"),
+    ],
+)
+def test_what_zeroes_a_large_part(after, expected):
+    model = convert(Calls(after))
+    assert model.conv.placement == expected, str(conversion_report(model))
+    assert "by order" not in str(conversion_report(model))
+
+
+def test_what_leaves_a_traced_part_is_not_decided_in_it():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.conv2, self.relu = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3), nn.ReLU()
+
+        def forward(self, x):
+            return self.conv2(self.relu(self.conv1(x)))
+
+    model = convert(Untraceable(Head()))
+    assert model.part.conv1.placement == "input" and model.part.conv2.placement == "output"
+    assert "'part.relu'" in str(conversion_report(model))
+
+
+def test_no_generator_moves():
+    class Draws(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3)
+
+        def forward(self, x):
+            return F.relu(self.conv(x)) * random.random() if random.random() > 0.5 else x + torch.rand(1)
+
+    model = nn.Sequential(Calls(F.relu), Draws(), Calls(lambda x: x + torch.rand(1)))
+    states = random.getstate(), torch.get_rng_state()
+    convert(model)
+    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
+    assert model[0].conv.placement == "input"
+
+
+def test_reasons_are_few():
+    reason = conversion_report(Calls(lambda x: [F.softmax(x, 1), F.normalize(x), x.cumsum(1), x @ x, x.cos()]))
+    assert len(reason.layers) == 1
+    model = convert(Calls(lambda x: [F.softmax(x, 1), F.normalize(x), x.cumsum(1), x @ x]))
+    assert "1 more" in str(conversion_report(model))
+
+
+@pytest.mark.filterwarnings("ignore:torch.fx traces")
+@pytest.mark.parametrize("training", [True, False])
+def test_symbolic_trace_of_a_converted_model(training):
+    model = convert(nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU())).train(training)
+    nodes = [(node.op, node.target) for node in fx.symbolic_trace(model).graph.nodes]
+    assert ("call_module", "0") in nodes
+    graph_module = convert(fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU())))
+    assert graph_module.get_submodule("0").placement == "input"
+
+
+def test_script_in_evaluation_and_not_in_training():
+    model = convert(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"), nn.ReLU()))
+    with pytest.raises(RuntimeError, match="revert"):
+        torch.jit.script(model)
+    x = torch.randn(1, 3, 5, 5)
+    assert torch.equal(torch.jit.script(model.eval())(x), model(x)) and type(model[0]) is SparseConv2d
+
+
+def test_parametrized_layers_convert_and_revert():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 3)))
+    attributes = vars(model[0]).keys()
+    assert isinstance(convert(model)[0], SparseConv2d)
+    model(torch.randn(1, 3, 5, 5)).sum().backward()
+    assert not isinstance(revert(model)[0], SparseConv2d) and vars(model[0]).keys() == attributes
+
+
+def test_skip_init_and_quantization():
+    layer = nn.utils.skip_init(SparseConv2d, 3, 8, 3)
+    with pytest.warns(UserWarning, match="revert"):
+        layer.qconfig = object()

@@ -44,8 +44,8 @@ def load(
     cache_dir: str | Path | None = None,
     image_size: int = 32,
     stream: bool | None = None,
-    crop: str = "auto",
-    strict: bool = False,
+    crop: str = "padded",
+    strict: bool = True,
 ) -> ImageData:
     """Read a data set.
 

@@ -339,6 +339,9 @@ class _Spy:
         self.refusals = torch.ops.sparsebwd_emulated.refusals
         self.prune = torch.ops.sparsebwd_emulated.prune
 
+    def refusal(self, *sizes):
+        return torch.ops.sparsebwd_emulated.refusal(*sizes)
+
     def conv2d_backward(self, grad_output, input, *others):
         grad_input = others[-3]
         self.activations = (grad_output, input, grad_input)

@@ -140,7 +140,8 @@ def convert(
     Eligible is what is exactly an ``nn.Conv2d``, parametrized or wrapped by FSDP2 or not; other subclasses, lazy,
     complex and transposed convolutions are left alone. A layer that is sparse already gets the new settings. What was
     decided is logged at level INFO of the logger "sparsebwd" and can be had from :func:`conversion_report`. Convert
-    before ``torch.compile``. Random generators stay as they are, and threads may convert models of their own at the
+    before ``torch.compile``. Random generators stay as they are (Python's and NumPy's as far as forward functions name
+    what draws from them), and threads may convert models of their own at the
     same time.
 
     Args:

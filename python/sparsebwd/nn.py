@@ -139,15 +139,10 @@ class SparseConv2d(nn.Conv2d):
 
         Raises TypeError if ``conv`` is of a subclass of nn.Conv2d: its forward pass may differ.
         """
-        return cls.sharing(conv, Pruning(percentile, placement, sigma_estimator, threshold, backend))
-
-    @classmethod
-    def sharing(cls, conv: nn.Conv2d, pruning: Pruning) -> SparseConv2d:
-        """:meth:`from_conv2d` with all settings in one object."""
         if type(conv) not in (nn.Conv2d, cls):
             raise TypeError(f"conv: got {type(conv).__name__}; accepted: torch.nn.Conv2d")
         layer = _share(conv, cls)
-        layer._configure(pruning)
+        layer._configure(Pruning(percentile, placement, sigma_estimator, threshold, backend))
         return layer
 
     def to_conv2d(self) -> nn.Conv2d:

@@ -339,18 +339,14 @@ def log_unpruned() -> None:
     logger.warning("inside torch.func, forward-mode AD and batched gradients, sparse convolutions prune nothing")
 
 
-def _batched_backward(grad_output, input, weight, stride, padding, dilation, groups, output_mask) -> tuple:
-    bias_size = [weight.shape[0]]
-    arguments = (stride, padding, dilation, False, (0, 0), groups, output_mask)
-    return torch.ops.aten.convolution_backward(grad_output, input, weight, bias_size, *arguments)
-
-
 def _backward(ctx, grad_output: Tensor) -> tuple:
     input, weight, key = ctx.saved_tensors
     output_mask = ctx.needs_input_grad[:3]
     if transformed(grad_output):  # several gradients at once, as torch.autograd.grad(is_grads_batched=True) has them
         log_unpruned()
-        return (*_batched_backward(grad_output, input, weight, *ctx.geometry, output_mask), None)
+        *sizes, groups = ctx.geometry
+        arguments = (weight.shape[:1], *sizes, False, (0, 0), groups, output_mask)
+        return (*torch.ops.aten.convolution_backward(grad_output, input, weight, *arguments), None)
     direct = not torch.is_grad_enabled() and plain(grad_output, input, weight)
     backward = _conv2d_backward if direct else torch.ops.sparsebwd.conv2d_backward.default
     grads = backward(grad_output, input, weight, *ctx.geometry, key, *ctx.pruning, output_mask, ctx.sigma_history)
@@ -368,22 +364,9 @@ _Conv2d = register_autograd("conv2d", _conv2d, _backward, _setup_context)
 register_autocast("conv2d", cast=True)
 
 
-def conv2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    key: Tensor,
-    pruning: str,
-    layer_id: int,
-    sigma_history: Tensor | None,
-) -> Tensor:
-    """The operator ``conv2d`` for tensors of which one needs a gradient. Where nothing listens it is not called through the
-    dispatcher, which would take longer than a small convolution."""
-    others = (stride, padding, dilation, groups, key, pruning, layer_id, sigma_history)
+def conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, *others) -> Tensor:
+    """The operator ``conv2d``, with all its arguments, for tensors of which one needs a gradient. Where nothing listens it is
+    not called through the dispatcher, which would take longer than a small convolution."""
     if plain(input, weight) and (bias is None or plain(bias)):
         return _Conv2d.apply(input, weight, bias, (None, others))
     return torch.ops.sparsebwd.conv2d.default(input, weight, bias, *others)

@@ -3,7 +3,7 @@
 
 They depend on the machine: on the instruction set of our kernels, on that of PyTorch's, and on how PyTorch computes in
 bfloat16. So there is a :class:`Table` for each kind of CPU; :func:`tables` says which are in force. docs/performance.md has the
-measurements, ``python -m sparsebwd.calibrate`` those of one machine.
+measurements. Those of contiguous tensors are not measured: they are those of channels_last, scaled.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class BreakEven(NamedTuple):
 class Table:
     """Break-even densities of one dtype on one kind of CPU.
 
-    name: of the kind. origin: where the numbers come from, in words.
+    name: of the kind. origin: where the numbers of channels_last come from, in words.
     channels_last, contiguous: by the class of a problem, see :func:`classify`; of tensors in that layout against dense
         convolutions in the same. What a table does not have never runs sparse.
     """
@@ -90,7 +90,7 @@ _ZEN3 = "measured on a Zen 3 with AVX2, two threads, on the cautious side"
 
 
 def _table(name: str, origin: str, channels_last: dict[str, BreakEven], contiguous: float = 0.85) -> Table:
-    """contiguous: what is left of a break-even density where tensors are contiguous, which the kernels do not work in."""
+    """contiguous: what is assumed to be left of a break-even density where tensors are contiguous."""
     scaled = {kind: BreakEven(*(contiguous * limit for limit in limits)) for kind, limits in channels_last.items()}
     return Table(name, origin, channels_last, scaled)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
+from collections.abc import Callable
 from typing import Optional
 
 import torch
@@ -181,13 +182,48 @@ class SparseConv2d(nn.Conv2d):
         if "sigma_history" in self._buffers:
             del self.sigma_history
         if self.pruning.threshold == "predicted":
-            history = torch.zeros(1 + SIGMA_HISTORY, dtype=torch.int32, device=self.weight.device)
-            self.register_buffer("sigma_history", history, persistent=False)
+            self.register_buffer("sigma_history", empty_history(self._device()), persistent=False)
+
+    def _device(self) -> torch.device:
+        return next(self.parameters()).device  # the weight may be computed, by a parametrization that counts its calls
+
+    # The history is not in the state_dict, so new parameters come without one; whatever brings them begins a new one.
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if "sigma_history" in self._buffers:
-            self.sigma_history.zero_()
+        self._forget()
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._forget()
+
+    def _forget(self) -> None:
+        history = self._buffers.get("sigma_history")
+        if history is None:
+            return
+        device = self._device()
+        if type(history) is Tensor and history.device == device:
+            history.zero_()  # in place, as captured CUDA graphs and other processes may hold its address
+        else:
+            self._buffers["sigma_history"] = empty_history(device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseConv2d:
+        before = self._buffers.get("sigma_history")
+        super()._apply(fn, recurse)
+        after = self._buffers.get("sigma_history")
+        if after is not before and type(before) is type(after) is Tensor and not after.is_meta:
+            self._buffers["sigma_history"] = _moved(before, after)
+        return self
+
+    def _history(self, weight: Tensor) -> Tensor | None:
+        """The history for a forward pass with ``weight``: a new one if that has come to another device without it."""
+        history = self._buffers.get("sigma_history")
+        if history is None or history.device == weight.device:
+            return history
+        new = empty_history(weight.device)
+        if not weight.is_meta:  # which would only be shapes, for which what was learnt is not given up
+            self._buffers["sigma_history"] = new
+        return new
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
@@ -268,7 +304,7 @@ class SparseConv2d(nn.Conv2d):
             self._pruning,
             None,
             self.layer_id,
-            self._buffers.get("sigma_history"),
+            self._history(weight),
         )
 
     def __setstate__(self, state: dict) -> None:
@@ -288,6 +324,21 @@ class SparseConv2d(nn.Conv2d):
         if self.threshold != "exact":
             text += f", threshold={self.threshold}"
         return text
+
+
+def empty_history(device: torch.device) -> Tensor:
+    """What :attr:`SparseConv2d.sigma_history` begins with."""
+    return torch.zeros(1 + SIGMA_HISTORY, dtype=torch.int32, device=device)
+
+
+def _moved(before: Tensor, after: Tensor) -> Tensor:
+    """The history ``before`` as a module's ``_apply`` has made it ``after``: an empty one where that did not keep what is
+    in it, as to_empty() does not."""
+    if after.dtype != before.dtype:  # Module.type() converts integers too
+        after = before.to(after.device)
+    if before.is_meta or not torch.equal(before, after.to(before.device)):
+        after.zero_()
+    return after
 
 
 def _share(conv: nn.Conv2d, cls: type[nn.Conv2d]) -> nn.Conv2d:

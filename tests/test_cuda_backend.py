@@ -410,6 +410,15 @@ def test_auto_takes_the_density_of_two_steps_before(fresh, ieee, generator, stat
     assert {said.backend for said in stats} == {"emulated"}
 
 
+@pytest.mark.parametrize(
+    "text, reason", [(SPARSE, "no density of it is known yet"), (SPARSE.replace("r3s3", "r1s1"), "1x1, in groups")]
+)
+def test_auto_logs_why_it_runs_dense(text, reason, fresh, ieee, generator, stats, caplog):
+    with caplog.at_level(logging.DEBUG, "sparsebwd"):
+        assert _implementations(text, [0.1], generator, stats, 51.0) == ["dense"]
+    assert f"AGB dense, WGC dense: {reason}" in caplog.text
+
+
 def test_auto_remembers_each_layer_and_problem_apart(fresh, ieee, generator, stats):
     assert _implementations(SPARSE, [0.1] * 3, generator, stats, 51.0, layer_id=1)[-1] == "emulated"
     assert _implementations(SPARSE, [0.1], generator, stats, 51.0, layer_id=2) == ["dense"]

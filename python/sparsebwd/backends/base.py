@@ -77,13 +77,16 @@ class Backend(ABC):
 
     name: str
 
+    does = "runs it"
+    """What it does with a convolution that it takes, for the log."""
+
     def available(self) -> str | None:
         """None if this backend runs on this machine at all, else the reason why not."""
         return None
 
     def for_auto(self) -> Backend:
         """What "auto" uses when it comes to this backend: itself, or a form of it that leaves to
-        other implementations what they do faster."""
+        other implementations what they do faster. Then it logs, at debug level, what runs and why."""
         return self
 
     @abstractmethod
@@ -205,8 +208,9 @@ def choose_backend(name: str, problem: ConvProblem | None, device_type: str, dty
     for backend in candidates:
         reason = backend.available() or backend.can_run(problem, device_type, dtype)
         if reason is None:
-            logger.debug("%s: backend %r runs it", what, backend.name)
-            return backend.for_auto() if name == "auto" else backend
+            chosen = backend.for_auto() if name == "auto" else backend
+            logger.debug("%s: backend %r %s", what, backend.name, chosen.does if problem else "runs it")
+            return chosen
         logger.debug("%s: backend %r refuses: %s", what, backend.name, reason)
         refusals.append(f"{backend.name!r}: {reason}")
     raise RuntimeError(f"backend: {name!r} cannot run {what} ({'; '.join(refusals)})")

@@ -212,3 +212,11 @@ def break_even(problem: ConvProblem, dtype: torch.dtype, channels_last: bool) ->
     """The densities of ``problem`` up to which sparse is faster. channels_last: the layout of its tensors; else contiguous."""
     table = tables()[dtype]
     return (table.channels_last if channels_last else table.contiguous).get(classify(problem), BreakEven(0.0, 0.0))
+
+
+def why_dense(problem: ConvProblem, dtype: torch.dtype) -> str:
+    """Why sparse is never faster for ``problem``, where its :func:`break_even` is (0, 0)."""
+    kind = classify(problem)
+    if kind is None:
+        return "too few multiply-adds, channels, or channels a group, for sparse kernels to be faster at any density"
+    return f"sparse kernels are faster at no density for the class {kind!r} on this CPU ({tables()[dtype].name!r})"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from ..problem import ConvProblem
 from ..reference import PrunedGradient
 from ..settings import Pruning
 from .base import Backend, BackwardResult, empty, logger, refusal
-from .break_even import break_even
+from .break_even import break_even, why_dense
 from .dense import DenseBackend, gradients
 
 try:
@@ -210,11 +211,15 @@ class AdaptiveCpuBackend(CpuBackend):
     CPU, see :mod:`.break_even`; never on time measured during the run, so that it can be repeated bit for bit.
     """
 
+    does = "runs it, each of AGB and WGC sparse or dense as the density says"
+
     def sparse_pays(
         self, problem: ConvProblem, grad: Tensor, key: Tensor | None = None, tau: float = 0.0
     ) -> tuple[bool, bool]:
         limits = break_even(problem, grad.dtype, grad.is_contiguous(memory_format=torch.channels_last))
         if not any(limits):
+            if logger.isEnabledFor(logging.DEBUG):
+                logger.debug("%s in %s: AGB dense, WGC dense: %s", problem, grad.dtype, why_dense(problem, grad.dtype))
             return False, False
         density = _expected_density(grad, key, tau)
         pays = density <= limits[0], density <= limits[1]

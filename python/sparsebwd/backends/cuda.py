@@ -317,6 +317,8 @@ class AdaptiveCudaBackend(CudaBackend):
     :class:`_DensityHistory`), never on time measured, so that a run can be repeated bit for bit. Dense until there is one.
     """
 
+    does = "runs it, each of AGB and WGC sparse or dense as the last density known says"
+
     def __init__(self) -> None:
         self._layers: OrderedDict[tuple, _Layer | None] = OrderedDict()
 
@@ -341,6 +343,8 @@ class AdaptiveCudaBackend(CudaBackend):
         layer = self._layer(problem, grad, layer_id)
         density = None if layer is None else layer.history.latest()
         if density is None:
+            reason = "1x1, in groups, or refused by the sparse kernels" if layer is None else "no density of it is known yet"
+            logger.debug("layer %d, %s in %s: AGB dense, WGC dense: %s", layer_id, problem, grad.dtype, reason)
             return False, False
         limit = _break_even(grad.dtype)
         pays = tuple(may_pay and density <= limit for may_pay in layer.may_pay)

@@ -202,3 +202,17 @@ def test_results_do_not_depend_on_the_number_of_threads(backend, dtype, memory_f
         for other in results[1:]:
             for one, two in zip(results[0], other):
                 assert_bit_equal(one, two, str(problem))
+
+
+@pytest.mark.skipif("cpu" not in backends_on("cpu"), reason="the cpu backend is not built")
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_zeros_of_the_gradient_skip_what_is_not_finite(value, memory_format, generator):
+    """As docs/numerics.md says: a dense kernel has 0 * Inf there."""
+    problem = ConvProblem.parse("n2c16h6w5k24r3s3p1")
+    input, weight, grad_output = _operands(problem, 0.3, torch.float32, memory_format, generator, integer=True)
+    grad_output[0] = 0
+    grad_output[:, 5] = 0
+    expected = [tensor.float() for tensor in _oracle(problem, input, weight, grad_output)]
+    input[0, 3, 2, 2] = weight[5, 4, 1, 1] = value
+    for actual, wanted in zip(_backward("cpu", problem, input, weight, grad_output), expected):
+        assert_bit_equal(actual + 0, wanted + 0)

@@ -197,6 +197,7 @@ void wgc_run(List lists, int64_t capacity, const uint16_t* counts, const uint16_
              int64_t begin, int64_t last, const float* panel, int64_t row_bytes, float* dw,
              int64_t dw_stride, Upcoming upcoming) {
   constexpr int kSums = Rows * RowSums;
+  static_assert((Sets & (Sets - 1)) == 0, "sets are added in pairs");
   const char* rows[Rows];
   for (int row = 0; row < Rows; ++row)
     rows[row] = reinterpret_cast<const char*>(panel) + row * row_bytes;
@@ -224,8 +225,11 @@ void wgc_run(List lists, int64_t capacity, const uint16_t* counts, const uint16_
                                mine[row * RowSums + t].fma(g, Vec::load(x + t * kLanes));
                        }
                      });
-      for (int set = 0; set < Sets; ++set)
-        for (int t = 0; t < kSums; ++t) total[t] = total[t] + acc[set][t];
+      // In pairs, so that each part of the list is one addition of the chain that `total` is.
+      for (int half = Sets / 2; half > 0; half /= 2)
+        for (int set = 0; set < half; ++set)
+          for (int t = 0; t < kSums; ++t) acc[set][t] = acc[set][t] + acc[set + half][t];
+      for (int t = 0; t < kSums; ++t) total[t] = total[t] + acc[0][t];
       values += kLongestChain;
       offsets += kLongestChain;
     }

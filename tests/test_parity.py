@@ -144,11 +144,46 @@ def test_error_of_auto(text, density, dtype, memory_format, generator):
     _check_errors("auto", text, density, dtype, memory_format, generator)
 
 
+def _check_bound_of_wgc(problem: ConvProblem, input, grad_output, panels: int) -> None:
+    """docs/numerics.md, with ``panels`` at most. Each list has at most as many entries as there are pixels."""
+    pixels = problem.n * problem.p * problem.q
+    roundings = 32 + -(-pixels // 32) + panels + 8
+    geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
+    actual = grad.conv2d_weight(input, problem.weight_size, grad_output, *geometry, backend="cpu")
+    expected = reference.conv2d_weight(problem, input, grad_output)
+    magnitudes = reference.conv2d_weight(problem, input.abs(), grad_output.abs())
+    excess = (actual.double() - expected).abs() - 2.0**-24 * (roundings * magnitudes + expected.abs())
+    assert excess.max() <= 0, f"{problem}: {excess.max()} above the bound"
+
+
+needs_cpu = pytest.mark.skipif("cpu" not in backends_on("cpu"), reason="the cpu backend is not built")
+
+
+@needs_cpu
 @pytest.mark.isa
-def test_error_of_few_products(memory_format, generator):
-    """Most pixels see padding only: dense kernels are about as exact as float32 can be."""
-    for _ in range(40):
-        _check_errors(FASTEST, "n4c19h18w2k65r1s1u4x1p3x6d1x3g1", 1.0, torch.float32, memory_format, generator)
+@pytest.mark.parametrize("text", ["n4c19h18w2k65r1s1u4x1p3x6d1x3g1", "n2c8h20w20k16r3s3p1", "n1c100h9w40k16r1s1"])
+def test_bound_on_the_error_of_wgc(text, memory_format, generator):
+    """Among others where most pixels see padding only: there dense kernels can be more exact by more than a factor of 2."""
+    problem = ConvProblem.parse(text)
+    for draw in range(8):
+        input = random_tensor(problem.input_size, generator=generator, memory_format=memory_format)
+        grad_output = random_tensor(problem.output_size, generator=generator, memory_format=memory_format)
+        if draw % 2:
+            input, grad_output = input.abs(), grad_output.abs()
+        # A panel has at least a row of the gradient here.
+        _check_bound_of_wgc(problem, input, grad_output, panels=problem.n * problem.p)
+
+
+@needs_cpu
+@pytest.mark.isa
+@pytest.mark.parametrize("lost", [8, 16, 32])
+def test_bound_on_the_error_of_wgc_at_worst(lost):
+    """One large product, then small ones that are lost whenever not more than ``lost`` of them join it at a time."""
+    problem = ConvProblem.parse("n1c4h32w40k16r1s1")
+    input = torch.ones(problem.input_size)
+    grad_output = torch.full(problem.output_size, 0.99 * 2.0**-24 / lost)
+    grad_output[:, :, 0, 0] = 1
+    _check_bound_of_wgc(problem, input, grad_output, panels=2)
 
 
 CHOICES = {
@@ -211,7 +246,7 @@ def test_results_do_not_depend_on_the_number_of_threads(backend, dtype, memory_f
                 assert_bit_equal(one, two, str(problem))
 
 
-@pytest.mark.skipif("cpu" not in backends_on("cpu"), reason="the cpu backend is not built")
+@needs_cpu
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_zeros_of_the_gradient_skip_what_is_not_finite(value, memory_format, generator):
     """As docs/numerics.md says: a dense kernel has 0 * Inf there."""

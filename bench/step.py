@@ -6,40 +6,26 @@ docs/steps.md says what each number means.
 
 from __future__ import annotations
 
-import copy
 import itertools
-import math
-import statistics
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sparsebwd import DensityMonitor, revert
 from sparsebwd.train import Trainer
 from sparsebwd.train.config import DTYPES
-from sparsebwd.train.measure import KINDS, BackwardTimer
+from sparsebwd.train.measure import KINDS
 
 from . import training
-from .convolutions import Convolution, watching
 from .environment import command_line
 from .memory import backward_peaks
-from .phases import PHASES, WARMUP, PhaseTimer, median_ms
+from .phases import PHASES, WARMUP
+from .sides import MB, SIDES, Batch, Side, density_of_macs, layer_table, layers, take_turns, times
 from .terminal import FILE, Table, check_writable, fail, measuring, report
-from .timing import Call, interleave
-
-SIDES = ("dense", "sparse")
-
-_OFFSET_BYTES = 2  # of a non-zero in a compressed gradient, beside its value
-_MB = 1e6
-
-Batch = tuple[Tensor, Tensor]
 
 
 def command(
@@ -103,99 +89,17 @@ def command(
 # ---- measuring
 
 
-class LayerTimer(BackwardTimer):
-    """Tells layers apart, too: `layers` has the seconds of each convolution. `layer` is the one that comes next."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers: Counter[str] = Counter()
-        self.layer = ""
-
-    def record(self, kind: str, seconds: float) -> None:
-        super().record(kind, seconds)
-        if kind == "convolution":
-            self.layers[self.layer] += seconds
-
-
-class Side:
-    """The model as it is at this step of training, dense or sparse, with an optimiser of its own.
-
-    Its learning rate is 0: a step does all the work of a step, and the weights stay those that were trained.
-
-    phases: takes the steps. kinds, layers: seconds in each step taken so far, by the names of each.
-    """
-
-    def __init__(self, trainer: Trainer, name: str) -> None:
-        twin = trainer.twins[0]
-        self._trainer = trainer
-        self.model, self.optimizer = copy.deepcopy((twin.model, twin.optimizer))
-        if name == "dense":
-            revert(self.model)
-        for group in self.optimizer.param_groups:
-            group["lr"] = 0.0
-        self.phases = PhaseTimer()
-        self.kinds: dict[str, list[float]] = {kind: [] for kind in KINDS}
-        self.layers: dict[str, list[float]] = {}
-        self.convolutions: dict[str, Convolution] = {}
-
-    def step(self, batch: Batch) -> None:
-        """A training step, timed by phases."""
-        self.phases.step(self.optimizer, partial(self._loss, batch))
-
-    def backward_in_parts(self, batch: Batch) -> None:
-        """Forward, and a backward pass whose operations are timed one by one."""
-        self.optimizer.zero_grad()
-        timer = LayerTimer()
-
-        def arrived(convolution: Convolution, gradient: Tensor) -> None:
-            self.convolutions[convolution.name] = convolution
-            timer.layer = convolution.name
-
-        with watching(self.model, arrived):
-            loss = self._loss(batch)
-            with timer:
-                loss.backward()
-        for samples, seconds in ((self.kinds, timer.seconds), (self.layers, timer.layers)):
-            for name, value in seconds.items():
-                samples.setdefault(name, []).append(value)
-
-    def densities(self, batches: Iterable[Batch]) -> dict[str, Any]:
-        """What a :class:`sparsebwd.DensityMonitor` says of steps on these batches."""
-        with DensityMonitor(self.model) as monitor:
-            for batch in batches:
-                self.optimizer.zero_grad()
-                self._loss(batch).backward()
-        return monitor.as_dict()
-
-    def _loss(self, batch: Batch) -> Tensor:
-        inputs, labels = batch
-        return cross_entropy(self._trainer.forward(self.model, inputs), labels)
-
-
 def measure(trainer: Trainer, repeats: int) -> dict[str, Any]:
     """One point of the result: the model as trained so far, on the batches that come next in training."""
     step = trainer.steps_done
     batches = [trainer.batch(step + turn) for turn in range(WARMUP + repeats)]
-    sides = {name: Side(trainer, name) for name in SIDES}
-    # All in turns: the bound divides times of one kind of step by those of the other.
-    parts = {"whole": Side.step, "in parts": Side.backward_in_parts}
-    calls = {
-        f"{name} {part}": Call(partial(function, side), _next(batches, trainer.config.seed))
-        for part, function in parts.items()
-        for name, side in sides.items()
-    }
-    interleave(calls, repeats, WARMUP)
+    sides = {name: side_of(trainer, name) for name in SIDES}
+    take_turns(sides, (Side.step, Side.backward_in_parts), batches, trainer.config.seed)
     monitored = sides["sparse"].densities(batches[WARMUP:])
-    layers = [
-        _layer(convolution, monitored["layers"][name], sides, DTYPES[trainer.config.dtype].itemsize)
-        for name, convolution in sides["sparse"].convolutions.items()
-    ][::-1]
-    times = {name: _times(side) for name, side in sides.items()}
-    weights = [layer["macs"] for layer in layers]
-    density = {
-        "elements": monitored["total"]["density"],
-        "macs": statistics.fmean((layer["density"] for layer in layers), weights),
-    }
+    itemsize = DTYPES[trainer.config.dtype].itemsize
+    by_layer = layers(sides, monitored, itemsize)
+    spent = {name: times(side) for name, side in sides.items()}
+    density = {"elements": monitored["total"]["density"], "macs": density_of_macs(by_layer)}
     for side in sides.values():
         side.optimizer.zero_grad()
     memory: dict[str, Any] = backward_peaks(
@@ -204,17 +108,27 @@ def measure(trainer: Trainer, repeats: int) -> dict[str, Any]:
     memory["gradients"] = {
         name: {"sum": sum(sizes), "largest": max(sizes)}
         for name in ("dense_bytes", "compressed_bytes")
-        for sizes in [[layer[name] for layer in layers]]
+        for sizes in [[layer[name] for layer in by_layer]]
     }
     return {
         "step": step,
         "density": density,
-        **times,
-        "speedup": _speedups(times),
-        "bound": bounds(density["macs"], times["dense"]["total_ms"], times["dense"]["kinds_ms"]["convolution"]),
+        **spent,
+        "speedup": _speedups(spent),
+        "bound": bounds(density["macs"], spent["dense"]["total_ms"], spent["dense"]["kinds_ms"]["convolution"]),
         "memory": memory,
-        "layers": layers,
+        "layers": by_layer,
     }
+
+
+def side_of(trainer: Trainer, name: str) -> Side:
+    """The model as it is at this step of training, dense or sparse."""
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        return cross_entropy(trainer.forward(model, batch[0]), batch[1])
+
+    twin = trainer.twins[0]
+    return Side(name, twin.model, twin.optimizer, loss)
 
 
 def bounds(density: float, step_ms: float, convolution_ms: float) -> dict[str, float]:
@@ -226,51 +140,12 @@ def bounds(density: float, step_ms: float, convolution_ms: float) -> dict[str, f
     return {"ideal": 3 / (1 + 2 * density), "measured": step_ms / (step_ms - convolution_ms * (1 - density))}
 
 
-def _next(batches: Sequence[Batch], seed: int) -> Callable[[], Batch]:
-    """The next batch; both sides drop out the same."""
-    turns: Iterator[tuple[int, Batch]] = enumerate(batches)
-
-    def next_batch() -> Batch:
-        turn, batch = next(turns)
-        torch.manual_seed(seed + turn)
-        return batch
-
-    return next_batch
-
-
-def _times(side: Side) -> dict[str, Any]:
-    return {
-        **side.phases.times(),
-        "kinds_ms": {kind: median_ms(samples) for kind, samples in side.kinds.items()},
-    }
-
-
 def _speedups(times: Mapping[str, dict[str, Any]]) -> dict[str, float | None]:
     """Dense / sparse of each phase and kind; None for a kind that the model does not have."""
     dense, sparse = (
         {phase: times[name][f"{phase}_ms"] for phase in PHASES} | times[name]["kinds_ms"] for name in SIDES
     )
     return {part: dense[part] / sparse[part] if sparse[part] else None for part in dense}
-
-
-def _layer(
-    convolution: Convolution, monitored: Mapping[str, Any], sides: Mapping[str, Side], itemsize: int
-) -> dict[str, Any]:
-    problem, density = convolution.problem, monitored["density"]
-    times = {f"{name}_ms": median_ms(sides[name].layers[convolution.name]) for name in SIDES}
-    elements = math.prod(problem.output_size)
-    return {
-        "layer": convolution.name,
-        "problem": str(problem),
-        "needs_grad_input": convolution.needs_grad_input,
-        "macs": problem.macs * (1 + convolution.needs_grad_input),
-        "density": density,
-        "implementation": ", ".join(monitored["implementations"]),
-        **times,
-        "speedup": times["dense_ms"] / times["sparse_ms"],
-        "dense_bytes": elements * itemsize,
-        "compressed_bytes": round(elements * density * (itemsize + _OFFSET_BYTES)),
-    }
 
 
 # ---- tables
@@ -298,7 +173,8 @@ def _overview(setting: Mapping[str, Any], points: Sequence[dict[str, Any]]) -> T
 
 
 def _tables(point: dict[str, Any]) -> list[Table]:
-    return [_step_table(point), _layer_table(point)]
+    title = f"Backward convolutions by layer, after step {point['step']}"
+    return [_step_table(point), layer_table(title, point["layers"])]
 
 
 def _step_table(point: dict[str, Any]) -> Table:
@@ -341,25 +217,5 @@ def _step_table(point: dict[str, Any]) -> Table:
     )
 
 
-def _layer_table(point: dict[str, Any]) -> Table:
-    return Table(
-        f"Backward convolutions by layer, after step {point['step']}",
-        ("layer", "problem", "density", "ran", "dense ms", "sparse ms", "speed-up", "dense MB", "compressed MB"),
-        [
-            (
-                layer["layer"],
-                layer["problem"],
-                f"{layer['density']:.3f}",
-                layer["implementation"],
-                *(f"{layer[f'{name}_ms']:.2f}" for name in SIDES),
-                f"{layer['speedup']:.2f}x",
-                *(_mb(layer[name]) for name in ("dense_bytes", "compressed_bytes")),
-            )
-            for layer in point["layers"]
-        ],
-        ("layer", "problem", "ran"),
-    )
-
-
 def _mb(nbytes: int) -> str:
-    return f"{nbytes / _MB:.1f}"
+    return f"{nbytes / MB:.1f}"

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from typer.testing import CliRunner
 
 from sparsebwd import models, revert
-from sparsebwd.bench import capture, gradients, memory, step, terminal, training
+from sparsebwd.bench import capture, gradients, memory, sides, step, terminal, training
 from sparsebwd.problem import ConvProblem
 from sparsebwd.train.measure import KINDS
 
@@ -260,8 +260,8 @@ def test_both_sides_stay_at_the_trained_weights():
     training.train_to(run, 2)
     before = {name: value.clone() for name, value in training.model_of(run).state_dict().items()}
     momentum = [state["momentum_buffer"].clone() for state in run.twins[0].optimizer.state.values()]
-    sides = {name: step.Side(run, name) for name in step.SIDES}
-    for side in sides.values():
+    both = {name: step.side_of(run, name) for name in step.SIDES}
+    for side in both.values():
         for turn in range(2):
             side.step(run.batch(turn))
             side.backward_in_parts(run.batch(turn))
@@ -271,7 +271,7 @@ def test_both_sides_stay_at_the_trained_weights():
         layers = [sum(times) for times in zip(*side.layers.values())]
         assert side.kinds["convolution"] == pytest.approx(layers)
         assert len(side.phases.seconds["total"]) == 2
-    kinds = {name: {type(module).__name__ for module in side.model.modules()} for name, side in sides.items()}
+    kinds = {name: {type(module).__name__ for module in side.model.modules()} for name, side in both.items()}
     assert "SparseConv2d" in kinds["sparse"] - kinds["dense"] and "Conv2d" in kinds["dense"] - kinds["sparse"]
     after = training.model_of(run).state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
@@ -285,7 +285,7 @@ def test_both_sides_get_the_same_batches_and_random_numbers():
     batches = [run.batch(turn) for turn in range(3)]
     drawn = []
     for _ in step.SIDES:
-        next_batch = step._next(batches, seed=1)
+        next_batch = sides.next_batch(batches, seed=1)
         drawn.append([(next_batch(), torch.rand(1).item()) for _ in batches])
     assert [number for _, number in drawn[0]] == [number for _, number in drawn[1]]
     assert all(ours is theirs for (ours, _), theirs in zip(drawn[0], batches))

@@ -20,7 +20,7 @@ from sparsebwd.backends import registered_backends
 from sparsebwd.problem import ConvProblem
 from sparsebwd.settings import check_percentile
 
-from . import capture, compare, devices, operations, overhead, results, step, suites
+from . import capture, compare, devices, operations, overhead, results, step, suites, zoo
 from .inputs import DTYPES, LAYOUTS, PATTERNS, Rotation
 from .runner import Plan, peaks, run
 from .suites import Layer
@@ -231,6 +231,7 @@ def main(
 app.command("capture")(capture.command)
 app.command("step")(step.command)
 app.command("overhead")(overhead.command)
+app.command("zoo")(zoo.command)
 
 
 def _refuse_options_before_command(context: typer.Context) -> None:

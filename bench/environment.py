@@ -42,14 +42,14 @@ def environment() -> dict[str, Any]:
 
 
 def command_line(options: Mapping[str, object], *command: str) -> str:
-    """The command of this benchmark with these options, by the names of their parameters; those that are None are left
-    out. It has the variables that change which code runs."""
+    """The command of this benchmark with these options, by the names of their parameters; those that are None or False are
+    left out, those that are True have no value. It has the variables that change which code runs."""
     variables = [f"{name}={os.environ[name]}" for name in CODE_PATH_VARIABLES if name in os.environ]
     arguments = [
         part
         for name, value in options.items()
-        if value is not None
-        for part in (f"--{name.replace('_', '-')}", str(value))
+        if value is not None and value is not False
+        for part in (f"--{name.replace('_', '-')}", *([] if value is True else [str(value)]))
     ]
     return shlex.join([*variables, "python", "-m", "sparsebwd.bench", *command, *arguments])
 

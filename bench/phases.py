@@ -10,6 +10,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None
+
 PHASES = ("total", "forward", "backward", "optimizer")
 
 WARMUP = 2
@@ -21,9 +26,11 @@ class PhaseTimer:
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
+        self._faults: list[int] = []
 
     def step(self, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> None:
         """zero_grad(), `loss()`, its backward pass, and the optimiser's step."""
+        faults = _page_faults()
         begin = time.perf_counter()
         optimizer.zero_grad()
         cleared = time.perf_counter()
@@ -36,6 +43,8 @@ class PhaseTimer:
         seconds = (end - begin, middle - cleared, after - middle, (cleared - begin) + (end - after))
         for phase, value in zip(PHASES, seconds):
             self.seconds[phase].append(value)
+        if faults is not None:
+            self._faults.append(_page_faults() - faults)
 
     def times(self) -> dict[str, object]:
         """For a record: medians, and `iqr_ms`."""
@@ -43,6 +52,15 @@ class PhaseTimer:
             **{f"{phase}_ms": median_ms(samples) for phase, samples in self.seconds.items()},
             "iqr_ms": {phase: iqr_ms(samples) for phase, samples in self.seconds.items()},
         }
+
+    def page_faults(self) -> int | None:
+        """In a step, median; None where the system does not say."""
+        return round(statistics.median(self._faults[WARMUP:])) if self._faults else None
+
+
+def _page_faults() -> int | None:
+    """Pages of memory that this process has asked the system for so far."""
+    return None if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def median_ms(samples: Sequence[float]) -> float:

@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from sparsebwd import keep_memory
 from sparsebwd.data.files import write_text
 
 from .environment import OtherProcesses, environment
-from .timing import keep_freed_memory
 
 BUSY = 0.1
 """CPUs used by others above which a warning is due."""
@@ -48,11 +48,15 @@ def fail(text: str, status: int = 1) -> NoReturn:
     raise typer.Exit(status)
 
 
+def keep_freed_memory() -> str:
+    """:func:`sparsebwd.keep_memory`. Returns what was done, in words."""
+    return "freed memory is kept: sparsebwd.keep_memory()" if keep_memory() else "as is"
+
+
 @contextmanager
-def measuring() -> Iterator[dict[str, Any]]:
-    """Freed memory is kept; yields the environment, complete on leaving. Warns if others use the machine."""
-    allocator = keep_freed_memory()
-    found = environment() | {"allocator": allocator}
+def measuring(keep: bool = True) -> Iterator[dict[str, Any]]:
+    """Freed memory is kept if `keep`; yields the environment, complete on leaving. Warns if others use the machine."""
+    found = environment() | {"allocator": keep_freed_memory() if keep else "as is"}
     if found["load"] is not None and found["load"] > BUSY * found["cpu"]["cores"]:
         warn(f"this machine is busy (load {found['load']}); times may be off")
     others = OtherProcesses()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import statistics
 import time
@@ -14,9 +13,6 @@ from typing import NamedTuple, TypeVar
 import torch
 
 T = TypeVar("T")
-
-# malloc.h of glibc
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 class Call(NamedTuple):
@@ -141,19 +137,3 @@ def _between_events(queue: Callable[[], object], cycles: int) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
-
-
-def keep_freed_memory() -> str:
-    """Have malloc keep what is freed, for this process. Returns what was done, in words.
-
-    By default glibc takes large blocks from the system and gives them back, so that each result is written to fresh
-    pages, and clearing these can take longer than computing the result. PyTorch allocates results with malloc, those
-    of the sparse kernels as those of its own, so this is for both alike.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return "as is: this C library has no mallopt"
-    if not (mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1)):
-        return "as is: mallopt refused"
-    return "freed memory is kept: mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, -1)"

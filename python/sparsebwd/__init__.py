@@ -7,6 +7,7 @@ from . import functional, grad, nn
 from .conversion import conversion_report, convert, revert
 from .functional import prune_gradient
 from .info import info
+from .memory import keep_memory
 from .monitor import DensityMonitor
 from .nn import SparseConv2d
 from .settings import Pruning
@@ -20,6 +21,7 @@ __all__ = [
     "functional",
     "grad",
     "info",
+    "keep_memory",
     "nn",
     "prune_gradient",
     "revert",

@@ -39,7 +39,7 @@ T = TypeVar("T")
 PIXELS = 32
 """Height and width of the images as they are read; each network's are scaled up from these."""
 
-_QUICK = {"warmup_steps": 3, "rounds": 3}
+_QUICK = {"steps": 3, "repeats": 3}
 _MOMENTUM, _WEIGHT_DECAY = 0.9, 5e-4
 
 
@@ -57,9 +57,9 @@ def command(
         Path | None, typer.Option(metavar="DIR", help="Images, as train/CLASS/* and test/CLASS/*. Default: digits.")
     ] = None,
     cache_dir: training.CacheDir = None,
-    warmup_steps: Annotated[int, typer.Option(min=0, help="Training steps before, with pruned gradients.")] = 30,
+    steps: Annotated[int, typer.Option(min=0, help="Training steps before, with pruned gradients.")] = 30,
     learning_rate: Annotated[float, typer.Option(help="Of these.")] = 0.02,
-    rounds: Annotated[int, typer.Option(min=2, help=f"Steps of each side, after {WARMUP} more.")] = 9,
+    repeats: Annotated[int, typer.Option(min=2, help=f"Steps of each side, after {WARMUP} more.")] = 9,
     quick: Annotated[
         bool, typer.Option("--quick", help=" ".join(f"--{n.replace('_', '-')} {v}" for n, v in _QUICK.items()) + ".")
     ] = False,
@@ -162,14 +162,14 @@ def measure(job: Job) -> dict[str, Any]:
     optimizer = torch.optim.SGD(
         network.parameters(), setting["learning_rate"], momentum=_MOMENTUM, weight_decay=_WEIGHT_DECAY
     )
-    for step in range(setting["warmup_steps"]):
+    for step in range(setting["steps"]):
         optimizer.zero_grad()
         value = loss(network, next(following_batch))
         value.backward()
         optimizer.step()
         if not math.isfinite(value.item()):
             raise RuntimeError(f"the loss became {value.item()} in step {step + 1}: try a lower --learning-rate")
-    batches = [next(following_batch) for _ in range(WARMUP + setting["rounds"])]
+    batches = [next(following_batch) for _ in range(WARMUP + setting["repeats"])]
     both = {name: Side(name, network, optimizer, loss) for name in SIDES}
     del network, optimizer
     parts = (Side.step, Side.backward_in_parts) if setting["layers"] else (Side.step,)
@@ -273,7 +273,7 @@ def tables(setting: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Ite
         own = [row for row in rows if row["layout"] == layout]
         yield Table(
             f"{layout}, {setting['dtype']}, percentile {setting['percentile']:g}, threads {setting['threads']}, after "
-            f"{setting['warmup_steps']} steps on {images}",
+            f"{setting['steps']} steps on {images}",
             ("model", "images", "step ms", "ratio", "forward", "backward", "density", "layers", "spread"),
             [
                 (

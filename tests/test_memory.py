@@ -9,13 +9,16 @@ import subprocess
 import sys
 
 import pytest
+from training import tiny, train  # noqa: F401  a fixture
 
 from sparsebwd import keep_memory, memory
+from sparsebwd.train import cli
 
 FAULTS = """
-import ctypes, resource, sys, sparsebwd
+import ctypes, resource, runpy, sys
 if sys.argv[1] == "keep":
-    assert sparsebwd.keep_memory() and sparsebwd.keep_memory()
+    keep_memory = runpy.run_path(sys.argv[2])["keep_memory"]  # alone: importing PyTorch takes seconds
+    assert keep_memory() and keep_memory()
 libc, size = ctypes.CDLL(None), 40_000_000  # above what glibc's threshold can become
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 def faults():
@@ -40,7 +43,7 @@ def _glibc() -> bool:
 def test_memory_that_was_freed_is_used_again():
     faults = {}
     for what in ("keep", "default"):
-        command = [sys.executable, "-c", FAULTS, what]
+        command = [sys.executable, "-c", FAULTS, what, memory.__file__]
         faults[what] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     # 40 MB are 9766 pages of 4 KiB, or 20 of 2 MiB.
     assert faults["keep"] < faults["default"] / 10
@@ -83,3 +86,10 @@ def test_what_is_set(monkeypatch, caplog):
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: libc)
     assert keep_memory() is True and keep_memory() is True
     assert set(libc.calls) == {(-4, 0), (-1, -1)} and not caplog.messages
+
+
+def test_training_keeps_memory(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(cli, "keep_memory", lambda: calls.append(None))
+    train(tmp_path, "--max-steps", "1", "--device", "cpu")
+    assert len(calls) == 1

@@ -19,8 +19,7 @@ def keep_memory() -> bool:
 
     By default glibc gives large blocks, and the end of its heap, back to the system as they are freed. PyTorch takes every
     tensor on the CPU from malloc, so that each step writes its tensors to fresh pages, which the system has to clear first.
-    This is so for dense convolutions as well as for sparse ones, and for both kinds the
-    pages of a step are then those of the step before.
+    With dense convolutions as with sparse ones, the pages of a step are afterwards those of the step before.
 
     It holds for the whole process and to its end, for all that malloc serves. The process stays as large as it was at its
     largest, and somewhat larger than without: blocks of all sizes share one heap, whose gaps do not always fit. Call it

@@ -17,6 +17,7 @@ from .. import data, models
 from ..backends import registered_backends
 from ..commands import check_environment, describe, one_line_errors
 from ..data.files import remove_leftovers
+from ..memory import keep_memory
 from . import checkpoint, log
 from .config import TrainConfig
 from .lock import LockedError, locked
@@ -68,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 world = stack.enter_context(join(config.device))
             except (ValueError, RuntimeError) as error:
                 parser.error(describe(error))
+            if world.device.type == "cpu":
+                keep_memory()  # for both sides
             # Not before: while processes wait for each other to join, no handler would be called.
             signals = stack.enter_context(Signals().handled())
             return _run(parser, options, config, world, signals)

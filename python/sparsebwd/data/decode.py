@@ -112,7 +112,7 @@ def _scale_transparency(image: Image.Image, raw_mode: str | None) -> None:
     colour = image.info.get("transparency")
     if isinstance(colour, int) and raw_mode in _GREY_SCALES and image.mode in ("1", "L"):
         image.info["transparency"] = colour * _GREY_SCALES[raw_mode]
-    elif isinstance(colour, tuple) and max(colour) > 255:
+    elif isinstance(colour, tuple) and raw_mode == "RGB;16B":
         image.info["transparency"] = tuple(part >> 8 for part in colour)
 
 

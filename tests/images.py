@@ -8,6 +8,8 @@ import zlib
 
 import numpy as np
 
+from sparsebwd import data
+
 GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6
 CHANNELS = {GREY: 1, RGB: 3, PALETTE: 1, GREY_ALPHA: 2, RGBA: 4}
 
@@ -39,3 +41,22 @@ def png(pixels, depth, colour, *, palette=None, transparent=None, exif=None, siz
 def exif(orientation):
     """A TIFF directory with nothing but an orientation."""
     return b"MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 1, orientation, 0, 0)
+
+
+def write_classes(folder, train=4, test=2, size=(12, 10), classes=("cat", "dog")):
+    """`folder`/train and `folder`/test with PNG files of noise, `size` high and wide, in each class."""
+    draws = np.random.default_rng(0)
+    for split, count in (("train", train), ("test", test)):
+        for name in classes:
+            (folder / split / name).mkdir(parents=True)
+            for index in range(count):
+                content = png(draws.integers(0, 256, (*size, 3)), 8, RGB)
+                (folder / split / name / f"{index}.png").write_bytes(content)
+    return folder
+
+
+def load_classes(folder, **options):
+    """The images of `write_classes`, with the cache beside the folder."""
+    return data.load(
+        "imagefolder", **{"data_dir": folder, "cache_dir": folder.parent / "cache", "image_size": 8} | options
+    )

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import stat
 import struct
 from collections.abc import Callable, Iterable
@@ -24,6 +25,7 @@ import numpy as np
 
 from .dataset import DataError
 from .decode import ImageError, shown
+from .files import NO_LOCKS
 from .notes import Notes
 
 log = logging.getLogger("sparsebwd")
@@ -195,15 +197,20 @@ class _exclusive:
 
     def __enter__(self) -> _exclusive:
         while True:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+            descriptor = os.open(
+                self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666
+            )
             self.file = os.fdopen(descriptor, "r+b")
             try:
                 self._wait()
                 if self._is_mine():
                     return self
-            except BaseException:
+            except BaseException as error:
                 self.file.close()
-                raise
+                if not isinstance(error, OSError) or error.errno not in NO_LOCKS:
+                    raise
+                self._take_own_name()
+                return self
             self.file.close()  # the process before has renamed or removed it
 
     def __exit__(self, *_) -> None:
@@ -212,6 +219,12 @@ class _exclusive:
                 os.unlink(self.path)
         finally:
             self.file.close()
+
+    def _take_own_name(self) -> None:
+        """Where files cannot be locked, every process writes one of its own."""
+        self.path.unlink(missing_ok=True)
+        self.path = self.path.with_name(f"{self.path.stem}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+        self.file = open(self.path, "x+b")  # noqa: SIM115
 
     def _wait(self) -> None:
         try:

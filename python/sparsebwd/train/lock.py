@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..data.files import NO_LOCKS
+
 FILE = ".sparsebwd.lock"
 
 
@@ -62,7 +64,7 @@ def _lock(descriptor: int, path: Path) -> None:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip() or "another process"
             raise LockedError(f"{path.parent} is in use by {holder}") from None
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        if error.errno not in NO_LOCKS:
             raise OSError(error.errno, error.strerror, str(path)) from error
 
 

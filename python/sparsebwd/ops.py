@@ -13,13 +13,23 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import conv_backward_flop, conv_flop
 
 from .backends import LayerStats, choose_backend, observers
 from .backends.base import logger
 from .problem import ConvProblem
 from .reference import density, memory_format
-from .registration import define, not_differentiable, plain, register_autocast, register_autograd, transformed
+from .registration import (
+    begin,
+    define,
+    not_differentiable,
+    plain,
+    register_autocast,
+    register_autograd,
+    transformed,
+)
 from .settings import Pruning
 
 _GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
@@ -28,6 +38,8 @@ _PRUNING = "Tensor key, str pruning, int layer_id"
 
 # What reference.predict takes. The forward operator only hands it on, and has it without the "!".
 _HISTORY = "Tensor(a!)? sigma_history=None"
+
+begin()
 
 problem_of = lru_cache(maxsize=4096)(ConvProblem.from_sizes)
 
@@ -162,15 +174,33 @@ def _conv2d_weight_fake(input, weight_size, grad_output, stride, padding, dilati
     return torch.empty_like(input.new_empty(weight_size), memory_format=memory_format(input))
 
 
+# Operations are counted as PyTorch counts those of its own convolutions, zeros included.
+
+
+def _backward_flops(grad_output, input, weight, groups, output_mask, out_shape) -> int:
+    geometry = (None, (), (), (), False, (), groups)  # PyTorch reads none of it
+    return conv_backward_flop(grad_output, input, weight, *geometry, output_mask, out_val=out_shape)
+
+
+def _conv2d_input_flops(input_size, weight, grad_output, stride, padding, dilation, groups, *_, out_shape) -> int:
+    return _backward_flops(grad_output, input_size, weight, groups, (True, False), (out_shape, None))
+
+
+def _conv2d_weight_flops(input, weight_size, grad_output, stride, padding, dilation, groups, *_, out_shape) -> int:
+    return _backward_flops(grad_output, input, weight_size, groups, (False, True), (None, out_shape))
+
+
 define(
     f"conv2d_input(SymInt[] input_size, Tensor weight, Tensor grad_output, {_GEOMETRY}, str backend) -> Tensor",
     _conv2d_input,
     _conv2d_input_fake,
+    flops=_conv2d_input_flops,
 )
 define(
     f"conv2d_weight(Tensor input, SymInt[] weight_size, Tensor grad_output, {_GEOMETRY}, str backend) -> Tensor",
     _conv2d_weight,
     _conv2d_weight_fake,
+    flops=_conv2d_weight_flops,
 )
 not_differentiable("conv2d_input", _conv2d_input)
 not_differentiable("conv2d_weight", _conv2d_weight)
@@ -273,11 +303,17 @@ def _conv2d_backward_fake(
     return grad_input, grad_weight, grad_bias
 
 
+def _conv2d_backward_flops(grad_output, input, weight, stride, padding, dilation, groups, *config, out_shape) -> int:
+    _, _, _, output_mask, *_ = config
+    return _backward_flops(grad_output, input, weight, groups, output_mask, out_shape)
+
+
 define(
     "conv2d_backward(Tensor grad_output, Tensor input, Tensor weight,"
     f" {_GEOMETRY}, {_PRUNING}, bool[3] output_mask, {_HISTORY}) -> (Tensor, Tensor, Tensor)",
     _conv2d_backward,
     _conv2d_backward_fake,
+    flops=_conv2d_backward_flops,
 )
 not_differentiable("conv2d_backward", _conv2d_backward)
 register_autocast("conv2d_backward", cast=False)
@@ -297,7 +333,7 @@ def _conv2d(
     sigma_history: Tensor | None = None,
 ) -> Tensor:
     backend = Pruning.parse(pruning).backend
-    if backend != "auto":
+    if backend != "auto" and all(isinstance(size, int) for size in input.shape):
         # Refuse now rather than in the backward pass.
         problem = _problem(input.shape, weight.shape, stride, padding, dilation, groups)
         choose_backend(backend, problem, input.device.type, input.dtype)
@@ -309,7 +345,14 @@ def _conv2d_fake(input, weight, bias, stride, padding, dilation, groups, *config
 
 
 def _convolution(input, weight, bias, stride, padding, dilation, groups) -> Tensor:
+    # Profilers with_flops count conv2d, which takes longer; modes would not see the convolution in it.
+    if torch._C._autograd._profiler_enabled() and not torch._C._len_torch_dispatch_stack():
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     return torch.convolution(input, weight, bias, stride, padding, dilation, False, (0, 0), groups)
+
+
+def _conv2d_flops(input, weight, bias, stride, padding, dilation, *_, out_shape) -> int:
+    return conv_flop(input, weight, bias, stride, padding, dilation, False, out_val=out_shape)
 
 
 def _setup_context(
@@ -359,8 +402,9 @@ define(
     " Tensor? sigma_history=None) -> Tensor",
     _conv2d,
     _conv2d_fake,
+    flops=_conv2d_flops,
 )
-_Conv2d = register_autograd("conv2d", _conv2d, _backward, _setup_context)
+_Conv2d = register_autograd("conv2d", _conv2d, _backward, _setup_context, composed=True)
 register_autocast("conv2d", cast=True)
 
 

@@ -11,8 +11,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
+from torch.utils.flop_counter import register_flop_formula
 
-library = torch.library.Library("sparsebwd", "DEF")
+
+def begin() -> None:
+    """Make the library that the following definitions go into. Where the package was imported before, this forgets the
+    operators of that time."""
+    namespace = vars(torch.ops.sparsebwd)
+    if "library" in namespace:
+        namespace["library"]._destroy()
+    # Kept there, as that of a module would be lost with the module.
+    namespace["library"] = torch.library.Library("sparsebwd", "DEF")
+
+
+def _library() -> torch.library.Library:
+    return vars(torch.ops.sparsebwd)["library"]
 
 
 _PLAIN_TYPES = (Tensor, nn.Parameter)
@@ -53,11 +67,17 @@ def plain(*tensors: Tensor) -> bool:
     )
 
 
-def define(signature: str, implementation: Callable, fake: Callable, *tags: torch.Tag) -> None:
+def define(
+    signature: str, implementation: Callable, fake: Callable, *tags: torch.Tag, flops: Callable | None = None
+) -> None:
+    """flops: for FlopCounterMode, as :func:`torch.utils.flop_counter.register_flop_formula` takes it."""
+    library = _library()
     name = signature[: signature.index("(")]
     library.define(signature, tags=(torch.Tag.pt2_compliant_tag, *tags))
     library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sparsebwd::{name}", fake, lib=library)
+    if flops is not None:
+        register_flop_formula(getattr(torch.ops.sparsebwd, name))(flops)
 
 
 def register_autocast(name: str, cast: bool) -> None:
@@ -72,7 +92,7 @@ def register_autocast(name: str, cast: bool) -> None:
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
                 return operator(*args)
 
-        library.impl(name, kernel, str(key).removeprefix("DispatchKey."))
+        _library().impl(name, kernel, str(key).removeprefix("DispatchKey."))
 
     register("cpu", torch._C.DispatchKey.AutocastCPU)
     register("cuda", torch._C.DispatchKey.AutocastCUDA)
@@ -94,14 +114,26 @@ def _cast(arg: object, device_type: str, dtype: torch.dtype) -> object:
 _ORDINARY = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 
 
+def _checkpoints_selectively() -> bool:
+    """Whether torch.utils.checkpoint is to save the outputs of some operators (create_selective_checkpoint_contexts)."""
+    modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    return any(isinstance(mode, (_CachingTorchDispatchMode, _CachedTorchDispatchMode)) for mode in modes)
+
+
 def register_autograd(
-    name: str, implementation: Callable, backward: Callable, setup_context: Callable | None = None
+    name: str,
+    implementation: Callable,
+    backward: Callable,
+    setup_context: Callable | None = None,
+    *,
+    composed: bool = False,
 ) -> type[torch.autograd.Function]:
     """:func:`torch.library.register_autograd` for our operators; that for any operator takes longer than a small
     convolution.
 
     Tensors that may need a gradient are among the first three arguments. ``backward(ctx, *grads)`` returns the
     gradients of these three, and None for the others together. ``setup_context(ctx, *args)`` is called before forward.
+    ``composed``: ``implementation`` calls an operator of PyTorch, which policies of selective checkpointing are to find.
 
     Returns the function, for calls that go around the dispatcher (:func:`plain`): its ``apply`` takes the first three
     arguments and ``(None, the others)``.
@@ -115,6 +147,8 @@ def register_autograd(
         if keyset.highestPriorityTypeId() in _ORDINARY:
             return implementation(*args)
         with torch._C._AutoDispatchBelowAutograd():
+            if composed and _checkpoints_selectively():
+                return implementation(*args)
             return operator.redispatch(keyset, *args)
 
     def forward(ctx, *args):
@@ -141,9 +175,9 @@ def register_autograd(
             return function.apply(*args[:3], (keyset, args[3:]))
         return below_autograd(keyset, args)
 
-    library.impl(name, kernel, "Autograd", with_keyset=True)
+    _library().impl(name, kernel, "Autograd", with_keyset=True)
     for key in ("FuncTorchBatched", "Batched"):
-        library.impl(name, refuse, key)
+        _library().impl(name, refuse, key)
     return function
 
 

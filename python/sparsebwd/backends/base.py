@@ -64,7 +64,7 @@ class LayerStats:
     seconds: float
 
 
-observers: list[Callable[[LayerStats], None]] = []
+observers: list[Callable[[LayerStats], None]] = globals().get("observers", [])  # kept where this module is reloaded
 """Called after each backward pass. Nothing is measured while it is empty."""
 
 
@@ -156,7 +156,7 @@ def empty(size: Sequence[int], like: Tensor, memory_format: torch.memory_format)
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 
-_backends: dict[str, Backend] = {}
+_backends: dict[str, Backend] = globals().get("_backends", {})
 
 PLANNED = {
     "triton": "this version has no Triton kernels yet",
@@ -222,10 +222,13 @@ def _log_as_environment_says() -> None:
         return
     if level.lower() not in ("debug", "info", "warning", "error"):
         raise ValueError(f"SPARSEBWD_LOG: got {level!r}; accepted: debug, info, warning, error")
+    logger.setLevel(level.upper())
+    if any(handler.get_name() == logger.name for handler in logger.handlers):
+        return  # that of an earlier import
     handler = logging.StreamHandler()
+    handler.set_name(logger.name)
     handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
     logger.addHandler(handler)
-    logger.setLevel(level.upper())
 
 
 _log_as_environment_says()

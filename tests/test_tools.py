@@ -190,7 +190,6 @@ print("done")
         "importlib.reload(sparsebwd)",
         "for name in names(): importlib.reload(sys.modules[name])",
         "for name in reversed(names()): importlib.reload(sys.modules[name])",
-        "for name in names(): del sys.modules[name]",
         "del sys.modules['sparsebwd']",
         "for turn in range(2):\n    for name in names(): del sys.modules[name]\n    import sparsebwd",
     ],

@@ -3,7 +3,7 @@
 
 __version__ = "0.1.0"
 
-from . import functional, grad, nn
+from . import functional, fusion, grad, nn  # noqa: F401  fusion registers itself
 from .conversion import conversion_report, convert, revert
 from .functional import prune_gradient
 from .info import info

@@ -185,8 +185,15 @@ def convert(
             module._configure(chosen)
         if module.groups == module.in_channels > 1:
             depthwise.append(name)
-    for layer in _report(model, placements).layers:
+    report = _report(model, placements)
+    for layer in report.layers:
         log.info("%s", layer)
+    if not report.layers:
+        log.warning(
+            "convert: %s has no convolutions that are modules, so nothing changes; what is scripted, exported, or calls "
+            "torch.nn.functional.conv2d is not seen",
+            type(model).__name__,
+        )
     if depthwise and pruning.active:
         warnings.warn(
             f"the model has depthwise convolutions ({len(depthwise)}, the first is {depthwise[0]!r}). With pruned "

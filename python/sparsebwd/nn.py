@@ -115,6 +115,9 @@ class SparseConv2d(nn.Conv2d):
         self._configure(Pruning(percentile, placement, sigma_estimator, threshold, backend))
 
     def _configure(self, pruning: Pruning) -> None:
+        dtype = next(self.parameters()).dtype
+        if dtype.is_complex:
+            raise TypeError(f"dtype: got {dtype}; accepted: a floating one; for complex numbers use torch.nn.Conv2d")
         self.__dict__.pop("_pruning", None)  # that of the layer it was made from, whose history is not this one's
         self.pruning = pruning
         self.layer_id = next(_layer_ids)
@@ -138,7 +141,7 @@ class SparseConv2d(nn.Conv2d):
         """A layer that shares the parameters of ``conv`` (the same Parameter objects), with its
         settings, hooks and training flag.
 
-        Raises TypeError if ``conv`` is of a subclass of nn.Conv2d: its forward pass may differ.
+        Raises TypeError if ``conv`` is of a subclass of nn.Conv2d, whose forward pass may differ, or complex.
         """
         if type(conv) not in (nn.Conv2d, cls):
             raise TypeError(f"conv: got {type(conv).__name__}; accepted: torch.nn.Conv2d")

@@ -204,7 +204,8 @@ def convolve(
         raise ValueError(f"input: got shape {tuple(input.shape)}; accepted: (N, C, H, W) or (C, H, W)")
     if weight.dim() != 4:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}; accepted: (K, C/groups, R, S)")
-    if bias is not None and bias.shape != weight.shape[:1]:
+    traced = torch.jit.is_tracing()  # sizes are tensors then
+    if bias is not None and not traced and bias.shape != weight.shape[:1]:
         raise ValueError(
             f"bias: got shape {tuple(bias.shape)}; accepted: ({weight.shape[0]},), one for each output channel"
         )
@@ -216,7 +217,7 @@ def convolve(
         input, padding = _pad_as_named(input, weight, padding, stride, dilation)
     else:
         padding = as_pair(padding, "padding")
-    if not torch.compiler.is_compiling():
+    if not traced and not torch.compiler.is_compiling():
         # Raises if the sizes do not fit together.
         ops.problem_of(tuple(input.shape), tuple(weight.shape), stride, padding, dilation, groups)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import warnings
@@ -13,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import fx, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel
 
@@ -192,6 +193,31 @@ def test_trace_prunes_with_fresh_numbers(training):
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2]) == (not training)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"padding": "same"},
+        {"padding": "same", "padding_mode": "reflect"},
+        {"padding": "same", "dilation": 2},
+        {"padding": 1, "groups": 2},
+        {"padding": 1, "padding_mode": "circular", "stride": 2},
+    ],
+)
+def test_trace_of_any_padding_takes_other_sizes(named):
+    model = convert(nn.Sequential(nn.Conv2d(4, 4, (2, 3), **named)), percentile=None, placement="output")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(model, torch.randn(1, 4, 6, 6), check_trace=False)
+    x = torch.randn(2, 4, 9, 7, requires_grad=True)
+    torch.testing.assert_close(traced(x), model(x))
+    results = [
+        torch.autograd.grad(module(x).square().sum(), (x, *module.parameters())) for module in (traced, model)
+    ]
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("strict", [True, False])
 def test_export(training, strict):
@@ -301,7 +327,32 @@ def test_graph_modules_keep_placements():
 def mesh(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    gc.collect()  # freed after its group, DistributedDataParallel may wait for a thread that waits for the interpreter
     dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_fully_sharded_data_parallel(mesh, use_orig_params):
+    """FSDP1: without use_orig_params, the weights of layers are parts of one parameter."""
+    wrapped = [
+        FullyShardedDataParallel(dense(), device_id=torch.device("cpu"), use_orig_params=use_orig_params)
+        for _ in range(2)
+    ]
+    convert(wrapped[0], percentile=None, threshold="predicted")
+    assert isinstance(wrapped[0].module[0], SparseConv2d)
+    assert_as_dense(*wrapped)
+    revert(wrapped[0])
+    assert type(wrapped[0].module[0]) is nn.Conv2d
+    assert_as_dense(*wrapped)
+
+
+@pytest.mark.parametrize("predicted", [True, False])
+def test_conversion_after_data_parallel(mesh, predicted):
+    model, wrapped = dense(), nn.parallel.DistributedDataParallel(dense())
+    convert(wrapped, percentile=None, threshold="predicted" if predicted else "exact")
+    assert_as_dense(wrapped, model)
+    assert_as_dense(revert(wrapped), model)
 
 
 @pytest.mark.parametrize("before", [True, False])

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from .functional import DTYPES
-from .nn import SparseConv2d
+from .nn import SparseConv2d, a_parameter
 from .placement import Placement, decide_placements
 from .settings import PLACEMENTS, Pruning, check_choice
 
@@ -96,7 +96,7 @@ def _why_not(module: _ConvNd) -> str | None:
         return f"{own.__name__} is not a Conv2d"
     if "forward" in vars(module):
         return "its forward is overridden on the instance"
-    dtype = next(module.parameters()).dtype
+    dtype = a_parameter(module).dtype
     if dtype not in DTYPES:
         return f"its weight is {dtype}"
     return None

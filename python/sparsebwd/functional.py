@@ -254,8 +254,20 @@ def _pad_as_named(
         return input, (0, 0)
     if stride != (1, 1):
         raise ValueError(f"padding: got 'same' with stride {stride}; accepted: with stride 1")
-    total = [d * (size - 1) for d, size in zip(dilation, weight.shape[2:])]
+    total = [d * (size - 1) for d, size in zip(dilation, _kernel_size(weight))]
     # What is odd goes to the bottom and to the right, as in PyTorch.
     if any(amount % 2 for amount in total):
         input = F.pad(input, (0, total[1] % 2, 0, total[0] % 2))
     return input, (total[0] // 2, total[1] // 2)
+
+
+def _kernel_size(weight: Tensor) -> tuple[int, ...]:
+    """The size of the kernel, in numbers; where torch.jit.trace runs, other sizes are tensors."""
+    if not torch.jit.is_tracing():
+        return weight.shape[2:]
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        return weight.shape[2:]
+    finally:
+        torch._C._set_tracing_state(state)

@@ -115,7 +115,7 @@ class SparseConv2d(nn.Conv2d):
         self._configure(Pruning(percentile, placement, sigma_estimator, threshold, backend))
 
     def _configure(self, pruning: Pruning) -> None:
-        dtype = next(self.parameters()).dtype
+        dtype = a_parameter(self).dtype
         if dtype.is_complex:
             raise TypeError(f"dtype: got {dtype}; accepted: a floating one; for complex numbers use torch.nn.Conv2d")
         self.__dict__.pop("_pruning", None)  # that of the layer it was made from, whose history is not this one's
@@ -188,7 +188,7 @@ class SparseConv2d(nn.Conv2d):
             self.register_buffer("sigma_history", empty_history(self._device()), persistent=False)
 
     def _device(self) -> torch.device:
-        return next(self.parameters()).device  # the weight may be computed, by a parametrization that counts its calls
+        return a_parameter(self).device
 
     # The history is not in the state_dict, so new parameters come without one; whatever brings them begins a new one.
 
@@ -342,6 +342,13 @@ def _moved(before: Tensor, after: Tensor) -> Tensor:
     if before.is_meta or not torch.equal(before, after.to(before.device)):
         after.zero_()
     return after
+
+
+def a_parameter(conv: nn.Conv2d) -> Tensor:
+    """Any parameter. Not the weight: it may be computed, by a parametrization that counts its calls. But where FSDP has
+    made all parameters one, it is all there is."""
+    parameter = next(conv.parameters(), None)
+    return conv.weight if parameter is None else parameter
 
 
 def _share(conv: nn.Conv2d, cls: type[nn.Conv2d]) -> nn.Conv2d:

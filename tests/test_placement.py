@@ -52,12 +52,62 @@ class Untraceable(nn.Module):
         (lambda x: F.relu(torch.stack([x, x])), "input"),
         (lambda x: F.relu(torch.einsum("nchw->nhwc", x)), "input"),
         (lambda x: F.max_pool2d(F.silu(x), 2), "input"),
+        # Each as a function, a method, in place, and as an operator.
+        (lambda x: torch.ops.aten.relu.default(x), "input"),
+        (lambda x: F.threshold(x, 0, 0), "input"),
+        (lambda x: F.threshold(x, -20, 0), "output"),
+        (nn.Threshold(0.1, 20), "input"),
+        (lambda x: x.clamp_min_(0), "input"),
+        (lambda x: x.clip(min=0.0), "input"),
+        (lambda x: x.clamp(min=torch.tensor(0.0)), "input"),
+        (lambda x: F.hardtanh(x, 0, 6), "input"),
+        (lambda x: F.hardtanh(x), "output"),
+        (nn.LeakyReLU(0), "input"),
+        (lambda x: F.softshrink(x), "input"),
+        (lambda x: F.hardshrink(x), "input"),
+        (lambda x: torch.maximum(x, torch.zeros_like(x)), "input"),
+        (lambda x: torch.max(x, x.new_zeros(1)), "input"),
+        (lambda x: torch.fmax(x, torch.tensor(0.0)), "input"),
+        (lambda x: x.max(1)[0], "input"),
+        (lambda x: torch.where(x < 0, torch.zeros_like(x), x), "input"),
+        (lambda x: x.where(x > 0, 0), "input"),
+        (lambda x: x.masked_fill(x < 0, 0), "input"),
+        (lambda x: x[x > 0], "input"),
+        (lambda x: (x > 0).float() * x, "input"),
+        # What a rectifier is applied to counts.
+        (lambda x: F.relu(-x), "input"),
+        (lambda x: F.relu(x / 3), "input"),
+        (lambda x: F.relu(x + 3), "output"),
+        (lambda x: F.relu(torch.add(x, 3, alpha=1)), "output"),
+        (lambda x: F.relu(torch.sub(x, -1.5, alpha=2)), "output"),
+        (lambda x: F.relu6(x / 0.1), "input"),
+        (lambda x: F.relu(x.abs()), "output"),
+        (lambda x: F.relu(x * x), "output"),
+        (lambda x: F.relu(x**2), "output"),
+        (lambda x: F.relu(x.exp()), "output"),
+        (lambda x: F.relu(-x.exp()), "input"),
+        # Views and rearrangements pass.
+        (lambda x: F.relu(x.chunk(3, 1)[0]), "input"),
+        (lambda x: F.relu(torch.split(x, 1, 1)[0].movedim(1, -1)), "input"),
+        (lambda x: F.relu(x.unflatten(1, (3, 1)).swapaxes(1, 2).flip(0).roll(1)), "input"),
+        (lambda x: F.relu(F.interpolate(F.pad(x, (1, 1)), scale_factor=2)), "input"),
+        (lambda x: F.relu(x.bfloat16().type_as(x).contiguous()[:, :2].tile(2)), "input"),
+        (nn.Sequential(nn.ZeroPad2d(1), nn.ChannelShuffle(3), nn.Upsample(scale_factor=2), nn.ReLU()), "input"),
+        (nn.Sequential(nn.LocalResponseNorm(2), nn.ReLU()), "output"),
+        (lambda x: F.relu(x + x.detach().round()), "input"),
     ],
 )
 def test_what_zeroes_a_large_part(after, expected):
     model = convert(Calls(after))
     assert model.conv.placement == expected, str(conversion_report(model))
     assert "by order" not in str(conversion_report(model))
+
+
+def test_a_module_is_not_what_its_name_says():
+    model = nn.Sequential()
+    for name, module in (("conv", nn.Conv2d(3, 3, 3)), ("abs", nn.Identity()), ("relu", nn.ReLU())):
+        model.add_module(name, module)
+    assert convert(model).conv.placement == "input"
 
 
 def test_what_leaves_a_traced_part_is_not_decided_in_it():

@@ -49,8 +49,11 @@ _PASSING = set(
 # What asks about a tensor without passing a gradient back to it.
 _QUERIES = set(
     "size dim numel shape ndim dtype device is_cuda requires_grad stride is_contiguous detach gt ge lt le eq ne "
-    "data greater greater_equal less less_equal isnan isinf isfinite sign argmax argmin".split()
+    "data greater greater_equal less less_equal isnan isinf isfinite argmax argmin argsort nonzero count_nonzero any all "
+    "item tolist bool int long zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full "
+    "new_empty new_tensor round floor ceil trunc sign sgn heaviside".split()
 )
+_POSITIVE = set("abs exp square sqrt rsqrt sigmoid softplus hardsigmoid".split())  # whatever of
 _COMPARISONS = {"gt", "ge", "lt", "le", "greater", "greater_equal", "less", "less_equal"}
 _PASSING_MODULES = (
     nn.Identity, _DropoutNd, nn.Flatten, nn.Unflatten, _AvgPoolNd, _AdaptiveAvgPoolNd, nn.Upsample, nn.PixelShuffle,
@@ -85,6 +88,9 @@ class _Affine(NamedTuple):
 
     scale: float = 1.0
     shift: float = 0.0
+
+
+_ABOVE_ZERO = _Affine(0.1, 1.0)  # stands for any value that is not negative
 
 
 def decide_placements(model: nn.Module) -> dict[str, Placement]:
@@ -189,7 +195,9 @@ class _Graph:
             return "passing", called
         if name in ("where", "masked_fill", "masked_scatter") and source in _masks(node, name):
             return "none", called
-        if name in ("mul", "imul", "multiply") and any(_is_comparison(other) for other in _others(node, source)):
+        if name in ("mul", "imul", "multiply", "getitem", "masked_select") and any(
+            _is_comparison(other) for other in _others(node, source)
+        ):
             return "zeroing", called
         bounds = _bounds(node, name, source)
         if bounds is not None:
@@ -203,7 +211,8 @@ class _Graph:
 
 def _name(node: fx.Node) -> str:
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
-    return name.rstrip("_") if not name.startswith("__") else name
+    # relu.default is an overload, _threshold what torch.nn.functional.threshold is called.
+    return name.partition(".")[0].strip("_") if not name.startswith("__") else name
 
 
 def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
@@ -229,13 +238,21 @@ def _is_comparison(value: Any) -> bool:
 
 def _after(node: fx.Node, source: fx.Node, value: _Affine) -> _Affine:
     """What ``node`` makes of ``value``, where it adds or multiplies constants."""
+    if node.op == "call_module":
+        return value
     name, others = _name(node), _others(node, source)
     scale, shift = value
+    squares = not others if name in ("mul", "imul", "multiply") else name in ("pow", "ipow") and others in ([2], [4])
+    if name in _POSITIVE or squares:
+        return _ABOVE_ZERO
+    if name in ("add", "sub", "subtract") and "alpha" in node.kwargs:
+        others = [_argument(node, 1, "other", None)] if node.args and node.args[0] is source else []
     if name in ("neg", "negative"):
         return _Affine(-scale, -shift)
     number = _constant(others[0]) if len(others) == 1 else None
     if number is None:
         return value
+    number *= _constant(node.kwargs.get("alpha", 1)) or 1.0
     first = bool(node.args) and node.args[0] is source
     if name in ("add", "iadd"):
         return _Affine(scale, shift + number)

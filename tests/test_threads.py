@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""convert() while other threads convert or run models of their own: nothing of the process is patched."""
+"""convert() and what the process shares: other threads convert or run models of their own, and draw random numbers."""
 
 from __future__ import annotations
 
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import MethodType
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -139,3 +142,74 @@ def test_modules_that_draw_do_not_when_they_are_traced(after):
     conversion_report(model)
     revert(model)
     assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+
+
+# ---- generators
+
+GENERATOR = torch.Generator()
+SHARED = random.Random(0)
+
+
+def _helper():
+    return random.random()
+
+
+class _Callable:
+    def __call__(self):
+        return random.random()
+
+
+_instance = _Callable()
+DRAWS = {
+    "torch": lambda self, x: x * torch.rand(1),
+    "generator": lambda self, x: x * torch.rand(1, generator=GENERATOR),
+    "own generator": lambda self, x: x * torch.rand(1, generator=self.generator),
+    "dropout of a constant": lambda self, x: x * F.dropout(torch.ones(3, 1, 1)),
+    "distribution": lambda self, x: x * torch.distributions.Normal(0.0, 1.0).sample(),
+    "initialisation": lambda self, x: x + nn.init.normal_(torch.empty(3, 1, 1)),
+    "manual_seed": lambda self, x: (torch.manual_seed(3), x)[1],
+    "seed": lambda self, x: (torch.seed(), x)[1],
+    "default generator": lambda self, x: (torch.default_generator.manual_seed(3), x)[1],
+    "seed of a generator": lambda self, x: (GENERATOR.manual_seed(3), x)[1],
+    "seed of its own generator": lambda self, x: (self.generator.manual_seed(3), x)[1],
+    "random": lambda self, x: x * random.random(),
+    "shuffle": lambda self, x: (random.shuffle([1, 2]), x)[1],
+    "Random": lambda self, x: x * SHARED.random(),
+    "own Random": lambda self, x: x * self.random.random(),
+    "helper": lambda self, x: x * _helper(),
+    "object": lambda self, x: x * _instance(),
+    "partial": partial(lambda k, self, x: x * random.random(), 1),
+    "numpy": lambda self, x: x * np.random.rand(),
+    "own numpy": lambda self, x: x * self.numpy.random(),
+}
+
+
+@pytest.mark.parametrize("bound", [True, False])
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=list(DRAWS))
+def test_no_generator_moves(draw, bound):
+    class Draws(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.draw = nn.Conv2d(3, 3, 3), draw
+            self.generator, self.random = torch.Generator(), random.Random(0)
+            self.numpy = np.random.default_rng(0)
+
+        def forward(self, x):
+            return self.draw(self, self.conv(x))
+
+    model = nn.Sequential(Draws(), nn.Conv2d(3, 3, 3), nn.ReLU())
+    if bound:  # on the instance
+        model[0].forward = MethodType(lambda self, x: draw(self, x), model[0])
+
+    def states():
+        generators = (torch.default_generator, GENERATOR, model[0].generator)
+        return (
+            [generator.get_state().tolist() for generator in generators],
+            [random.getstate(), SHARED.getstate(), model[0].random.getstate()],
+            str((np.random.get_state(), model[0].numpy.bit_generator.state)),
+        )
+
+    before = states()
+    convert(model)
+    conversion_report(model)
+    assert states() == before and model[1].placement == "input"

@@ -74,18 +74,26 @@ class Tracer(fx.Tracer):
 
     def _function(self, module: nn.Module) -> Callable:
         """The forward function of ``module``, as it is to be traced. Raises if it is not to be."""
+        cls, own = type(module), {name: value for name, value in vars(module).items() if _is_own_function(value)}
         if "forward" in vars(module):
             bound = vars(module)["forward"]
             if not (isinstance(bound, MethodType) and bound.__self__ is module):
                 raise TraceError("its forward is overridden on the instance")
-            return bound.__func__
-        cls = type(module)
-        if cls not in self._functions:
-            reason = _unfit(cls.forward, cls)
-            self._functions[cls] = reason or _with_symbolic_globals(cls.forward)
-        if isinstance(self._functions[cls], str):
-            raise TraceError(self._functions[cls])
-        return self._functions[cls]
+            found = self._fit(bound.__func__, cls, own)
+        elif own:
+            found = self._fit(cls.forward, cls, own)
+        else:
+            if cls not in self._functions:
+                self._functions[cls] = self._fit(cls.forward, cls, own)
+            found = self._functions[cls]
+        if isinstance(found, str):
+            raise TraceError(found)
+        return found
+
+    @staticmethod
+    def _fit(forward: Callable, cls: type, own: dict[str, Callable]) -> Callable | str:
+        """``forward`` as it is to be traced, or why it is not to be."""
+        return _unfit(forward, cls, own) or _with_symbolic_globals(forward)
 
     def _shadow(self, module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
         """A copy of the module tree to trace, with empty meta tensors and no hooks.
@@ -125,6 +133,8 @@ def _copied(value: Any, module: nn.Module, twin: nn.Module) -> Any:
         return _meta(value)
     if isinstance(value, (list, dict, set, deque)):
         return copy.copy(value)
+    if isinstance(value, torch.Generator):
+        return value.clone_state()
     if isinstance(value, Random) or type(value).__module__.startswith("numpy.random"):
         return copy.deepcopy(value)
     if isinstance(value, MethodType) and value.__self__ is module:
@@ -155,15 +165,18 @@ def _code_names(code: CodeType) -> Iterator[str]:
             yield from _code_names(constant)
 
 
-def _referred(function: FunctionType, cls: type) -> Iterator[Any]:
-    """What ``function``, a method of ``cls``, refers to by name: globals, attributes of modules, methods, closures."""
+def _referred(function: FunctionType, cls: type, own: dict[str, Callable]) -> Iterator[Any]:
+    """What ``function``, a method of ``cls``, refers to by name: globals, attributes of modules, methods, functions that
+    are attributes of the instance (``own``), closures."""
     names = set(_code_names(function.__code__))
     found = [function.__globals__[name] for name in names if name in function.__globals__]
     for value in found:
         yield value
-        if isinstance(value, ModuleType) and value.__name__.partition(".")[0] != "torch":
-            found.extend(vars(value)[name] for name in names if name in vars(value))
-    yield from (getattr(cls, name, None) for name in names)
+        if isinstance(value, ModuleType):
+            members = [vars(value)[name] for name in names if name in vars(value)]
+            # Nothing is looked for within PyTorch.
+            found.extend(members if value.__name__.partition(".")[0] != "torch" else filter(_draws, members))
+    yield from (own.get(name, getattr(cls, name, None)) for name in names)
     for cell in function.__closure__ or ():
         try:
             yield cell.cell_contents
@@ -174,31 +187,46 @@ def _referred(function: FunctionType, cls: type) -> Iterator[Any]:
 def _draws(value: Any) -> bool:
     """Whether ``value`` draws from, or sets, a generator that the whole process shares, without an operator."""
     if isinstance(value, ModuleType):
-        return value.__name__ in ("random", "numpy.random")
+        return value.__name__ in ("random", "numpy.random", "torch.random")
+    if isinstance(value, torch.Generator):
+        return True
     if isinstance(value, FunctionType):
         return value.__module__ in ("torch.random", "torch.cuda.random")
     owner = getattr(value, "__self__", None)
     return isinstance(owner, Random) or type(owner).__module__.startswith("numpy.random")
 
 
-def _unfit(forward: Callable, cls: type) -> str | None:
+def _is_own_function(value: Any) -> bool:
+    """Whether it can be called and is neither PyTorch's nor built in, nor a module or a class."""
+    if isinstance(value, (FunctionType, MethodType, partial)):
+        return True
+    if isinstance(value, (type, torch.nn.Module, torch.Tensor)) or not callable(value):
+        return False
+    return isinstance(vars(type(value)).get("__call__"), FunctionType) and not type(value).__module__.startswith("torch")
+
+
+def _unfit(forward: Callable, cls: type, own: dict[str, Callable]) -> str | None:
     """Why ``forward`` of ``cls`` is not to be run, or None. Python's and NumPy's generators can only be protected by
     not running what draws from them: another thread may draw at the same time."""
     seen, queue = set(), [forward]
     while queue:
         value = queue.pop()
-        if isinstance(value, MethodType):
-            value = value.__func__
         if id(value) in seen:
             continue
         seen.add(id(value))
         if _draws(value):
             return f"it may draw random numbers: {getattr(value, '__name__', value)}"
+        if isinstance(value, partial):
+            queue.append(value.func)
+        elif isinstance(value, MethodType):
+            queue.append(value.__func__)
+        elif _is_own_function(value) and not isinstance(value, FunctionType):
+            queue.append(type(value).__call__)
         if isinstance(value, FunctionType):
             if hasattr(value, "_torchdynamo_orig_callable"):
                 return f"{value.__name__} is compiled"
             if value is forward or (value.__module__ or "").partition(".")[0] != "torch":
-                queue.extend(_referred(value, cls))
+                queue.extend(_referred(value, cls, own))
     return None
 
 

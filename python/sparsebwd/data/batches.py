@@ -70,7 +70,7 @@ class Batches:
         make = _Source(
             images, labels, batch_size, seed, crop if augment else None, mirror, slice(rank * share, (rank + 1) * share)
         )
-        self._ahead = Ahead(make, self._following, workers if isinstance(images, ImageFiles) else 0)
+        self._ahead = Ahead(make, partial(_following, self._count), workers if isinstance(images, ImageFiles) else 0)
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -87,9 +87,15 @@ class Batches:
             self._images.tell(corrupt)
         return images, labels
 
-    def _following(self, key: tuple[int, int]) -> tuple[int, int]:
-        epoch, index = key
-        return (epoch, index + 1) if index + 1 < self._count else (epoch + 1, 0)
+    def close(self) -> None:
+        """Ends the workers; they start again where another batch is asked for."""
+        self._ahead.close()
+
+
+def _following(count: int, key: tuple[int, int]) -> tuple[int, int]:
+    """No method of `Batches`: a cycle of references would leave it to the garbage collector to end the workers."""
+    epoch, index = key
+    return (epoch, index + 1) if index + 1 < count else (epoch + 1, 0)
 
 
 @dataclass

@@ -63,7 +63,7 @@ def decode(path: str | bytes | Path) -> Image.Image:
         DataError: reading failed for a reason that lies elsewhere.
     """
     require_pillow()
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     name = shown(path)
     try:
@@ -77,6 +77,8 @@ def decode(path: str | bytes | Path) -> Image.Image:
             return _rgb(_upright(image))
     except MemoryError:
         raise
+    except UnidentifiedImageError as error:
+        raise ImageError(name, "truncated, corrupt or no image: it does not begin as a JPEG or PNG file") from error
     except OSError as error:
         if error.errno is None:  # Pillow's own, without a number
             raise ImageError(name, f"truncated, corrupt or no image: {error}") from error

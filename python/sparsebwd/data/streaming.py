@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator
+import signal
+import threading
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -133,13 +135,14 @@ class Ahead:
 
     def __init__(self, make: Callable[[Any], Any], following: Callable[[Any], Any], workers: int) -> None:
         self._make, self._following, self._workers = make, following, workers
-        self._made: Iterator | None = None
+        self._made: Generator | None = None
         self._next: Hashable = None
 
     def get(self, key: Any) -> Any:
         if not self._workers:
             return self._make(key)
         if self._made is None or key != self._next:
+            self.close()  # before others start, which would inherit what these use
             self._made = load_ahead(self._make, _Keys(key, self._following), self._workers)
         self._next = None  # unless all goes well
         made = next(self._made)
@@ -148,35 +151,55 @@ class Ahead:
 
     def close(self) -> None:
         """Ends the workers."""
+        if self._made is not None:
+            self._made.close()
         self._made = None
 
 
-def load_ahead(make: Callable[[Any], Any], keys: Iterable, workers: int) -> Iterator:
+def load_ahead(make: Callable[[Any], Any], keys: Iterable, workers: int) -> Generator:
     """`make(key)` for each of `keys`, in their order, by worker processes where `workers` is not 0."""
-    loader = DataLoader(
-        _Made(make),
-        batch_size=None,
-        sampler=keys,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        generator=torch.Generator(),  # the global one belongs to the training
+    iterator = iter(
+        DataLoader(
+            _Made(make),
+            batch_size=None,
+            sampler=keys,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            generator=torch.Generator(),  # the global one belongs to the training
+            worker_init_fn=_outlive_signals,
+        )
     )
-    iterator = iter(loader)
     while True:
-        try:
-            made = next(iterator)
-        except StopIteration:
+        made = _next(iterator)
+        if made is _END:
             return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise DataError(
-                f"workers: a process that decodes images ended ({str(error).splitlines()[0]}); "
-                "try fewer workers, or 0, if memory or /dev/shm is short"
-            ) from error
         if isinstance(made, DataError):
-            raise made
+            # An error refers to the frames that it passes, and this one to the error: a cycle. Workers must not wait for
+            # a garbage collector, which may be that of a process forked meanwhile, and ends their queues before them.
+            try:
+                del iterator
+                raise made
+            finally:
+                del made
         yield made
+
+
+_END = object()
+
+
+def _next(iterator: Iterator) -> Any:
+    """What comes next; a DataError where it is one, or where a worker ended."""
+    try:
+        return next(iterator)
+    except StopIteration:
+        return _END
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+    return DataError(
+        f"workers: a process that decodes images ended ({reason}); try fewer workers, or 0, if memory or /dev/shm is short"
+    )
 
 
 def available_cores() -> int:
@@ -206,6 +229,24 @@ class _Keys:
         while key is not None:
             yield key
             key = self._following(key)
+
+
+def _outlive_signals(_) -> None:
+    """What a terminal or a batch system sends to all processes is the training's: it ends its workers, once it has saved.
+
+    PyTorch's own handler would let a worker die of a SIGTERM that is not its parent's.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _as_it_is(made: Any) -> Any:

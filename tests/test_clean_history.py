@@ -146,6 +146,17 @@ def test_shared_memory_is_that_of_the_layer():
     assert module.sigma_history[0] == 2 and other.sigma_history[0] == 1
 
 
+@pytest.mark.parametrize("setting", [assigned, parameters_set])
+def test_compiled_layers(setting):
+    """What is new is made before they run, not in compiled code, which could not return it and change it."""
+    fresh = layer()
+    module = setting(layer("meta"), copy.deepcopy(fresh.state_dict()))
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    (compiled(torch.randn(2, 4, 9, 8)).square().sum()).backward()
+    assert module.sigma_history.device.type == "cpu" and module.sigma_history[0] == 1
+    torch.compiler.reset()
+
+
 def test_shapes_alone_cost_no_history():
     module = used()
     meta = {name: parameter.detach().to("meta").requires_grad_() for name, parameter in module.named_parameters()}

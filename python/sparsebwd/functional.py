@@ -29,7 +29,9 @@ def check_sigma_history(sigma_history: Tensor | None, like: Tensor) -> None:
         raise TypeError(f"sigma_history: got {type(sigma_history).__name__}; {accepted}")
     if sigma_history.dtype != torch.int32:
         raise TypeError(f"sigma_history: got {sigma_history.dtype}; {accepted}")
-    if sigma_history.shape != (1 + SIGMA_HISTORY,) or not sigma_history.is_contiguous():
+    if not torch.jit.is_tracing() and (  # sizes are tensors then
+        sigma_history.shape != (1 + SIGMA_HISTORY,) or not sigma_history.is_contiguous()
+    ):
         raise ValueError(
             f"sigma_history: got shape {tuple(sigma_history.shape)}, strides {sigma_history.stride()}; {accepted}"
         )

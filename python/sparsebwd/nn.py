@@ -200,6 +200,12 @@ class SparseConv2d(nn.Conv2d):
         super()._load_from_state_dict(*args, **kwargs)
         self._forget()
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        history = self._buffers.get("sigma_history")
+        if history is not None and param is not None and param.device != history.device:
+            self._forget()
+
     def _forget(self) -> None:
         history = self._buffers.get("sigma_history")
         if history is None:

@@ -68,8 +68,8 @@ class SparseConv2d(nn.Conv2d):
     one layer is not used for another: compile whole models rather than their equal blocks.
 
     torch.fx traces a layer as one call_module node, and torch.jit.script compiles one in eval mode.
-    Tools that look for nn.Conv2d by its exact type (fusion, quantisation) do not see it: it warns
-    where it can tell, and :func:`sparsebwd.revert` gives them an nn.Conv2d.
+    Tools that look for nn.Conv2d by its exact type (fusion of graphs, quantisation) do not see it: it
+    warns where it can tell, and :func:`sparsebwd.revert` gives them an nn.Conv2d. fuse_modules does see it.
     """
 
     __jit_unused_properties__ = ["percentile", "placement", "backend", "sigma_estimator", "threshold", "pruning"]

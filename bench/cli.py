@@ -22,7 +22,7 @@ from sparsebwd.settings import check_percentile
 
 from . import capture, compare, devices, operations, overhead, results, step, suites, zoo
 from .inputs import DTYPES, LAYOUTS, PATTERNS, Rotation
-from .runner import Plan, peaks, run
+from .runner import AGAINST, Plan, peaks, run
 from .suites import Layer
 from .terminal import FILE, check_writable, fail, measuring, warn
 
@@ -115,6 +115,10 @@ def main(
     layout: Annotated[
         list[str], typer.Option(help=" | ".join(LAYOUTS) + ": of the candidate's tensors. Dense runs in both.")
     ] = ("channels_last",),
+    against: Annotated[
+        str,
+        typer.Option(help=" | ".join(AGAINST) + ": dense in the layout in which it is faster, or in the candidate's."),
+    ] = AGAINST[0],
     backend: Annotated[
         list[str] | None,
         typer.Option(
@@ -175,6 +179,7 @@ def main(
         dtype=dtype,
         math=math,
         layout=layout,
+        against=against,
         backend=backend,
         device=device,
         threads=threads,
@@ -255,6 +260,7 @@ def _plan(
     dtype: list[str],
     math: list[str] | None,
     layout: list[str],
+    against: str,
     backend: list[str] | None,
     device: str,
     threads: list[str] | None,
@@ -301,6 +307,7 @@ def _plan(
         backends=_parse("backend", backend or [measured.type], str),
         threads=_parse("threads", threads or [str(torch.get_num_threads())], _threads),
         maths=_parse("math", math or devices.MATHS[:1], lambda text: _one_of("math", text, devices.MATHS)),
+        against=_checked("against", lambda text: _one_of("against", text, AGAINST), against),
         repeats=repeats,
         seed=seed,
         memory=memory,

@@ -20,6 +20,8 @@ from .results import Row
 from .suites import Layer
 from .timing import Call, interleave
 
+AGAINST = ("best", "same")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -27,6 +29,7 @@ class Plan:
 
     file: of captured gradients, None where all are random.
     threads: of a CPU. maths: of a GPU, for float32.
+    against: "best", dense in the layout in which it is faster, or "same", in that of the candidate.
     memory: MiB that the copies of the tensors may take, from which `rotation` follows.
     """
 
@@ -42,6 +45,7 @@ class Plan:
     backends: Sequence[str]
     threads: Sequence[int]
     maths: Sequence[str]
+    against: str
     repeats: int
     seed: int
     memory: int
@@ -164,6 +168,8 @@ def _measure(
 
     calls = {"candidate": Call(partial(operation.candidate, case), inputs.rotating(case.layout, operation.used))}
     baselines = operation.baselines(case)
+    if plan.against == "same":
+        baselines = {name: layout for name, layout in baselines.items() if layout == case.layout}
     for name, layout in baselines.items():
         following = inputs.rotating(layout, operation.used, from_middle=True)
         calls[name] = Call(partial(operation.baseline, case), following)
@@ -202,6 +208,7 @@ def _command(plan: Plan, operation: Operation, dtype: str, case: Case, mode: Mod
         "percentile": case.percentile,
         "dtype": dtype,
         "layout": case.layout,
+        "against": plan.against if plan.against != AGAINST[0] else None,
         "backend": case.backend if operation.backend is None else plan.backends[0],
         "math": mode.math,
         "threads": mode.threads,

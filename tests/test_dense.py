@@ -57,8 +57,9 @@ def test_pytorchs_own_where_it_has_kernels(half, monkeypatch):
 
 def test_float32_is_left_alone(monkeypatch):
     set_native(monkeypatch, False)
-    assert not dense.goes_through_float32(PROBLEM, torch.empty(1))
-    assert not dense.goes_through_float32(PROBLEM, torch.empty(1, dtype=torch.bfloat16, device="meta"))
+    assert not dense.goes_through_float32(PROBLEM, torch.float32)
+    for shapes in (torch.empty(1), torch.empty(1, dtype=torch.bfloat16, device="meta")):
+        assert not dense.widens(shapes, shapes, (0, 0), (1, 1))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,11 @@ def test_float32_is_left_alone(monkeypatch):
 )
 def test_rows_narrower_than_the_filter_go_through_float32(text, wrong, half, monkeypatch):
     set_native(monkeypatch, True)
-    assert dense.goes_through_float32(ConvProblem.parse(text), torch.empty(1, dtype=half)) is wrong
+    problem = ConvProblem.parse(text)
+    assert dense.goes_through_float32(problem, half) is wrong
+    _, input, weight = operands(problem, half)
+    assert dense.widens(input, weight, problem.padding, problem.dilation) is wrong
+    assert dense.widens(input.float(), weight.float(), problem.padding, problem.dilation, half) is wrong
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

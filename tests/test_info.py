@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import platform
 import re
@@ -13,6 +14,8 @@ import torch
 
 import sparsebwd
 from sparsebwd import backends
+
+info_module = importlib.import_module("sparsebwd.info")
 
 
 def run(*arguments: str) -> str:
@@ -54,6 +57,21 @@ def test_unknown_instruction_set_is_a_reason(monkeypatch):
     found = json.loads(run("--json"))
     assert found["cpu"]["isa"]["in_use"] is None
     assert "SPARSEBWD_MAX_ISA: got 'sse9', accepted are baseline, avx2 and avx512" in found["backends"]["cpu"]
+
+
+def test_low_precision_without_instructions(monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert json.loads(run("--json"))["cpu"]["dense"] == {"bfloat16": False, "float16": False}
+    assert "no kernels for bfloat16 and float16 convolutions on this CPU" in run()
+
+
+def test_low_precision_with_instructions(monkeypatch):
+    monkeypatch.setattr(info_module, "is_native", lambda dtype: dtype == torch.bfloat16)
+    found = sparsebwd.info()
+    assert found["cpu"]["dense"] == {"bfloat16": True, "float16": False}
+    assert "no kernels for float16 convolutions" in str(found)
+    monkeypatch.setattr(info_module, "is_native", lambda dtype: True)
+    assert "convolutions on this CPU" not in str(sparsebwd.info())
 
 
 def test_cuda_kernels():

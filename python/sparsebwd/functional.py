@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
+from .backends.dense import conv2d
 from .problem import as_int, as_pair
 from .reference import SIGMA_HISTORY, PrunedGradient
 from .registration import transformed
@@ -225,7 +226,7 @@ def convolve(
 
     if transformed(input, weight, bias):
         ops.log_unpruned()
-        output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        output = conv2d(input, weight, bias, stride, padding, dilation, groups)
     elif torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
         pruned = pruning.active and (input.requires_grad or pruning.placement == "output")
         key = _key(input, weight, pruned, generator)
@@ -243,7 +244,7 @@ def convolve(
             sigma_history,
         )
     else:
-        output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        output = conv2d(input, weight, bias, stride, padding, dilation, groups)
     return output if batched else output.squeeze(0)
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from . import ops
+from .backends.dense import conv2d
 from .functional import convolve, sparse_conv2d
 from .reference import SIGMA_HISTORY
 from .settings import Pruning
@@ -292,16 +293,15 @@ class SparseConv2d(nn.Conv2d):
         super().__setattr__(name, value)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
         if not self.training:
-            return super()._conv_forward(input, weight, bias)
+            return conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
         if self._pruning.active and not torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
             # Reentrant checkpointing runs forward without gradients first. Drawing the key that
             # its replay will draw keeps the generator in step, so that no two layers share one.
             ops.draw_key(input, weight)
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = 0
         return convolve(
             input,
             weight,

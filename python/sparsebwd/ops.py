@@ -19,6 +19,7 @@ from torch.utils.flop_counter import conv_backward_flop, conv_flop
 
 from .backends import LayerStats, choose_backend, observers
 from .backends.base import logger
+from .backends.dense import gradients, widens
 from .problem import ConvProblem
 from .reference import density, memory_format
 from .registration import (
@@ -345,6 +346,10 @@ def _conv2d_fake(input, weight, bias, stride, padding, dilation, groups, *config
 
 
 def _convolution(input, weight, bias, stride, padding, dilation, groups) -> Tensor:
+    """As :func:`.backends.dense.conv2d`, below autograd and autocast."""
+    if widens(input, weight, padding, dilation):
+        operands = (operand if operand is None else operand.float() for operand in (input, weight, bias))
+        return _convolution(*operands, stride, padding, dilation, groups).to(input.dtype)
     # Profilers with_flops count conv2d, which takes longer; modes would not see the convolution in it.
     if torch._C._autograd._profiler_enabled() and not torch._C._len_torch_dispatch_stack():
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
@@ -387,9 +392,8 @@ def _backward(ctx, grad_output: Tensor) -> tuple:
     output_mask = ctx.needs_input_grad[:3]
     if transformed(grad_output):  # several gradients at once, as torch.autograd.grad(is_grads_batched=True) has them
         log_unpruned()
-        *sizes, groups = ctx.geometry
-        arguments = (weight.shape[:1], *sizes, False, (0, 0), groups, output_mask)
-        return (*torch.ops.aten.convolution_backward(grad_output, input, weight, *arguments), None)
+        grads = gradients(_problem(input.shape, weight.shape, *ctx.geometry), grad_output, input, weight, output_mask[:2])
+        return (*grads, grad_output.sum((0, 2, 3)) if output_mask[2] else None, None)
     direct = not torch.is_grad_enabled() and plain(grad_output, input, weight)
     backward = _conv2d_backward if direct else torch.ops.sparsebwd.conv2d_backward.default
     grads = backward(grad_output, input, weight, *ctx.geometry, key, *ctx.pruning, output_mask, ctx.sigma_history)

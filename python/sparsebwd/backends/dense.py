@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyTorch's own dense convolutions on the pruned gradient, where no sparse kernel runs.
+"""PyTorch's own dense convolutions: the forward pass, and gradients where no sparse kernel runs.
 
 On CPUs those in bfloat16 and float16 are oneDNN's where the CPU has the instructions, and else a path without it that takes 5 to
 70 times as long as float32. There, and where oneDNN's are known to be wrong, operands are converted to float32 and
@@ -9,9 +9,11 @@ results back: sums are in float32 either way, and rounded once.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
@@ -72,7 +74,7 @@ def gradients(
     output_mask: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """What :func:`convolution_backward` returns; computed in float32 where that is faster, or where PyTorch's is wrong."""
-    if not goes_through_float32(problem, grad_output):
+    if not grad_output.is_cpu or not goes_through_float32(problem, grad_output.dtype):
         return convolution_backward(problem, grad_output, input, weight, output_mask)
     # Of the operand whose gradient is the only one wanted PyTorch reads nothing but shape and strides.
     operands = (
@@ -83,20 +85,55 @@ def gradients(
     return tuple(None if result is None else result.to(grad_output.dtype) for result in results)
 
 
-def goes_through_float32(problem: ConvProblem, tensor: Tensor) -> bool:
-    """Whether dense convolutions of tensors such as this one are computed in float32 and rounded."""
-    if tensor.dtype not in _NATIVE or tensor.device.type != "cpu":
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int] | str,
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """:func:`torch.nn.functional.conv2d`; in float32, like its gradients, where those of :func:`gradients` are."""
+    dtype = input.dtype
+    autocasts = input.is_cpu and dtype != torch.float64 and torch.is_autocast_enabled("cpu")
+    if autocasts:
+        dtype = torch.get_autocast_dtype("cpu")
+    if not widens(input, weight, padding, dilation, dtype):
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    if autocasts:
+        input, weight, bias = (operand if operand is None else operand.to(dtype) for operand in (input, weight, bias))
+    operands = (operand if operand is None else operand.float() for operand in (input, weight, bias))
+    with torch.autocast("cpu", enabled=False):
+        return F.conv2d(*operands, stride, padding, dilation, groups).to(dtype)
+
+
+def goes_through_float32(problem: ConvProblem, dtype: torch.dtype) -> bool:
+    """Whether dense convolutions on CPUs are computed in float32 and rounded."""
+    return dtype in _NATIVE and (not is_native(dtype) or _is_wrong(problem.w, problem.s, problem.padding[1], problem.dilation[1]))
+
+
+def widens(
+    input: Tensor, weight: Tensor, padding: Sequence[int] | str, dilation: Sequence[int], dtype: torch.dtype | None = None
+) -> bool:
+    """:func:`goes_through_float32`, of operands as they are, or as autocast makes them ``dtype``."""
+    dtype = input.dtype if dtype is None else dtype
+    if dtype not in _NATIVE or not input.is_cpu:
         return False
-    return not is_native(tensor.dtype) or _is_wrong(problem)
+    if not is_native(dtype):
+        return True
+    if padding == "same":
+        padding = (0, dilation[1] * (weight.shape[3] - 1) // 2)
+    return _is_wrong(input.shape[-1], weight.shape[3], 0 if padding == "valid" else padding[1], dilation[1])
 
 
-def _is_wrong(problem: ConvProblem) -> bool:
+def _is_wrong(width: int, kernel_width: int, padding: int, dilation: int) -> bool:
     """Whether oneDNN in bfloat16 may be wrong: where the filter is wider than a row, or all of a row's width is padding.
 
-    Of PyTorch 2.13 with AVX512_BF16: the gradient of the weight of n1c28h37w1k42r3s3u2p1d1 has an error of 4.7e32, and
+    Of PyTorch 2.13 with AVX512_BF16: the gradient of the weight of n1c28h37w1k42r3s3u2p1d1g1 has an error of 4.7e32, and
     the forward pass of n2c61h3w2k32r3s1u1p2x3d3g1 is a segmentation fault.
     """
-    return problem.w < (problem.s - 1) * problem.dilation[1] + 1 or problem.w <= problem.padding[1]
+    return width < (kernel_width - 1) * dilation + 1 or width <= padding
 
 
 _NATIVE = {
@@ -108,6 +145,7 @@ _NATIVE = {
 _WITHOUT = ("SSE41", "AVX", "AVX2", "AVX2_VNNI")
 
 
+@torch.compiler.assume_constant_result
 @cache
 def is_native(dtype: torch.dtype) -> bool:
     """Whether PyTorch's dense convolutions on this CPU are oneDNN's in this dtype, bfloat16 or float16."""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsebwd import ops, reference, settings  # noqa: F401  (ops defines torch.ops.sparsebwd)
+from sparsebwd import ops, reference, settings
 from sparsebwd.backends.dense import convolution_backward
 from sparsebwd.problem import ConvProblem
 from sparsebwd.testing import assert_bit_equal, assert_error_bounded
@@ -265,7 +265,7 @@ class Convolution(Operation):
     def candidate(self, case: Case, operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
         """As the backward pass of a layer: grad_input, grad_weight and nothing, those that are not wanted empty."""
         device = operands.grad_output.device
-        return torch.ops.sparsebwd.conv2d_backward(
+        return ops.conv2d_backward(
             *operands,
             *_geometry(case.layer.problem),
             key_on(device),

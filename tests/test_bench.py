@@ -459,6 +459,15 @@ def test_prune_and_list(tmp_path):
     assert {(row["op"], row["backend"], row["baseline"]) for row in rows} == {("prune+lists", "cpu", "copy")}
 
 
+def test_against_dense_in_the_same_layout(tmp_path):
+    path = tmp_path / "rows.json"
+    arguments = ["--problem", PROBLEM, "--op", "agb", "--density", "0.5", "--layout", "contiguous,channels_last"]
+    assert bench(*arguments, "--against", "same", "--json", path).exit_code == 0
+    rows = rows_of(path)
+    assert [row["baseline"] for row in rows] == ["contiguous", "channels_last"]
+    assert all("--against same" in row["command"] for row in rows)
+
+
 def test_useful_work(tmp_path):
     path = tmp_path / "rows.json"
     assert bench("--problem", "n1c2h3w3k4r1s1", "--op", "agb,wgc,backward,prune", "--density", "0.5", "--backend",
@@ -695,6 +704,7 @@ def test_interrupted_runs_write_nothing(tmp_path, monkeypatch):
         (["--percentile", "100"], "percentile: got 100.0; accepted: 50 <= percentile < 100"),
         (["--dtype", "float64"], "dtype: got 'float64'; accepted: float32, bfloat16"),
         (["--layout", "nhwc"], "layout: got 'nhwc'; accepted: channels_last, contiguous"),
+        (["--against", "worst"], "against: got 'worst'; accepted: best, same"),
         (["--backend", "gpu"], "backend: got 'gpu'; accepted: 'auto', 'reference', 'dense', 'cpu'"),
         (["--threads", "0"], "threads: got '0'; accepted: integers from 1"),
         (["--device", "tpu"], "device: got 'tpu'; accepted: cpu, cuda"),

@@ -25,6 +25,12 @@ def test_a_slice_of_the_fuzz(capsys, monkeypatch):
     assert capsys.readouterr().out == "300 problems, seed 1: 0 failed, 0 refused\n"
 
 
+def test_a_slice_of_the_fuzz_of_dense_kernels(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["fuzz.py", "-n", "300", "--seed", "1", "--dense"])
+    assert fuzz.main() == 0
+    assert capsys.readouterr().out == "300 problems, seed 1: 0 failed, 0 refused\n"
+
+
 def test_cases_are_functions_of_seed_and_number():
     cases = [fuzz.draw(3, number) for number in range(200)]
     assert cases == [fuzz.draw(3, number) for number in range(200)]

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Random convolutions through the native kernels of this machine's CPU, against the reference (`make fuzz`).
+"""Random convolutions through the native kernels of this machine's CPU, against the reference (`make fuzz`); with
+--dense through PyTorch's, as this package calls them, in bfloat16 and float16, forward and backward.
 
 Each problem is a function of the seed and of its number. What fails prints the command that runs it alone.
 """
@@ -10,12 +11,12 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from sparsebwd import reference
-from sparsebwd.backends import get_backend
+from sparsebwd.backends import dense, get_backend
 from sparsebwd.problem import ConvProblem
 from sparsebwd.settings import Pruning
 from sparsebwd.testing import assert_bit_equal, fenced, poisoned_memory, random_tensor
@@ -73,24 +74,48 @@ def draw(seed: int, number: int) -> Case:
     )
 
 
-def check(case: Case) -> None:
-    """Raise AssertionError unless pruning, AGB and WGC are right to the bit.
-
-    Operands are small integers, so that sums are exact in any order. To keep them so the reference convolves what the
-    backend pruned, and that is compared by itself: it is the same whatever computes sigma.
-    """
-    problem, dtype = case.problem, case.dtype
-    generator = torch.Generator().manual_seed(case.seed)
-    input, weight, gradient = (
+def operands(case: Case) -> list[torch.Tensor]:
+    """Input, weight and gradient: small integers, so that sums are exact in any order."""
+    problem, generator = case.problem, torch.Generator().manual_seed(case.seed)
+    return [
         fenced(
             random_tensor(
-                shape, generator=generator, dtype=dtype, density=density, integer=True, memory_format=FORMATS[name]
+                shape, generator=generator, dtype=case.dtype, density=density, integer=True, memory_format=FORMATS[name]
             )
         )
         for shape, density, name in zip(
             (problem.input_size, problem.weight_size, problem.output_size), (1.0, 1.0, case.density), case.formats
         )
+    ]
+
+
+def check_dense(case: Case) -> None:
+    """Raise AssertionError unless the dense forward pass, AGB and WGC in 16 bits are right to the bit."""
+    problem, dtype = case.problem, case.dtype
+    input, weight, gradient = operands(case)
+    with poisoned_memory():
+        output = dense.conv2d(input, weight, None, problem.stride, problem.padding, problem.dilation, problem.groups)
+        grad_input, grad_weight = dense.gradients(problem, gradient, input, weight, (True, True))
+    exact = torch.nn.functional.conv2d(
+        input.double(), weight.double(), None, problem.stride, problem.padding, problem.dilation, problem.groups
     )
+    for name, actual, expected in (
+        ("forward", output, exact),
+        ("AGB", grad_input, reference.conv2d_input(problem, weight, gradient)),
+        ("WGC", grad_weight, reference.conv2d_weight(problem, input, gradient)),
+    ):
+        assert_bit_equal(actual + 0, expected.to(dtype) + 0, name)
+
+
+def check(case: Case) -> None:
+    """Raise AssertionError unless pruning, AGB and WGC are right to the bit.
+
+    To keep sums exact the reference convolves what the backend pruned, and that is compared by itself: it is the same
+    whatever computes sigma.
+    """
+    problem, dtype = case.problem, case.dtype
+    input, weight, gradient = operands(case)
+    generator = torch.Generator().manual_seed(case.seed)
     key = torch.randint(-(2**63), 2**63 - 1, (2,), generator=generator)
     backend = get_backend("cpu")
     pruned = gradient
@@ -127,19 +152,22 @@ def main() -> int:
     parser.add_argument("-n", type=int, default=20_000, help="number of problems (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed (%(default)s)")
     parser.add_argument("--first", type=int, default=0, help="number of the first problem (%(default)s)")
+    parser.add_argument("--dense", action="store_true", help="PyTorch's kernels, in bfloat16 and float16")
     args = parser.parse_args()
     failed = refused = 0
     for number in range(args.first, args.first + args.n):
         case = draw(args.seed, number)
-        if get_backend("cpu").can_run(case.problem, "cpu", case.dtype) is not None:
+        if args.dense and case.dtype == torch.float32:
+            case = replace(case, dtype=torch.float16)
+        if not args.dense and get_backend("cpu").can_run(case.problem, "cpu", case.dtype) is not None:
             refused += 1
             continue
         try:
-            check(case)
+            (check_dense if args.dense else check)(case)
         except (AssertionError, RuntimeError, ValueError) as error:
             failed += 1
             print(
-                f"{case}: {error}\n  {sys.executable} tools/fuzz.py --seed {args.seed} --first {number} -n 1",
+                f"{case}: {error}\n  {sys.executable} tools/fuzz.py --seed {args.seed} --first {number} -n 1{' --dense' * args.dense}",
                 flush=True,
             )
         if sys.stderr.isatty() and number % 100 == 99:

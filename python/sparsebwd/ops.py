@@ -381,6 +381,13 @@ def _setup_context(
     ctx.sigma_history = sigma_history
 
 
+def conv2d_backward(grad_output: Tensor, input: Tensor, weight: Tensor, *others) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator of this name, around the dispatcher where that would add nothing."""
+    direct = not torch.is_grad_enabled() and plain(grad_output, input, weight)
+    backward = _conv2d_backward if direct else torch.ops.sparsebwd.conv2d_backward.default
+    return backward(grad_output, input, weight, *others)
+
+
 @lru_cache(maxsize=1)
 def log_unpruned() -> None:
     """Once in a process."""
@@ -394,9 +401,7 @@ def _backward(ctx, grad_output: Tensor) -> tuple:
         log_unpruned()
         grads = gradients(_problem(input.shape, weight.shape, *ctx.geometry), grad_output, input, weight, output_mask[:2])
         return (*grads, grad_output.sum((0, 2, 3)) if output_mask[2] else None, None)
-    direct = not torch.is_grad_enabled() and plain(grad_output, input, weight)
-    backward = _conv2d_backward if direct else torch.ops.sparsebwd.conv2d_backward.default
-    grads = backward(grad_output, input, weight, *ctx.geometry, key, *ctx.pruning, output_mask, ctx.sigma_history)
+    grads = conv2d_backward(grad_output, input, weight, *ctx.geometry, key, *ctx.pruning, output_mask, ctx.sigma_history)
     wanted = (grad if want else None for grad, want in zip(grads, output_mask))
     return (*wanted, None)
 

@@ -150,6 +150,7 @@ def test_functional_call_and_its_copies():
         torch.testing.assert_close(output, dense(seed).eval()(x))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would ask for a model on a GPU")
 def test_data_parallel():
     sparse = convert(dense(), percentile=None)
     assert_as_dense(sparse, dense(), nn.DataParallel(sparse))

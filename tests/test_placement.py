@@ -103,6 +103,74 @@ def test_what_zeroes_a_large_part(after, expected):
     assert "by order" not in str(conversion_report(model))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_pass_that_decides_is_that_of_training(training):
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return F.relu(self.conv(x)) if self.training else self.bn(self.conv(x))
+
+    model = convert(Branches().train(training))
+    assert model.conv.placement == "input" and model.training == model.conv.training == training
+
+
+class Squeezed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.down, self.up = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x, *, scale=1.0, mask=None):
+        y = self.conv(x) * scale
+        return y * torch.sigmoid(self.up(F.relu(self.down(y.mean((2, 3), keepdim=True)))))
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.shortcut = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        height, width = x.shape[-2:]
+        y = F.relu(self.shortcut(x) + self.bn(self.conv(x)))
+        return {"features": F.interpolate(y, size=(height * 2, width * 2))}
+
+
+class Lists(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()
+
+    def forward(self, features):
+        return [self.relu(self.bn(self.conv(one))) for one in features]
+
+
+class Endless(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return self.forward(self.conv(x))
+
+
+@pytest.mark.parametrize(
+    "model, expected",
+    [
+        (Squeezed, ["output", "input", "output"]),
+        (Residual, ["output", "input"]),
+        (Lists, ["output"]),
+        (Endless, ["output"]),
+        (lambda: Untraceable(nn.Sequential(Residual(), nn.ReLU())), ["output", "input"]),
+    ],
+)
+def test_structures(model, expected):
+    model = convert(model())
+    assert [layer.placement for layer in model.modules() if isinstance(layer, SparseConv2d)] == expected
+
+
 def test_a_module_is_not_what_its_name_says():
     model = nn.Sequential()
     for name, module in (("conv", nn.Conv2d(3, 3, 3)), ("abs", nn.Identity()), ("relu", nn.ReLU())):

@@ -29,7 +29,7 @@ log = logging.getLogger("sparsebwd")
 
 
 class Tracer(fx.Tracer):
-    """The graph of a model, in which every convolution is one node, and so is every module that does not trace.
+    """The graph of a model in training mode, in which every convolution is one node, and so is every module that does not trace.
 
     ``graph`` is None if the forward of ``root`` does not trace. Names are those of ``root.named_modules()``;
     ``opaque`` has those of the modules that do not trace, ``root`` itself ("") included.
@@ -116,6 +116,7 @@ class Tracer(fx.Tracer):
             }
             state["_buffers"] = {name: None if b is None else _meta(b) for name, b in module._buffers.items()}
             state["_modules"] = {k: None if m is None else self._shadow(m, made) for k, m in module._modules.items()}
+            state["training"] = True  # gradients are pruned in training mode only
             vars(twin).update(state)
         # Module.__call__ looks here first: it is where compiled modules keep what to call.
         vars(twin)["_compiled_call_impl"] = partial(self._call, twin)

@@ -56,6 +56,13 @@ def test_tables_have_a_density_for_each_class(table):
         assert layout["first"].agb == 0
 
 
+@pytest.mark.parametrize("name", ["amx", "avx2 against avx512"])
+def test_bfloat16_at_percentile_90_is_dense_where_dense_is_much_faster(name):
+    """It leaves densities from about 0.2."""
+    table = module._BFLOAT16[name]
+    assert all(max(limits) < 0.2 for layout in (table.channels_last, table.contiguous) for limits in layout.values())
+
+
 @pytest.mark.parametrize(
     "isa, native, amx, units_256_bits, float32, bfloat16",
     [

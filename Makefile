@@ -33,8 +33,8 @@ build: $(BUILT)  ## set up .venv, build and install the package
 bench: $(BUILT)  ## time the sparse kernels against dense PyTorch
 	@$(BIN)/python -m sparsebwd.bench
 
-fuzz: $(BUILT)  ## random convolutions through the CPU kernels, against the reference (N=20000, SEED=0)
-	@$(BIN)/python tools/fuzz.py $(if $(N),-n $(N)) $(if $(SEED),--seed $(SEED))
+fuzz: $(BUILT)  ## random convolutions through the CPU kernels, against the reference (N=20000, SEED=0, DENSE=)
+	@$(BIN)/python tools/fuzz.py $(if $(N),-n $(N)) $(if $(SEED),--seed $(SEED)) $(if $(DENSE),--dense)
 
 sanitize: $(BUILT)  ## the CPU kernels compiled with AddressSanitizer and UBSan, through their tests and the fuzz (ARGS= for pytest)
 	@$(BIN)/python tools/sanitize.py $(ARGS)

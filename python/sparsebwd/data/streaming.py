@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import atexit
+import mmap
 import os
 import signal
-import threading
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -231,22 +232,30 @@ class _Keys:
             key = self._following(key)
 
 
-def _outlive_signals(_) -> None:
-    """What a terminal or a batch system sends to all processes is the training's: it ends its workers, once it has saved.
+_ENDING = mmap.mmap(-1, 1)
+"""One byte that forked workers see too: whether the program is ending, and with it they."""
 
-    PyTorch's own handler would let a worker die of a SIGTERM that is not its parent's.
-    """
+
+def _set_ending(program: int) -> None:
+    if os.getpid() == program:
+        _ENDING[0] = 1
+
+
+# Called before what multiprocessing has registered, which sends SIGTERM to the workers and waits for them.
+atexit.register(_set_ending, os.getpid())
+
+
+def _outlive_signals(_) -> None:
+    """What a terminal or a batch system sends to all processes is the training's: it ends its workers, once it has saved."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    if torch.multiprocessing.get_start_method() == "fork":
+        signal.signal(signal.SIGTERM, _terminated)
 
 
-def _end_with(parent: int) -> None:
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
-        pass
-    os._exit(0)
+def _terminated(*_) -> None:
+    if _ENDING[0]:
+        os._exit(0)
 
 
 def _as_it_is(made: Any) -> Any:

@@ -158,7 +158,13 @@ def _prepare(
         )
     with world.one_first():
         images = data.load(
-            config.data, data_dir=config.data_dir, cache_dir=config.cache_dir, image_size=config.image_size
+            config.data,
+            data_dir=config.data_dir,
+            cache_dir=config.cache_dir,
+            image_size=config.image_size,
+            stream=config.stream,
+            crop=config.crop,
+            strict=not config.skip_unreadable,
         )
     trainer = Trainer(config, images, folder, world, reporter, signals)
     about = trainer.data.description
@@ -175,7 +181,9 @@ def _prepare(
         f"{about['name']}: {about['train_images']} training and {about['test_images']} test images of "
         f"{about['image_size']}x{about['image_size']} pixels, {about['classes']} classes; "
         f"{config.batch_size} images a step"
+        + (f"; decoded as they are needed, workers: {trainer.workers}" if trainer.workers is not None else "")
     )
+    trainer.show_notes()
     if options.resume:
         if trainer.resume():
             reporter.say(f"resumed after step {trainer.steps_done} from {folder / checkpoint.FILE}")
@@ -215,6 +223,10 @@ def _parser() -> argparse.ArgumentParser:
     value("train_subset", "N", "train on N images only", int)
     value("test_subset", "N", "test on N images only", int)
     switch("augment", "random crops and mirror images (default: on)", both=True)
+    value("crop", "NAME", "padded, as is usual for CIFAR; resized, as for ImageNet; auto: by the size of the images")
+    switch("stream", "decode images for each batch, not once for all (default: where that takes over 8 GiB)", both=True)
+    value("workers", "N", "processes that decode, where images are streamed (default: 1, or up to 8 beside a GPU)", int)
+    switch("skip_unreadable", "leave out images that cannot be read, instead of ending")
     switch("compare", "train the dense twin too, from the same weights, step by step in turns")
 
     group = parser.add_argument_group("sparsity")

@@ -19,11 +19,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SCHEDULES = ("step", "cosine")
 
 _MOST = 2**63 - 1  # of anything that is counted
+_MOST_WORKERS = 512
 _LARGEST = torch.finfo(torch.float32).max  # of what is multiplied with weights and gradients
 
 # A resumed run may change these: they do not alter what was computed up to the checkpoint. The length of the run
 # is among them, unless the learning rate depends on it.
-_FREE = {"data_dir", "cache_dir", "checkpoint_steps", "measure_every", "threads", "device"}
+_FREE = {
+    "data_dir",
+    "cache_dir",
+    "workers",
+    "skip_unreadable",
+    "checkpoint_steps",
+    "measure_every",
+    "threads",
+    "device",
+}
 _LENGTH = {"epochs", "max_steps"}
 
 
@@ -40,6 +50,8 @@ class TrainConfig:
     warmup_steps: the rate rises linearly over so many steps.
     max_steps: stop after so many steps, also in mid-epoch.
     train_subset, test_subset: use so many images, spread over the data set.
+    crop: random crops of training images, "padded", "resized" or "auto"; stream, skip_unreadable: see `sparsebwd.data.load`.
+    workers: processes that decode images ahead where they are streamed; None: 1 on a CPU, up to 8 beside a GPU.
     checkpoint_steps: write a checkpoint every so many steps, besides those at the end of each epoch.
     measure_every: every so many steps, densities and convolution times are recorded instead of step times.
     dtype: "float32", or "bfloat16" for autocast.
@@ -70,6 +82,7 @@ class TrainConfig:
     warmup_steps: int = 0
     seed: int = 0
     augment: bool = True
+    crop: str = "padded"
     image_size: int = 32
     train_subset: int | None = None
     test_subset: int | None = None
@@ -79,12 +92,16 @@ class TrainConfig:
     threads: int | None = None
     data_dir: str | None = None
     cache_dir: str | None = None
+    stream: bool | None = None
+    workers: int | None = None
+    skip_unreadable: bool = False
     checkpoint_steps: int | None = None
     measure_every: int = 10
 
     def __post_init__(self) -> None:
         _among("model", self.model, models.names())
         _among("data", self.data, data.names())
+        _among("crop", self.crop, ("auto", *data.CROPS))
         _among("schedule", self.schedule, SCHEDULES)
         _among("dtype", self.dtype, DTYPES)
         _among("device", self.device, ("auto", "cpu", "cuda"))
@@ -99,6 +116,8 @@ class TrainConfig:
                 _between(name, getattr(self, name), 1, _MOST)
         if self.threads is not None:
             check_threads(self.threads)
+        if self.workers is not None:
+            _between("workers", self.workers, 0, _MOST_WORKERS)
         check_seed(self.seed)
         _between("warmup_steps", self.warmup_steps, 0, _MOST)
         _between("weight_decay", self.weight_decay, 0, _LARGEST)

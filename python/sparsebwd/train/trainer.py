@@ -8,11 +8,13 @@ import math
 import signal
 import time
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -20,7 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import models
 from ..conversion import convert
-from ..data import Batches, ImageData, Normalize, ordered_batches
+from ..data import Batches, DataError, ImageData, Normalize, available_cores, ordered_batches
+from ..data.decode import ImageError
 from ..info import info
 from ..monitor import DensityMonitor
 from . import checkpoint
@@ -105,6 +108,7 @@ class Trainer:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self._checkpoint = None if folder is None else folder / checkpoint.FILE
+        self.workers = self._workers()
         self._batches = Batches(
             self.data.train_images,
             self.data.train_labels,
@@ -112,8 +116,10 @@ class Trainer:
             seed=config.seed,
             augment=config.augment,
             mirror=self.data.mirror,
+            crop=self.data.crop,
             rank=world.rank,
             world_size=world.size,
+            workers=self.workers or 0,
         )
         self._normalize = Normalize(*self.data.statistics, world.device, config.channels_last)
         self.twins = self._build_twins()
@@ -168,7 +174,7 @@ class Trainer:
         """Train to the end, and return the summary that also goes into the log.
 
         Raises:
-            TrainingError: the loss, or a weight, is not finite.
+            TrainingError: the loss, or a weight, is not finite, or an image cannot be read.
             Stopped: a signal arrived. What was done until then is in the checkpoint.
             OSError: checkpoint or log cannot be written.
         """
@@ -176,7 +182,7 @@ class Trainer:
             # Where an earlier run stopped within an epoch, this one goes on within it.
             self._history = [entry for entry in self._history if entry["complete"]]
         self._write_log()
-        with self.reporter.running(self._step, self._total_steps), self._signals.deferred():
+        with self.reporter.running(self._step, self._total_steps), self._signals.deferred(), self._reading():
             if self._step == 0:
                 # From here on there is something to resume; a disk that cannot hold it is found now, not in an hour.
                 self._save()
@@ -194,6 +200,18 @@ class Trainer:
         summary = summarize(self._history)
         self._write_log(summary)
         return summary
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Ends the workers in the end. Where an image cannot be read, what was done until then is kept."""
+        try:
+            yield
+        except DataError as error:
+            self._save()
+            advice = "; to leave it out, add --skip-unreadable to --resume" if isinstance(error, ImageError) else ""
+            raise TrainingError(f"after step {self._step}, {error}{advice}") from None
+        finally:
+            self._batches.close()
 
     def _end_if(self, number: int) -> None:
         """End the run between two steps where a signal, by its number, arrived."""
@@ -239,6 +257,21 @@ class Trainer:
         dtype = DTYPES[self.config.dtype]
         with torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32):
             return model(inputs).float()
+
+    def show_notes(self) -> None:
+        """Warns of what the data have to say since the last call: files that are no images, or cannot be read."""
+        for note in self.data.notes.take():
+            self.reporter.warn(note)
+
+    def _workers(self) -> int | None:
+        """Processes that decode images; None where there is nothing to decode."""
+        if isinstance(self.data.train_images, np.ndarray):
+            return None
+        if self.config.workers is not None:
+            return self.config.workers
+        # A CPU trains with the cores that would decode.
+        cores = available_cores() // self.world.size if self.world.device.type == "cuda" else 1
+        return min(max(cores, 1), 8)
 
     def _build_twins(self) -> list[Twin]:
         config = self.config
@@ -322,6 +355,7 @@ class Trainer:
             self.config.batch_size,
             rank=self.world.rank,
             world_size=self.world.size,
+            workers=self.workers or 0,
         ):
             if self.world.size == 1:
                 self._end_if(self._signals.received)
@@ -352,6 +386,7 @@ class Trainer:
         self._save()
         self._write_log()
         self.reporter.epoch(entry)
+        self.show_notes()
 
     def _write_log(self, summary: dict[str, Any] | None = None) -> None:
         if self._log is not None:

@@ -122,6 +122,7 @@ WRONG = {
     "state/twins/sparse/tally/step": ("abc", "sparse.tally.step: got str, accepted is list"),
     "state/twins/sparse/tally/layers": ({"0": {"density": [1.0]}}, "sparse.tally.layers.0.density: got 1 numbers"),
     "state/environment": (None, "environment: got NoneType"),
+    "state/environment/threads": (torch.zeros(3), "environment.threads: got Tensor"),
 }  # fmt: skip
 
 

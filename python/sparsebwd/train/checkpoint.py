@@ -70,10 +70,7 @@ def load(
         _check_keys("checkpoint", record, _KEYS)
         if record["format"] != _FORMAT:
             raise CheckpointError(f"{path}: got format {record['format']!r}, accepted is {_FORMAT}")
-        _check_type("config", record["config"], dict)
-        for name, value in record["config"].items():
-            if value is not None and not isinstance(value, str | int | float):
-                raise _Wrong(f"config.{name}: got {type(value).__name__}, accepted are strings, numbers and None")
+        _check_plain("config", record["config"])
         _check_type("fingerprint", record["fingerprint"], str)
         differences = config.differences(record["config"])
         if not differences and record["fingerprint"] != fingerprint:
@@ -103,7 +100,7 @@ def _check_state(
     total_steps: int,
 ) -> None:
     _check_keys("state", state, like)
-    _check_type("environment", state["environment"], dict)
+    _check_plain("environment", state["environment"])
     step = state["step"]
     _check_type("step", step, int)
     if not 0 <= step <= total_steps:
@@ -201,6 +198,14 @@ def _check_keys(where: str, got: Any, expected: Iterable[str]) -> None:
 def _check_type(where: str, got: Any, accepted: type) -> None:
     if not isinstance(got, accepted) or (accepted is int and isinstance(got, bool)):
         raise _Wrong(f"{where}: got {type(got).__name__}, accepted is {accepted.__name__}")
+
+
+def _check_plain(where: str, got: Any) -> None:
+    """A dictionary of what can be compared and shown."""
+    _check_type(where, got, dict)
+    for name, value in got.items():
+        if value is not None and not isinstance(value, str | int | float):
+            raise _Wrong(f"{where}.{name}: got {type(value).__name__}, accepted are strings, numbers and None")
 
 
 def _check_number(where: str, got: Any) -> None:

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "conv_kernels.h"
+#include "depthwise_kernels.h"
 #include "prune_kernels.h"
 
 namespace sparsebwd {
@@ -15,6 +16,7 @@ struct IsaKernels {
   const char* name;
   const PruneKernels& prune;
   const ConvKernels& conv;
+  const DepthwiseKernels& depthwise;
 };
 
 // The kernels to use: those of the best instruction set that this CPU runs and that

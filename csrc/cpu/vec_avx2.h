@@ -37,6 +37,23 @@ struct Vec {
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store_first(float* p, int64_t count) const { _mm256_maskstore_ps(p, mask_of(count), v); }
   void stream(float* p) const { _mm256_stream_ps(p, v); }
+  // bfloat16, rounded as bfloat16_of_float does.
+  static Vec load(const uint16_t* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+  }
+  void store(uint16_t* p) const {
+    const __m256i bits = _mm256_castps_si256(v), high = _mm256_srli_epi32(bits, 16);
+    const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_srli_epi32(
+        _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+    const __m256i words = _mm256_blendv_epi8(rounded, quiet, nan);
+    _mm_storeu_si128(
+        reinterpret_cast<__m128i*>(p),
+        _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+  }
   static void finish_stores() { _mm_sfence(); }
   Vec fma(Vec a, Vec b) const { return {_mm256_fmadd_ps(a.v, b.v, v)}; }
   Vec operator+(Vec o) const { return {_mm256_add_ps(v, o.v)}; }

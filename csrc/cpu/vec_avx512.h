@@ -21,6 +21,21 @@ struct Vec {
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store_first(float* p, int64_t count) const { _mm512_mask_storeu_ps(p, mask_of(count), v); }
   void stream(float* p) const { _mm512_stream_ps(p, v); }
+  // bfloat16, rounded as bfloat16_of_float does.
+  static Vec load(const uint16_t* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+  }
+  void store(uint16_t* p) const {
+    const __m512i bits = _mm512_castps_si512(v), high = _mm512_srli_epi32(bits, 16);
+    const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_srli_epi32(
+        _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, quiet)));
+  }
   static void finish_stores() { _mm_sfence(); }
   Vec fma(Vec a, Vec b) const { return {_mm512_fmadd_ps(a.v, b.v, v)}; }
   Vec operator+(Vec o) const { return {_mm512_add_ps(v, o.v)}; }

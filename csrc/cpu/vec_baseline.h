@@ -5,6 +5,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "sparsebwd/dtype.h"
+
 namespace sparsebwd {
 namespace {
 
@@ -30,6 +32,14 @@ struct Vec {
     for (int64_t i = 0; i < count && i < kLanes; ++i) p[i] = v[i];
   }
   void stream(float* p) const { store(p); }
+  // bfloat16, rounded as bfloat16_of_float does.
+  static Vec load(const uint16_t* p) {
+    return {Lanes{float_of_bfloat16(p[0]), float_of_bfloat16(p[1]), float_of_bfloat16(p[2]),
+                  float_of_bfloat16(p[3])}};
+  }
+  void store(uint16_t* p) const {
+    for (int i = 0; i < kLanes; ++i) p[i] = bfloat16_of_float(v[i]);
+  }
   static void finish_stores() {}
   Vec fma(Vec a, Vec b) const { return {v + a.v * b.v}; }
   Vec operator+(Vec o) const { return {v + o.v}; }

@@ -18,6 +18,7 @@
 #include "checks.h"
 #include "conv_backward.h"
 #include "conv_plan.h"
+#include "depthwise.h"
 #include "isa.h"
 #include "layout.h"
 #include "parallel.h"
@@ -227,6 +228,49 @@ int64_t conv2d_backward(const Tensor& grad_output, std::optional<Tensor> input,
   return sparsebwd::conv_backward(kernels.conv, kernels.prune, task_pool(), call);
 }
 
+sparsebwd::Activation checked_depthwise(const Tensor& tensor, const char* name,
+                                        const Tensor& grad_output, const std::vector<int64_t>& size) {
+  check_on_cpu(tensor, name);
+  const bool channels_last = tensor.dim() == 4 && is_dense(tensor, kChannelsLast);
+  check(tensor.scalar_type() == grad_output.scalar_type() && has_sizes(tensor, size) &&
+            (channels_last || is_dense(tensor, kContiguous)),
+        name, ": got ", toString(tensor.scalar_type()), " of shape ", text(tensor.sizes()),
+        " and strides ", text(tensor.strides()),
+        ", accepted is a contiguous or channels_last tensor of grad_output's dtype and of shape ",
+        text(size));
+  return {const_cast<void*>(tensor.const_data_ptr()), channels_last};
+}
+
+void depthwise_backward(const Tensor& grad_output, std::optional<Tensor> input,
+                        std::optional<Tensor> weight, std::vector<int64_t> input_size,
+                        std::vector<int64_t> weight_size, std::vector<int64_t> stride,
+                        std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                        std::optional<Tensor> grad_input, std::optional<Tensor> grad_weight) {
+  check(input_size.size() == 4, "input_size: got ", text(input_size), ", accepted are 4 sizes");
+  sparsebwd::DepthwiseBackward call = {};
+  const sparsebwd::ConvProblem& problem = call.problem =
+      checked_problem(input_size, weight_size, stride, padding, dilation, input_size[1]);
+  call.dtype = checked_dtype(grad_output, "grad_output");
+  call.grad_output = checked_depthwise(grad_output, "grad_output", grad_output,
+                                       {problem.n, problem.k, problem.p(), problem.q()});
+  if (grad_input) {
+    check(weight.has_value(), "weight: got None, accepted is a tensor if grad_input is wanted");
+    call.grad_input = checked_depthwise(*grad_input, "grad_input", grad_output, input_size);
+    call.grad_input.data = grad_input->mutable_data_ptr();
+    call.weight_strides = checked_weight(*weight, "weight", weight_size);
+    call.weight_dtype = checked_dtype(*weight, "weight");
+    call.weight = weight->const_data_ptr();
+  }
+  if (grad_weight) {
+    check(input.has_value(), "input: got None, accepted is a tensor if grad_weight is wanted");
+    call.input = checked_depthwise(*input, "input", grad_output, input_size);
+    call.grad_weight_strides = checked_weight(*grad_weight, "grad_weight", weight_size);
+    call.grad_weight_dtype = checked_dtype(*grad_weight, "grad_weight");
+    call.grad_weight = grad_weight->mutable_data_ptr();
+  }
+  sparsebwd::depthwise_backward(sparsebwd::active_kernels().depthwise, task_pool(), call);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(sparsebwd_cpu, m) {
@@ -244,6 +288,10 @@ STABLE_TORCH_LIBRARY(sparsebwd_cpu, m) {
       "int[] weight_size, int[] stride, int[] padding, int[] dilation, int groups, Tensor? key, "
       "float tau, Tensor(a!)? pruned, Tensor(b!)? grad_input, Tensor(c!)? grad_weight, "
       "bool lists_only=False) -> int");
+  m.def(
+      "depthwise_backward(Tensor grad_output, Tensor? input, Tensor? weight, int[] input_size, "
+      "int[] weight_size, int[] stride, int[] padding, int[] dilation, Tensor(a!)? grad_input, "
+      "Tensor(b!)? grad_weight) -> ()");
 }
 
 // No key of a device: the checks above then say in words which devices are accepted.
@@ -256,6 +304,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparsebwd_cpu, CompositeExplicitAutograd, m) {
   m.impl("copy_layout", TORCH_BOX(&copy_layout));
   m.impl("refusal", TORCH_BOX(&refusal));
   m.impl("conv2d_backward", TORCH_BOX(&conv2d_backward));
+  m.impl("depthwise_backward", TORCH_BOX(&depthwise_backward));
 }
 
 // `import sparsebwd._C` loads this file, which registers the operators; the module is empty.

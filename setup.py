@@ -48,7 +48,9 @@ from cuda_toolkit import ARCHITECTURES, NVCC_FLAGS, CudaToolkit, find_cuda_toolk
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # Compiled once: the choice of kernels, and drivers that hand tasks to the thread pool.
-PLAIN_SOURCES = ["isa", "prune", "conv_backward", "conv_plan", "layout", "lists", "agb", "wgc", "depthwise", "depthwise_plan"]
+PLAIN_SOURCES = [
+    "isa", "prune", "conv_backward", "conv_plan", "layout", "lists", "agb", "wgc", "depthwise", "depthwise_plan",
+]  # fmt: skip
 # Compiled for each instruction set, from csrc/cpu/<kernel>_<instruction set>.cpp.
 KERNELS = ["prune", "conv", "depthwise"]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mpopcnt"]

@@ -16,7 +16,15 @@ import torch
 
 from sparsebwd.backends import available_backends
 
-FILES = ("test_fuzz.py", "test_isa.py", "test_layouts.py", "test_native.py", "test_parity.py", "test_pruning.py")
+FILES = (
+    "test_depthwise.py",
+    "test_fuzz.py",
+    "test_isa.py",
+    "test_layouts.py",
+    "test_native.py",
+    "test_parity.py",
+    "test_pruning.py",
+)
 LIMIT = "SPARSEBWD_MAX_ISA"
 
 

@@ -84,8 +84,8 @@ class Backward {
                          int64_t width, int64_t first, int64_t rows, int64_t channel, int64_t step,
                          int64_t block) const {
     DepthwisePixels result;
-    const int64_t pixel = from.channels_last ? all_channels : 1;
-    const int64_t plane = from.channels_last ? 1 : height * width;
+    const int64_t pixel = from.planes ? 1 : all_channels;
+    const int64_t plane = from.planes ? height * width : 1;
     const int64_t start = image * all_channels * height * width + first * width * pixel + channel * plane;
     result.data = static_cast<char*>(from.data) + start * dtype_size(call_.dtype);
     result.dtype = call_.dtype;

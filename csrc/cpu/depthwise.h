@@ -11,10 +11,10 @@
 
 namespace sparsebwd {
 
-// An activation [n][c][h][w], contiguous or channels-last.
+// An activation, null if it is not there: [n][c][h][w] if it is planes, else [n][h][w][c].
 struct Activation {
-  void* data;  // null: not there
-  bool channels_last;
+  void* data;
+  bool planes;
 };
 
 // One call. groups == c; output channel k belongs to input channel k / (k / c).
@@ -35,6 +35,9 @@ struct DepthwiseBackward {
   WeightStrides weight_strides;
   Activation grad_input;
 };
+
+// Why these kernels do not take the problem, as a sentence without a full stop; null if they do.
+const char* depthwise_refusal(const ConvProblem& problem);
 
 // Results do not depend on the number of threads.
 void depthwise_backward(const DepthwiseKernels& kernels, const TaskPool& pool,

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "depthwise.h"
 #include "sparsebwd/integers.h"
 
 namespace sparsebwd {
@@ -14,6 +15,11 @@ constexpr int64_t kLineFloats = 16;
 constexpr int64_t kLargestTile = 40 * 1024;
 constexpr int64_t kPreferredTile = 12 * 1024;
 constexpr int64_t kMostChannels = 64;
+// The tile of one row, in floats: offsets in tiles have 32 bits, and each worker has a tile.
+constexpr double kLargestRow = 1 << 22;
+// Phases, and elements of the filters of an input channel, are listed.
+constexpr int64_t kMostStride = 8;
+constexpr int64_t kMostElements = 1 << 14;
 // As many tasks are wanted, if there are images for them and their sums stay small.
 constexpr int64_t kTasks = 32;
 constexpr int64_t kMostSums = 512 * 1024;
@@ -22,6 +28,22 @@ constexpr int64_t kMostSums = 512 * 1024;
 int64_t odd_lines(int64_t floats) { return (ceil_div(floats, kLineFloats) | 1) * kLineFloats; }
 
 }  // namespace
+
+const char* depthwise_refusal(const ConvProblem& problem) {
+  if (problem.groups != problem.c) return "it is not depthwise";
+  if (problem.stride_h > kMostStride || problem.stride_w > kMostStride) return "a stride is above 8";
+  if (problem.r > kMostElements || problem.s > kMostElements ||
+      problem.k / problem.c > kMostElements / (problem.r * problem.s))
+    return "the filters of an input channel have more than 16384 elements";
+  const DepthwiseAxis rows(problem.h, problem.r, problem.stride_h, problem.pad_h, problem.dil_h);
+  const DepthwiseAxis columns(problem.w, problem.s, problem.stride_w, problem.pad_w, problem.dil_w);
+  const double width = static_cast<double>(columns.positions);
+  const double floats =
+      static_cast<double>(1 + rows.span()) * (width + static_cast<double>(columns.span())) +
+      2.0 * static_cast<double>(rows.stride * columns.stride) * width;
+  if (kLineFloats * floats > kLargestRow) return "rows are too long, or taps too far apart";
+  return nullptr;
+}
 
 DepthwiseAxis::DepthwiseAxis(int64_t size, int64_t kernel, int64_t stride, int64_t padding,
                              int64_t dilation)

@@ -148,17 +148,18 @@ void copy_layout(const Tensor& src, Tensor out) {
                               static_cast<float*>(out.mutable_data_ptr()));
 }
 
-// Whether the tensor is planes (see ConvBackward), else it is channels_last.
+// Whether the tensor is planes (see ConvBackward), else it is channels_last. half_planes: planes of
+// bfloat16 are accepted too.
 bool checked_activation(const Tensor& tensor, const char* name, const Tensor& grad_output,
-                      const std::vector<int64_t>& size) {
+                        const std::vector<int64_t>& size, bool half_planes = false) {
   check_on_cpu(tensor, name);
-  const bool planes = tensor.scalar_type() == ScalarType::Float && is_dense(tensor, kContiguous);
-  check(tensor.scalar_type() == grad_output.scalar_type() &&
-            has_sizes(tensor, size) && (is_dense(tensor, kChannelsLast) || planes),
-        name, ": got ", toString(tensor.scalar_type()), " of shape ",
-        text(tensor.sizes()), " and strides ", text(tensor.strides()),
-        ", accepted is a channels_last tensor, or a contiguous one of float32, of grad_output's dtype and "
-        "of shape ", text(size));
+  const bool planes = (half_planes || tensor.scalar_type() == ScalarType::Float) && tensor.dim() == 4 &&
+                      is_dense(tensor, kContiguous);
+  check(tensor.scalar_type() == grad_output.scalar_type() && has_sizes(tensor, size) &&
+            (is_dense(tensor, kChannelsLast) || planes),
+        name, ": got ", toString(tensor.scalar_type()), " of shape ", text(tensor.sizes()),
+        " and strides ", text(tensor.strides()), ", accepted is a channels_last tensor, or a contiguous one",
+        half_planes ? "" : " of float32", ", of grad_output's dtype and of shape ", text(size));
   return !is_dense(tensor, kChannelsLast);
 }
 
@@ -228,17 +229,18 @@ int64_t conv2d_backward(const Tensor& grad_output, std::optional<Tensor> input,
   return sparsebwd::conv_backward(kernels.conv, kernels.prune, task_pool(), call);
 }
 
-sparsebwd::Activation checked_depthwise(const Tensor& tensor, const char* name,
-                                        const Tensor& grad_output, const std::vector<int64_t>& size) {
-  check_on_cpu(tensor, name);
-  const bool channels_last = tensor.dim() == 4 && is_dense(tensor, kChannelsLast);
-  check(tensor.scalar_type() == grad_output.scalar_type() && has_sizes(tensor, size) &&
-            (channels_last || is_dense(tensor, kContiguous)),
-        name, ": got ", toString(tensor.scalar_type()), " of shape ", text(tensor.sizes()),
-        " and strides ", text(tensor.strides()),
-        ", accepted is a contiguous or channels_last tensor of grad_output's dtype and of shape ",
-        text(size));
-  return {const_cast<void*>(tensor.const_data_ptr()), channels_last};
+const char* why_depthwise_refused(const sparsebwd::ConvProblem& problem) {
+  return sparsebwd::depthwise_refusal(problem);
+}
+
+// Why depthwise_backward does not take a problem; empty if it does.
+std::string depthwise_refusal(std::vector<int64_t> input_size, std::vector<int64_t> weight_size,
+                              std::vector<int64_t> stride, std::vector<int64_t> padding,
+                              std::vector<int64_t> dilation, int64_t groups) {
+  const char* reason = checked_numbers(input_size, weight_size, stride, padding, dilation, groups,
+                                       why_depthwise_refused)
+                           .refusal;
+  return reason ? reason : "";
 }
 
 void depthwise_backward(const Tensor& grad_output, std::optional<Tensor> input,
@@ -246,24 +248,27 @@ void depthwise_backward(const Tensor& grad_output, std::optional<Tensor> input,
                         std::vector<int64_t> weight_size, std::vector<int64_t> stride,
                         std::vector<int64_t> padding, std::vector<int64_t> dilation,
                         std::optional<Tensor> grad_input, std::optional<Tensor> grad_weight) {
-  check(input_size.size() == 4, "input_size: got ", text(input_size), ", accepted are 4 sizes");
   sparsebwd::DepthwiseBackward call = {};
-  const sparsebwd::ConvProblem& problem = call.problem =
-      checked_problem(input_size, weight_size, stride, padding, dilation, input_size[1]);
+  const int64_t groups = input_size.size() > 1 ? input_size[1] : 1;
+  const sparsebwd::ConvProblem& problem = call.problem = checked_problem(
+      input_size, weight_size, stride, padding, dilation, groups, why_depthwise_refused);
   call.dtype = checked_dtype(grad_output, "grad_output");
-  call.grad_output = checked_depthwise(grad_output, "grad_output", grad_output,
-                                       {problem.n, problem.k, problem.p(), problem.q()});
+  const auto activation = [&](const Tensor& tensor, const char* name, const std::vector<int64_t>& size) {
+    const bool planes = checked_activation(tensor, name, grad_output, size, true);
+    return sparsebwd::Activation{const_cast<void*>(tensor.const_data_ptr()), planes};
+  };
+  call.grad_output =
+      activation(grad_output, "grad_output", {problem.n, problem.k, problem.p(), problem.q()});
   if (grad_input) {
     check(weight.has_value(), "weight: got None, accepted is a tensor if grad_input is wanted");
-    call.grad_input = checked_depthwise(*grad_input, "grad_input", grad_output, input_size);
-    call.grad_input.data = grad_input->mutable_data_ptr();
+    call.grad_input = activation(*grad_input, "grad_input", input_size);
     call.weight_strides = checked_weight(*weight, "weight", weight_size);
     call.weight_dtype = checked_dtype(*weight, "weight");
     call.weight = weight->const_data_ptr();
   }
   if (grad_weight) {
     check(input.has_value(), "input: got None, accepted is a tensor if grad_weight is wanted");
-    call.input = checked_depthwise(*input, "input", grad_output, input_size);
+    call.input = activation(*input, "input", input_size);
     call.grad_weight_strides = checked_weight(*grad_weight, "grad_weight", weight_size);
     call.grad_weight_dtype = checked_dtype(*grad_weight, "grad_weight");
     call.grad_weight = grad_weight->mutable_data_ptr();
@@ -289,6 +294,9 @@ STABLE_TORCH_LIBRARY(sparsebwd_cpu, m) {
       "float tau, Tensor(a!)? pruned, Tensor(b!)? grad_input, Tensor(c!)? grad_weight, "
       "bool lists_only=False) -> int");
   m.def(
+      "depthwise_refusal(int[] input_size, int[] weight_size, int[] stride, int[] padding, int[] dilation, "
+      "int groups) -> str");
+  m.def(
       "depthwise_backward(Tensor grad_output, Tensor? input, Tensor? weight, int[] input_size, "
       "int[] weight_size, int[] stride, int[] padding, int[] dilation, Tensor(a!)? grad_input, "
       "Tensor(b!)? grad_weight) -> ()");
@@ -304,6 +312,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparsebwd_cpu, CompositeExplicitAutograd, m) {
   m.impl("copy_layout", TORCH_BOX(&copy_layout));
   m.impl("refusal", TORCH_BOX(&refusal));
   m.impl("conv2d_backward", TORCH_BOX(&conv2d_backward));
+  m.impl("depthwise_refusal", TORCH_BOX(&depthwise_refusal));
   m.impl("depthwise_backward", TORCH_BOX(&depthwise_backward));
 }
 

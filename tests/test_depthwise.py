@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from sparsebwd import reference
-from sparsebwd.backends import available_backends
+from sparsebwd import SparseConv2d, grad, reference
+from sparsebwd.backends import available_backends, dense, depthwise
 from sparsebwd.backends.dense import convolution_backward
 from sparsebwd.problem import ConvProblem
 from sparsebwd.testing import assert_bit_equal, assert_error_bounded, fenced, poisoned_memory, random_tensor
@@ -109,8 +110,8 @@ def test_errors_are_bounded(text, dtype, memory_format):
     results = _backward(problem, grad_output, input, weight, memory_format)
     exact = convolution_backward(problem, grad_output.double(), input.double(), weight.double(), (True, True))
     # Dense in float32, rounded: kernels of 16 bits are less accurate on some machines, and wrong on others.
-    dense = convolution_backward(problem, grad_output.float(), input.float(), weight.float(), (True, True))
-    for result, expected, other in zip(results, exact, dense):
+    single = convolution_backward(problem, grad_output.float(), input.float(), weight.float(), (True, True))
+    for result, expected, other in zip(results, exact, single):
         assert_error_bounded(result, expected, other.to(dtype))
 
 
@@ -182,3 +183,76 @@ def test_bad_input(change, message):
         RAW.depthwise_backward(
             grad_output, input, weight, SMALL.input_size, SMALL.weight_size, *_geometry(SMALL), *results
         )
+
+
+# ---- in "auto"
+
+LARGE = "n2c16h8w9k16r5s5p2g16"
+NARROW = "n2c16h8w9k16r3s3p1g16"
+
+
+_kept = {name: getattr(RAW, name) for name in ("depthwise_backward", "depthwise_refusal")}
+
+
+@pytest.fixture
+def avx2(monkeypatch):
+    """The choice as on a CPU with AVX2, without PyTorch's kernels for bfloat16."""
+    depthwise._is_faster.cache_clear()
+    monkeypatch.setattr(depthwise, "_raw", SimpleNamespace(isa=lambda: "avx2", **_kept))
+    monkeypatch.setattr(dense, "is_native", lambda dtype: False)
+    yield
+    depthwise._is_faster.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "text, memory_format, masks",
+    [
+        (LARGE, torch.contiguous_format, {(True, True), (True, False), (False, True)}),
+        (LARGE, torch.channels_last, {(True, True), (False, True)}),
+        (NARROW, torch.contiguous_format, {(True, True), (True, False)}),
+        (NARROW, torch.channels_last, set()),
+        ("n2c16h8w9k32r5s5p2g16", torch.contiguous_format, set()),
+        ("n2c16h8w9k16r3s3p1g4", torch.contiguous_format, set()),
+        ("n2c8h8w9k8r3s3p1g8", torch.contiguous_format, set()),
+        ("n2c16h8w9k16r3s3u3p1g16", torch.contiguous_format, set()),
+    ],
+)
+def test_auto_takes_them_where_they_are_faster(text, memory_format, masks, dtype, avx2):
+    problem = ConvProblem.parse(text)
+    grad_output = torch.empty(problem.output_size, dtype=dtype).contiguous(memory_format=memory_format)
+    wanted = [(True, True), (True, False), (False, True)]
+    assert {mask for mask in wanted if depthwise.is_faster(problem, grad_output, mask)} == masks
+
+
+@pytest.mark.parametrize("text", [LARGE, NARROW, "n2c24h9w9k24r3s3u2p1g24"])
+@pytest.mark.parametrize("percentile", [None, 90.0])
+def test_layers_in_auto(text, percentile, memory_format, dtype, stats, avx2):
+    problem = ConvProblem.parse(text)
+    layer = SparseConv2d(
+        problem.c, problem.k, problem.r, problem.stride, problem.padding, groups=problem.groups, percentile=percentile
+    ).to(dtype)
+    grad_output, input, _ = _operands(problem, dtype, [memory_format] * 3)
+    with torch.no_grad():
+        layer.weight.copy_(_operands(problem, dtype, [memory_format] * 3)[2])
+    input.requires_grad_()
+    layer(input).backward(grad_output)
+    by_ours = depthwise.is_faster(problem, grad_output, (True, True))
+    assert stats[-1].implementation == ("depthwise" if by_ours else "dense")
+    assert input.grad.is_contiguous(memory_format=memory_format)
+    if percentile is None:
+        expected = reference.conv2d_input(problem, layer.weight.detach(), grad_output).to(dtype)
+        assert_bit_equal(input.grad + 0, expected + 0)
+        expected = reference.conv2d_weight(problem, input.detach(), grad_output).to(dtype)
+        assert_bit_equal(layer.weight.grad + 0, expected + 0)
+    else:
+        assert stats[-1].density < 0.95
+
+
+@pytest.mark.parametrize("text", [LARGE, NARROW])
+def test_gradients_alone_in_auto(text, memory_format, dtype, avx2):
+    problem = ConvProblem.parse(text)
+    grad_output, input, weight = _operands(problem, dtype, [memory_format] * 3)
+    actual = grad.conv2d_input(input.shape, weight, grad_output, *_geometry(problem), problem.groups)
+    assert_bit_equal(actual + 0, reference.conv2d_input(problem, weight, grad_output).to(dtype) + 0)
+    actual = grad.conv2d_weight(input, weight.shape, grad_output, *_geometry(problem), problem.groups)
+    assert_bit_equal(actual + 0, reference.conv2d_weight(problem, input, grad_output).to(dtype) + 0)

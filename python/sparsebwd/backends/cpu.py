@@ -14,6 +14,7 @@ from .. import reference
 from ..problem import ConvProblem
 from ..reference import PrunedGradient
 from ..settings import Pruning
+from . import depthwise
 from .base import Backend, BackwardResult, empty, logger, refusal
 from .break_even import break_even, why_dense
 from .dense import DenseBackend, gradients
@@ -166,6 +167,7 @@ class CpuBackend(Backend):
         layer_id: int = 0,
     ) -> BackwardResult:
         sigma = tau = density = pruned = grad_input = grad_weight = None
+        dense_by, dense_gradients = "dense", gradients
         prune_output = pruning.prunes_output
         if prune_output:
             sigma, tau = _threshold(grad_output, pruning, sigma_history)
@@ -190,14 +192,16 @@ class CpuBackend(Backend):
             density = _prune_at(grad_output, *at, pruned)
         if any(dense):
             gradient = grad_output if pruned is None else pruned
-            dense_input, dense_weight = gradients(problem, gradient, input, weight, dense)
+            if depthwise.is_faster(problem, gradient, dense):
+                dense_by, dense_gradients = "depthwise", depthwise.gradients
+            dense_input, dense_weight = dense_gradients(problem, gradient, input, weight, dense)
             grad_input = dense_input if dense[0] else grad_input
             grad_weight = dense_weight if dense[1] else grad_weight
 
         if pruning.prunes_input and grad_input is not None:
             sigma, tau = _threshold(grad_input, pruning, sigma_history)
             _prune_at(grad_input, key, tau, grad_input)
-        implementation = "+".join(name for name, ran in ((self.name, any(sparse)), ("dense", any(dense))) if ran)
+        implementation = "+".join(name for name, ran in ((self.name, any(sparse)), (dense_by, any(dense))) if ran)
         return BackwardResult(grad_input, grad_weight, tau, sigma, density, implementation)
 
 
@@ -205,7 +209,8 @@ _dense = DenseBackend()
 
 
 class AdaptiveCpuBackend(CpuBackend):
-    """The sparse kernels where they pay, PyTorch's dense ones on the pruned gradient where not.
+    """The sparse kernels where they pay, dense ones on the pruned gradient where not: PyTorch's, or those of
+    :mod:`.depthwise`.
 
     The choice depends on the problem, the dtype, the layout and the density of this very gradient, and on the kind of
     CPU, see :mod:`.break_even`; never on time measured during the run, so that it can be repeated bit for bit.
@@ -235,11 +240,15 @@ class AdaptiveCpuBackend(CpuBackend):
 
     def conv2d_input(self, problem: ConvProblem, weight: Tensor, grad_output: Tensor) -> Tensor:
         sparse, _ = self.sparse_pays(problem, grad_output)
+        if not sparse and depthwise.is_faster(problem, grad_output, (True, False)):
+            return depthwise.gradients(problem, grad_output, None, weight, (True, False))[0]
         chosen = super() if sparse else _dense
         return chosen.conv2d_input(problem, weight, grad_output)
 
     def conv2d_weight(self, problem: ConvProblem, input: Tensor, grad_output: Tensor) -> Tensor:
         _, sparse = self.sparse_pays(problem, grad_output)
+        if not sparse and depthwise.is_faster(problem, grad_output, (False, True)):
+            return depthwise.gradients(problem, grad_output, input, None, (False, True))[1]
         chosen = super() if sparse else _dense
         return chosen.conv2d_weight(problem, input, grad_output)
 

@@ -226,7 +226,7 @@ def test_auto_takes_them_where_they_are_faster(text, memory_format, masks, dtype
 
 @pytest.mark.parametrize("text", [LARGE, NARROW, "n2c24h9w9k24r3s3u2p1g24"])
 @pytest.mark.parametrize("percentile", [None, 90.0])
-def test_layers_in_auto(text, percentile, memory_format, dtype, stats, avx2):
+def test_layers_in_auto(text, percentile, memory_format, dtype, stats, avx2, caplog):
     problem = ConvProblem.parse(text)
     layer = SparseConv2d(
         problem.c, problem.k, problem.r, problem.stride, problem.padding, groups=problem.groups, percentile=percentile
@@ -235,9 +235,11 @@ def test_layers_in_auto(text, percentile, memory_format, dtype, stats, avx2):
     with torch.no_grad():
         layer.weight.copy_(_operands(problem, dtype, [memory_format] * 3)[2])
     input.requires_grad_()
-    layer(input).backward(grad_output)
+    with caplog.at_level("DEBUG", "sparsebwd"):
+        layer(input).backward(grad_output)
     by_ours = depthwise.is_faster(problem, grad_output, (True, True))
     assert stats[-1].implementation == ("depthwise" if by_ours else "dense")
+    assert any("the depthwise kernels are faster" in message for message in caplog.messages) is by_ours
     assert input.grad.is_contiguous(memory_format=memory_format)
     if percentile is None:
         expected = reference.conv2d_input(problem, layer.weight.detach(), grad_output).to(dtype)

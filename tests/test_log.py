@@ -56,7 +56,7 @@ def test_what_runs_by_density(limits, implementation, words, log, stats, monkeyp
     assert words in ran
 
 
-@pytest.mark.parametrize("arguments", [(4, 4, 3), (64, 64, 3, 1, 1, 1, 64), (32, 8, 3)])
+@pytest.mark.parametrize("arguments", [(4, 4, 3), (64, 64, 3, 1, 1, 1, 16), (32, 8, 3)])
 def test_what_is_too_small_runs_dense_and_says_so(arguments, log, stats):
     _backward(SparseConv2d(*arguments, percentile=95))
     assert [record.implementation for record in stats] == ["dense"]

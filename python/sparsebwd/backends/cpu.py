@@ -193,6 +193,7 @@ class CpuBackend(Backend):
         if any(dense):
             gradient = grad_output if pruned is None else pruned
             if depthwise.is_faster(problem, gradient, dense):
+                logger.debug("%s in %s: the depthwise kernels are faster", problem, gradient.dtype)
                 dense_by, dense_gradients = "depthwise", depthwise.gradients
             dense_input, dense_weight = dense_gradients(problem, gradient, input, weight, dense)
             grad_input = dense_input if dense[0] else grad_input

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from sparsebwd import SparseConv2d, grad, prune_gradient
+from sparsebwd.backends.dense import is_native
 from sparsebwd.functional import sparse_conv2d
 from sparsebwd.testing import assert_bit_equal, assert_error_bounded, random_tensor
 
@@ -155,14 +156,19 @@ def test_autocast_in_bfloat16(percentile, stats):
     conv = copy.deepcopy(layer).to_conv2d()
     x = torch.randn(4, 16, 9, 8)
 
-    def run(module):
-        def function(x):
-            with torch.autocast("cpu", torch.bfloat16):
-                return module(x)
+    def through_float32(x):
+        operands = (operand.bfloat16().float() for operand in (x, conv.weight, conv.bias))
+        return F.conv2d(*operands, padding=1).bfloat16()
 
-        return _gradients(function, module, x)
+    def run(module, function):
+        def autocast(x):
+            with torch.autocast("cpu", torch.bfloat16, enabled=function is not through_float32):
+                return function(x)
 
-    actual, dense = run(layer), run(conv)
+        return _gradients(autocast, module, x)
+
+    # Without instructions for bfloat16 the forward pass is that of float32, rounded.
+    actual, dense = run(layer, layer), run(conv, conv if is_native(torch.bfloat16) else through_float32)
     assert actual[0].dtype == torch.bfloat16
     assert_bit_equal(actual[0], dense[0])
     for gradient, like in zip(actual[1:], (x, layer.weight, layer.bias)):

@@ -56,14 +56,22 @@ def check_operands(**tensors: Tensor) -> None:
 
 @torch.compiler.assume_constant_result
 def _settings(
-    percentile: float | None, placement: str, sigma_estimator: str, backend: str, predicted: bool
+    percentile: float | None, placement: str, sigma_estimator: str, backend: str, predicted: bool, where: str
 ) -> Pruning:
     """A function for torch.compile, to which settings are constants."""
-    return Pruning(percentile, placement, sigma_estimator, "predicted" if predicted else "exact", backend)
+    return Pruning(percentile, placement, sigma_estimator, "predicted" if predicted else "exact", backend, where)
 
 
 def _autocasts(device_type: str) -> bool:
     return device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
+
+
+def _dtype(input: Tensor) -> torch.dtype:
+    """The dtype that a convolution of ``input`` computes in."""
+    device_type = input.device.type
+    if _autocasts(device_type) and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return input.dtype
 
 
 def _key(input: Tensor, weight: Tensor | None, needed: bool, generator: torch.Generator | None) -> Tensor:
@@ -116,7 +124,7 @@ def prune_gradient(
     """
     check_operands(grad=grad)
     check_percentile(percentile, or_none=False)
-    pruning = _settings(percentile, "output", sigma_estimator, backend, sigma_history is not None)
+    pruning = _settings(percentile, "output", sigma_estimator, backend, sigma_history is not None, "everywhere")
     check_sigma_history(sigma_history, grad)
     if not 2 <= grad.dim() <= 4:
         raise ValueError(f"grad: got shape {tuple(grad.shape)}; accepted: (N, C, H, W), (N, C, L) or (N, C)")
@@ -144,6 +152,7 @@ def sparse_conv2d(
     generator: torch.Generator | None = None,
     layer_id: int = 0,
     sigma_history: Tensor | None = None,
+    where: str = "everywhere",
 ) -> Tensor:
     """:func:`torch.nn.functional.conv2d` whose backward pass prunes and skips zeros.
 
@@ -166,6 +175,8 @@ def sparse_conv2d(
             traceable by torch.compile.
         layer_id: reported to ``sparsebwd.backends.observers``.
         sigma_history: as in :func:`prune_gradient`; read and written in the backward pass.
+        where: "everywhere", or "faster": plain :func:`torch.nn.functional.conv2d` where nothing can be faster, and
+            unpruned where this very gradient is too dense; see :class:`sparsebwd.Pruning`.
 
     Raises:
         TypeError: another type or dtype.
@@ -180,7 +191,7 @@ def sparse_conv2d(
         padding,
         dilation,
         groups,
-        _settings(percentile, placement, sigma_estimator, backend, sigma_history is not None),
+        _settings(percentile, placement, sigma_estimator, backend, sigma_history is not None, where),
         generator,
         layer_id,
         sigma_history,
@@ -220,16 +231,19 @@ def convolve(
         input, padding = _pad_as_named(input, weight, padding, stride, dilation)
     else:
         padding = as_pair(padding, "padding")
+    sparse = input.requires_grad or weight.requires_grad
     if not traced and not torch.compiler.is_compiling():
         # Raises if the sizes do not fit together.
-        ops.problem_of(tuple(input.shape), tuple(weight.shape), stride, padding, dilation, groups)
+        problem = ops.problem_of(tuple(input.shape), tuple(weight.shape), stride, padding, dilation, groups)
+        # What is compiled or traced leaves this to the backward pass.
+        sparse = sparse and ops.may_be_faster(pruning, problem, input, _dtype(input))
 
     if transformed(input, weight, bias):
         ops.log_unpruned()
         output = conv2d(input, weight, bias, stride, padding, dilation, groups)
-    elif torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
-        pruned = pruning.active and (input.requires_grad or pruning.placement == "output")
-        key = _key(input, weight, pruned, generator)
+    elif sparse and torch.is_grad_enabled():
+        draws = pruning.active and (input.requires_grad or pruning.placement == "output")
+        key = _key(input, weight, draws, generator)
         output = ops.conv2d(
             input,
             weight,
@@ -244,6 +258,10 @@ def convolve(
             sigma_history,
         )
     else:
+        if sparse and pruning.active and generator is None:
+            # Reentrant checkpointing runs forward without gradients first. Drawing the key that its replay will draw keeps
+            # the generator in step, so that no two layers share one.
+            ops.draw_key(input, weight)
         output = conv2d(input, weight, bias, stride, padding, dilation, groups)
     return output if batched else output.squeeze(0)
 

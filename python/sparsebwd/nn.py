@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from . import ops
 from .backends.dense import conv2d
 from .functional import convolve, sparse_conv2d
 from .reference import SIGMA_HISTORY
@@ -55,8 +54,10 @@ class SparseConv2d(nn.Conv2d):
         sigma_estimator: "corrected", or "as_printed" for the biased estimate that the paper prints.
         threshold: "exact": that of the very gradient which is pruned; or "predicted" from the last
             few gradients of this layer, so that a GPU reads the gradient only once.
+        where: "everywhere", or "faster": it is an nn.Conv2d where sparse kernels cannot be faster, known by the sizes, dtype
+            and device of a call, and prunes nothing where this very gradient is too dense for them to be.
 
-    All five may be set later, one by one or as one :class:`sparsebwd.Pruning`, the attribute ``pruning``.
+    All six may be set later, one by one or as one :class:`sparsebwd.Pruning`, the attribute ``pruning``.
     Raises TypeError or ValueError naming the one that is wrong, both times, and RuntimeError for a
     backend that is only planned; RuntimeError in forward if the backend asked for cannot run.
 
@@ -73,12 +74,13 @@ class SparseConv2d(nn.Conv2d):
     warns where it can tell, and :func:`sparsebwd.revert` gives them an nn.Conv2d. fuse_modules does see it.
     """
 
-    __jit_unused_properties__ = ["percentile", "placement", "backend", "sigma_estimator", "threshold", "pruning"]
+    __jit_unused_properties__ = ["percentile", "placement", "backend", "sigma_estimator", "threshold", "where", "pruning"]
 
     percentile = _setting("percentile", "In [50, 100), or None: nothing is pruned.")
     placement = _setting("placement", '"output" or "input".')
     backend = _setting("backend", '"auto" or the name of one.')
     sigma_estimator = _setting("sigma_estimator", '"corrected" or "as_printed".')
+    where = _setting("where", '"everywhere" or "faster".')
 
     def __init__(
         self,
@@ -99,6 +101,7 @@ class SparseConv2d(nn.Conv2d):
         backend: str = "auto",
         sigma_estimator: str = "corrected",
         threshold: str = "exact",
+        where: str = "everywhere",
     ) -> None:
         super().__init__(
             in_channels,
@@ -113,7 +116,7 @@ class SparseConv2d(nn.Conv2d):
             device,
             dtype,
         )
-        self._configure(Pruning(percentile, placement, sigma_estimator, threshold, backend))
+        self._configure(Pruning(percentile, placement, sigma_estimator, threshold, backend, where))
 
     def _configure(self, pruning: Pruning) -> None:
         dtype = a_parameter(self).dtype
@@ -138,6 +141,7 @@ class SparseConv2d(nn.Conv2d):
         backend: str = "auto",
         sigma_estimator: str = "corrected",
         threshold: str = "exact",
+        where: str = "everywhere",
     ) -> SparseConv2d:
         """A layer that shares the parameters of ``conv`` (the same Parameter objects), with its
         settings, hooks and training flag.
@@ -147,7 +151,7 @@ class SparseConv2d(nn.Conv2d):
         if type(conv) not in (nn.Conv2d, cls):
             raise TypeError(f"conv: got {type(conv).__name__}; accepted: torch.nn.Conv2d")
         layer = _share(conv, cls)
-        layer._configure(Pruning(percentile, placement, sigma_estimator, threshold, backend))
+        layer._configure(Pruning(percentile, placement, sigma_estimator, threshold, backend, where))
         return layer
 
     def to_conv2d(self) -> nn.Conv2d:
@@ -269,7 +273,7 @@ class SparseConv2d(nn.Conv2d):
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
         geometry = (self.stride, padding, self.dilation, self.groups)
-        settings = {name: getattr(self, name) for name in ("percentile", "placement", "sigma_estimator", "backend")}
+        settings = {name: getattr(self, name) for name in ("percentile", "placement", "sigma_estimator", "backend", "where")}
         settings |= {"layer_id": self.layer_id, "sigma_history": self._buffers.get("sigma_history")}
         args = (input, self.weight, self.bias, *geometry)
         return tracer.create_proxy("call_function", sparse_conv2d, args, settings)
@@ -298,10 +302,6 @@ class SparseConv2d(nn.Conv2d):
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
         if not self.training:
             return conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
-        if self._pruning.active and not torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
-            # Reentrant checkpointing runs forward without gradients first. Drawing the key that
-            # its replay will draw keeps the generator in step, so that no two layers share one.
-            ops.draw_key(input, weight)
         return convolve(
             input,
             weight,
@@ -332,6 +332,8 @@ class SparseConv2d(nn.Conv2d):
             text += f", sigma_estimator={self.sigma_estimator}"
         if self.threshold != "exact":
             text += f", threshold={self.threshold}"
+        if self.where != "everywhere":
+            text += f", where={self.where}"
         return text
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import conv_backward_flop, conv_flop
 
-from .backends import LayerStats, choose_backend, observers
+from .backends import LayerStats, choose_backend, observers, why_not_faster
 from .backends.base import logger
 from .backends.dense import gradients, widens
 from .problem import ConvProblem
@@ -54,6 +54,16 @@ def _problem(
     groups: int,
 ) -> ConvProblem:
     return problem_of(tuple(input_size), tuple(weight_size), tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+def may_be_faster(settings: Pruning, problem: ConvProblem, activation: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether a layer with tensors such as ``activation``, in that dtype or another one, is to do more than an nn.Conv2d:
+    not where ``where`` is "faster" and nothing can be faster."""
+    if settings.where == "everywhere":
+        return True
+    channels_last = activation.is_contiguous(memory_format=torch.channels_last)
+    dtype = activation.dtype if dtype is None else dtype
+    return why_not_faster(settings, problem, activation.device.type, dtype, channels_last) is None
 
 
 def _unversioned(sigma_history: Tensor | None) -> Tensor | None:
@@ -232,6 +242,8 @@ def _conv2d_backward(
         problem = _problem(input.shape, weight.shape, stride, padding, dilation, groups)
         settings = Pruning.parse(pruning)
         chosen = choose_backend(settings.backend, problem, grad_output.device.type, grad_output.dtype)
+        if not may_be_faster(settings, problem, grad_output):
+            settings = settings.unpruned
         start = time.perf_counter()
         result = chosen.conv2d_backward(
             problem,

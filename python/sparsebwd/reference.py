@@ -70,6 +70,15 @@ def quantile(percentile: float) -> float:
     return NormalDist().inv_cdf(percentile / 100)
 
 
+def normal_density(threshold: float) -> float:
+    """The expected density of normally distributed values with sigma 1 once they are pruned at ``threshold``:
+    E[min(|x| / threshold, 1)]. 1 at a threshold of 0."""
+    if threshold <= 0:
+        return 1.0
+    normal = NormalDist()
+    return 2 * normal.cdf(-threshold) + 2 * (normal.pdf(0) - normal.pdf(threshold)) / threshold
+
+
 Scalar = TypeVar("Scalar", Tensor, float)
 
 

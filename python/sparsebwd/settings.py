@@ -13,12 +13,13 @@ from functools import cached_property, lru_cache
 from numbers import Real
 from typing import Any
 
-from .reference import SIGMA_COEFFICIENT, quantile
+from .reference import SIGMA_COEFFICIENT, normal_density, quantile
 
-__all__ = ["PLACEMENTS", "THRESHOLDS", "Pruning", "check_backend", "check_choice", "check_percentile"]
+__all__ = ["PLACEMENTS", "THRESHOLDS", "WHERE", "Pruning", "check_backend", "check_choice", "check_percentile"]
 
 PLACEMENTS = ("output", "input")
 THRESHOLDS = ("exact", "predicted")
+WHERE = ("everywhere", "faster")
 
 
 def check_percentile(percentile: float | None, or_none: bool = True) -> float | None:
@@ -66,6 +67,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "sigma_estimator": _one_of("sigma_estimator", *SIGMA_COEFFICIENT),
     "threshold": _one_of("threshold", *THRESHOLDS),
     "backend": check_backend,
+    "where": _one_of("where", *WHERE),
 }
 
 
@@ -79,6 +81,8 @@ class Pruning:
     sigma_estimator: "corrected", or "as_printed" for the biased estimate that the paper prints.
     threshold: "exact", that of the very gradient which is pruned, or "predicted" from the last few of the same layer.
     backend: "auto" or the name of one.
+    where: "everywhere", as in the paper, or "faster": what "auto" would compute densely comes out as of an nn.Conv2d, with
+        nothing pruned. A backend that is named runs everywhere.
 
     Derived from these: ``text``, the settings that are not the default, as ``percentile=95.0,placement=input`` (empty
     for the default), which operators take; and ``active``, whether a gradient can come out changed.
@@ -91,6 +95,7 @@ class Pruning:
     sigma_estimator: str = "corrected"
     threshold: str = "exact"
     backend: str = "auto"
+    where: str = "everywhere"
     # Derived, and ready for every call of a layer.
     text: str = field(init=False, repr=False, compare=False)
     active: bool = field(init=False, repr=False, compare=False)
@@ -125,6 +130,20 @@ class Pruning:
     def sigma_coefficient(self) -> float:
         """sigma / mean |g|."""
         return SIGMA_COEFFICIENT[self.sigma_estimator]
+
+    @cached_property
+    def unpruned(self) -> Pruning:
+        """The same, but for the percentile, which is None."""
+        return self.replace(percentile=None)
+
+    @cached_property
+    def lowest_density(self) -> float:
+        """A density that a pruned gradient hardly ever falls below: a quarter of what normally distributed values would be
+        left with. Gradients have heavier tails, and zeros of their own: half of it is usual, a third happens."""
+        if self.percentile is None:
+            return 0.0
+        # The threshold in true standard deviations, if what is pruned is normal.
+        return normal_density(self.quantile * self.sigma_coefficient / SIGMA_COEFFICIENT["corrected"]) / 4
 
     def _as_text(self) -> str:
         given = {setting.name: getattr(self, setting.name) for setting in fields(self) if setting.init}

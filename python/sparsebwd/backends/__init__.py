@@ -12,6 +12,7 @@ from .base import (
     observers,
     register,
     registered_backends,
+    why_not_faster,
 )
 from .cpu import CpuBackend
 from .cuda import CudaBackend
@@ -29,6 +30,7 @@ __all__ = [
     "observers",
     "register",
     "registered_backends",
+    "why_not_faster",
 ]
 
 # "auto" takes the last of these that can run.

@@ -89,6 +89,11 @@ class Backend(ABC):
         other implementations what they do faster. Then it logs, at debug level, what runs and why."""
         return self
 
+    def why_not_faster(self, problem: ConvProblem, dtype: torch.dtype, channels_last: bool, pruning: Pruning) -> str | None:
+        """Asked of what :meth:`for_auto` returns: None if a layer may gain by this backend on this machine, else why it
+        cannot, whatever its gradients. channels_last: the layout of its tensors, else contiguous."""
+        return f"the backend {self.name!r}, which is what runs {dtype} here, is not faster than PyTorch's convolutions"
+
     @abstractmethod
     def can_run(self, problem: ConvProblem | None, device_type: str, dtype: torch.dtype) -> str | None:
         """None if it can compute this, else the reason why not. Without a problem: prune."""
@@ -214,6 +219,17 @@ def choose_backend(name: str, problem: ConvProblem | None, device_type: str, dty
         logger.debug("%s: backend %r refuses: %s", what, backend.name, reason)
         refusals.append(f"{backend.name!r}: {reason}")
     raise RuntimeError(f"backend: {name!r} cannot run {what} ({'; '.join(refusals)})")
+
+
+def why_not_faster(
+    pruning: Pruning, problem: ConvProblem, device_type: str, dtype: torch.dtype, channels_last: bool
+) -> str | None:
+    """Why a layer stays dense and unpruned where its ``pruning.where`` is "faster"; None if it does not: it may gain by
+    the backend that "auto" chooses, or another one is named. Raises as :func:`choose_backend` does."""
+    if pruning.where != "faster" or pruning.backend != "auto":
+        return None
+    chosen = choose_backend(pruning.backend, problem, device_type, dtype)
+    return chosen.why_not_faster(problem, dtype, channels_last, pruning)
 
 
 def _log_as_environment_says() -> None:

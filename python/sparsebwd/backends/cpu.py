@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -16,8 +18,8 @@ from ..reference import PrunedGradient
 from ..settings import Pruning
 from . import depthwise
 from .base import Backend, BackwardResult, empty, logger, refusal
-from .break_even import break_even, why_dense
-from .dense import DenseBackend, gradients
+from .break_even import break_even, classify, why_dense
+from .dense import DenseBackend, goes_through_float32, gradients
 
 try:
     from .. import _C  # noqa: F401  registers torch.ops.sparsebwd_cpu
@@ -147,12 +149,13 @@ class CpuBackend(Backend):
         weight_format = reference.memory_format(input)
         return _convolve(problem, grad_output, input=input, weight_format=weight_format).grad_weight
 
-    def sparse_pays(
-        self, problem: ConvProblem, grad: Tensor, key: Tensor | None = None, tau: float = 0.0
-    ) -> tuple[bool, bool]:
-        """Whether AGB and WGC of ``grad``, pruned at ``tau`` if there is a key, run on the sparse
-        kernels."""
+    def sparse_pays(self, problem: ConvProblem, grad: Tensor, pruning: Pruning) -> tuple[bool, bool]:
+        """Whether AGB and WGC of ``grad``, pruned if ``pruning`` says so, run on the sparse kernels."""
         return True, True
+
+    def may_pay(self, problem: ConvProblem, grad: Tensor) -> bool:
+        """Whether the sparse kernels may run at some density of ``grad``."""
+        return True
 
     def conv2d_backward(
         self,
@@ -168,14 +171,15 @@ class CpuBackend(Backend):
     ) -> BackwardResult:
         sigma = tau = density = pruned = grad_input = grad_weight = None
         dense_by, dense_gradients = "dense", gradients
-        prune_output = pruning.prunes_output
+        pays = self.sparse_pays(problem, grad_output, pruning)
+        sparse = (output_mask[0] and pays[0], output_mask[1] and pays[1])
+        dense = (output_mask[0] and not pays[0], output_mask[1] and not pays[1])
+        # That this follows from the gradient alone, not from what is drawn, keeps it without bias.
+        prune_output = pruning.prunes_output and (any(sparse) or pruning.where == "everywhere")
         if prune_output:
             sigma, tau = _threshold(grad_output, pruning, sigma_history)
         at = (key, tau) if prune_output else ()
 
-        pays = self.sparse_pays(problem, grad_output, *at)
-        sparse = (output_mask[0] and pays[0], output_mask[1] and pays[1])
-        dense = (output_mask[0] and not pays[0], output_mask[1] and not pays[1])
         if any(sparse):
             density, pruned, grad_input, grad_weight = _convolve(
                 problem,
@@ -199,7 +203,7 @@ class CpuBackend(Backend):
             grad_input = dense_input if dense[0] else grad_input
             grad_weight = dense_weight if dense[1] else grad_weight
 
-        if pruning.prunes_input and grad_input is not None:
+        if grad_input is not None and pruning.prunes_input and (pruning.where == "everywhere" or self.may_pay(problem, grad_output)):
             sigma, tau = _threshold(grad_input, pruning, sigma_history)
             _prune_at(grad_input, key, tau, grad_input)
         implementation = "+".join(name for name, ran in ((self.name, any(sparse)), (dense_by, any(dense))) if ran)
@@ -207,6 +211,7 @@ class CpuBackend(Backend):
 
 
 _dense = DenseBackend()
+_UNPRUNED = Pruning(percentile=None)
 
 
 class AdaptiveCpuBackend(CpuBackend):
@@ -219,15 +224,32 @@ class AdaptiveCpuBackend(CpuBackend):
 
     does = "runs it, each of AGB and WGC sparse or dense as the density says"
 
-    def sparse_pays(
-        self, problem: ConvProblem, grad: Tensor, key: Tensor | None = None, tau: float = 0.0
-    ) -> tuple[bool, bool]:
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def why_not_faster(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, pruning: Pruning) -> str | None:
+        # PyTorch's own dense convolutions are slower there, or wrong.
+        if goes_through_float32(problem, dtype) or depthwise.takes(problem, dtype, channels_last, (True, True)):
+            return None
+        highest = max(break_even(problem, dtype, channels_last))
+        if highest == 0:
+            return why_dense(problem, dtype)
+        if highest < pruning.lowest_density:
+            return (
+                f"the sparse kernels for this class of convolutions ({classify(problem)}) are faster up to a density of "
+                f"{highest:.2f} here, and percentile {pruning.percentile} hardly ever leaves so little"
+            )
+        return None
+
+    def may_pay(self, problem: ConvProblem, grad: Tensor) -> bool:
+        return any(break_even(problem, grad.dtype, grad.is_contiguous(memory_format=torch.channels_last)))
+
+    def sparse_pays(self, problem: ConvProblem, grad: Tensor, pruning: Pruning) -> tuple[bool, bool]:
         limits = break_even(problem, grad.dtype, grad.is_contiguous(memory_format=torch.channels_last))
         if not any(limits):
             if logger.isEnabledFor(logging.DEBUG):
                 logger.debug("%s in %s: AGB dense, WGC dense: %s", problem, grad.dtype, why_dense(problem, grad.dtype))
             return False, False
-        density = _expected_density(grad, key, tau)
+        density = _expected_density(grad, pruning)
         pays = density <= limits[0], density <= limits[1]
         logger.debug(
             "%s in %s at density %.3f: AGB %s, WGC %s (break-even %.2f, %.2f)",
@@ -240,14 +262,14 @@ class AdaptiveCpuBackend(CpuBackend):
         return pays
 
     def conv2d_input(self, problem: ConvProblem, weight: Tensor, grad_output: Tensor) -> Tensor:
-        sparse, _ = self.sparse_pays(problem, grad_output)
+        sparse, _ = self.sparse_pays(problem, grad_output, _UNPRUNED)
         if not sparse and depthwise.is_faster(problem, grad_output, (True, False)):
             return depthwise.gradients(problem, grad_output, None, weight, (True, False))[0]
         chosen = super() if sparse else _dense
         return chosen.conv2d_input(problem, weight, grad_output)
 
     def conv2d_weight(self, problem: ConvProblem, input: Tensor, grad_output: Tensor) -> Tensor:
-        _, sparse = self.sparse_pays(problem, grad_output)
+        _, sparse = self.sparse_pays(problem, grad_output, _UNPRUNED)
         if not sparse and depthwise.is_faster(problem, grad_output, (False, True)):
             return depthwise.gradients(problem, grad_output, input, None, (False, True))[1]
         chosen = super() if sparse else _dense
@@ -260,13 +282,17 @@ _RUNS = 61
 _RUN_LENGTH = 256
 
 
-def _expected_density(grad: Tensor, key: Tensor | None, tau: float) -> float:
-    """Density of ``grad``, pruned at ``tau`` if there is a key, from runs of elements spread evenly over its memory."""
+def _expected_density(grad: Tensor, pruning: Pruning) -> float:
+    """Density of ``grad``, pruned if ``pruning`` says so, from runs of elements spread evenly over its memory: that of
+    the whole gradient at its threshold is as that of the sample at its own."""
     runs = min(_RUNS, grad.numel())
     distance = grad.numel() // runs
     length = min(_RUN_LENGTH, distance)
-    # The copy is to be pruned. It is as one row of pixels with a run each: channels share random numbers.
-    sample = grad.as_strided((1, length, 1, runs), (0, 1, 0, distance)).clone(memory_format=torch.channels_last)
-    if key is None:
-        return _raw.abs_sum(sample)[1] / sample.numel()
-    return _prune_at(sample, key, tau, sample)
+    magnitudes = grad.as_strided((runs, length), (distance, 1)).abs().float()
+    if pruning.prunes_output and pruning.active:
+        mean = magnitudes.mean().item()
+        if not math.isfinite(mean):
+            return 1.0  # nothing will be pruned
+        tau = mean * pruning.sigma_coefficient * pruning.quantile
+        return (magnitudes / tau).clamp_(max=1).mean().item() if tau > 0 else 0.0
+    return torch.count_nonzero(magnitudes).item() / magnitudes.numel()

@@ -292,6 +292,8 @@ _BREAK_EVEN_FLOAT32 = 0.4  # the dense convolution in float32 throughout
 _BREAK_EVEN_TF32 = 0.04  # the dense one of float32 tensors in TF32, as PyTorch allows by default
 _BREAK_EVEN_HALF = 0.02  # bfloat16 and float16
 
+_NEVER = "1x1, in groups, or refused by the sparse kernels"
+
 
 def _break_even(dtype: torch.dtype) -> float:
     """The density up to which the sparse kernels are the faster ones, where they may be at all."""
@@ -339,11 +341,22 @@ class AdaptiveCudaBackend(CudaBackend):
         agb_refusal, wgc_refusal = _refusals(self.operators, problem, dtype)
         return not agb_refusal, not wgc_refusal
 
+    def why_not_faster(self, problem: ConvProblem, dtype: torch.dtype, channels_last: bool, pruning: Pruning) -> str | None:
+        if not any(self._may_pay(problem, dtype)):
+            return _NEVER
+        highest = _break_even(dtype)
+        if highest < pruning.lowest_density:
+            return (
+                f"the sparse kernels are faster up to a density of {highest:.2f} here, where PyTorch computes in "
+                f"{'TF32' if dtype == torch.float32 else dtype}, and percentile {pruning.percentile} hardly ever leaves so little"
+            )
+        return None
+
     def sparse_pays(self, problem: ConvProblem, grad: Tensor, layer_id: int) -> tuple[bool, bool]:
         layer = self._layer(problem, grad, layer_id)
         density = None if layer is None else layer.history.latest()
         if density is None:
-            reason = "1x1, in groups, or refused by the sparse kernels" if layer is None else "no density of it is known yet"
+            reason = _NEVER if layer is None else "no density of it is known yet"
             logger.debug("layer %d, %s in %s: AGB dense, WGC dense: %s", layer_id, problem, grad.dtype, reason)
             return False, False
         limit = _break_even(grad.dtype)

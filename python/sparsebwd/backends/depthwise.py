@@ -23,11 +23,12 @@ def is_faster(problem: ConvProblem, grad_output: Tensor, output_mask: tuple[bool
     if problem.groups == 1 or grad_output.device.type != "cpu":
         return False
     channels_last = grad_output.is_contiguous(memory_format=torch.channels_last)
-    return _is_faster(problem, grad_output.dtype, channels_last, tuple(output_mask))
+    return takes(problem, grad_output.dtype, channels_last, tuple(output_mask))
 
 
 @lru_cache(maxsize=4096)
-def _is_faster(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, output_mask: tuple[bool, bool]) -> bool:
+def takes(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, output_mask: tuple[bool, bool]) -> bool:
+    """:func:`is_faster`, for gradients of that dtype and layout on a CPU."""
     # What was not measured stays PyTorch's.
     filters = problem.r == problem.s and problem.r in (3, 5, 7) and max(*problem.stride, *problem.dilation) <= 2
     if not (problem.groups == problem.c == problem.k and problem.c >= 16 and problem.n and filters):

@@ -93,12 +93,12 @@ ROUTES = {
     "saved": lambda state: loaded_on_cpu(layer("meta"), state),
     "loaded into a used layer": lambda state: assigned(used(), state, assign=False),
     "threshold set on meta": lambda state: assigned(
-        convert(SparseConv2d(4, 6, 3, device="meta"), threshold="predicted"), state
+        convert(SparseConv2d(4, 6, 3, device="meta"), threshold="predicted", where="everywhere"), state
     ),
-    "converted on meta": lambda state: materialised(convert(nn.Conv2d(4, 6, 3, device="meta"), threshold="predicted"), state),
+    "converted on meta": lambda state: materialised(convert(nn.Conv2d(4, 6, 3, device="meta"), threshold="predicted", where="everywhere"), state),
     "reverted between": lambda state: convert(
         assigned(revert(layer("meta")), state), threshold="predicted"
-    ),
+    , where="everywhere"),
     "skip_init": lambda state: materialised(
         nn.utils.skip_init(SparseConv2d, 4, 6, 3, threshold="predicted"), state
     ),
@@ -193,7 +193,7 @@ def test_fully_shard(one_process):
     assert torch.equal(sharded.sigma_history, fresh.sigma_history)
     revert(sharded)
     assert not isinstance(sharded, SparseConv2d) and not hasattr(sharded, "sigma_history")
-    step(convert(sharded, threshold="predicted"))
+    step(convert(sharded, threshold="predicted", where="everywhere"))
     assert sharded.sigma_history[0] == 1
 
 

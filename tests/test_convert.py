@@ -59,7 +59,7 @@ def test_models_are_converted_and_reverted(name):
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert convert(model, percentile=95) is model
+        assert convert(model, percentile=95, where="everywhere") is model
     assert ("depthwise" in str([w.message for w in caught])) == (name == "mobilenet")
     assert placements(model) == dict.fromkeys(convs, expected)
     assert all(m.percentile == 95 for m in convs.values())
@@ -97,20 +97,20 @@ def test_models_are_converted_and_reverted(name):
     ],
 )
 def test_auto_placement_follows_the_traced_output(after, expected):
-    model = convert(Calls(after))
+    model = convert(Calls(after), where="everywhere")
     assert placements(model) == {"conv": expected}
 
 
 def test_auto_placement_of_a_convolution_used_twice_takes_both_uses():
     shared = conv()
-    model = convert(nn.Sequential(shared, nn.ReLU(), shared, nn.BatchNorm2d(3)))
+    model = convert(nn.Sequential(shared, nn.ReLU(), shared, nn.BatchNorm2d(3)), where="everywhere")
     assert model[0] is model[2] is shared
     assert placements(model) == {"0": "output"}
 
 
 def test_auto_placement_by_registration_where_nothing_traces():
     model = Branchy(conv(), nn.BatchNorm2d(3), nn.ReLU(), conv(), nn.Dropout(), nn.ReLU(), conv(), conv())
-    convert(model)
+    convert(model, where="everywhere")
     assert placements(model) == {"layers.0": "output", "layers.3": "input", "layers.6": "output", "layers.7": "output"}
     assert "by order of registration" in str(conversion_report(model))
 
@@ -125,7 +125,7 @@ def test_auto_placement_traces_the_parts_of_what_does_not_trace():
         def forward(self, x):
             return self.last(self.relu(self.bn(self.conv(x))))
 
-    model = convert(Branchy(Part(), nn.ReLU()))
+    model = convert(Branchy(Part(), nn.ReLU()), where="everywhere")
     assert placements(model) == {"layers.0.conv": "output", "layers.0.last": "input"}
 
 
@@ -147,7 +147,7 @@ def test_tracing_leaves_no_mark():
     model.conv.register_forward_hook(lambda *_: pytest.fail("a hook ran"))
     model.register_forward_pre_hook(lambda *_: pytest.fail("a hook ran"))
     random_state = torch.get_rng_state()
-    convert(model)
+    convert(model, where="everywhere")
     assert placements(model) == {"conv": "input"}
     assert model.calls == 0 and model.history == [] and not hasattr(model, "latest")
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -155,20 +155,22 @@ def test_tracing_leaves_no_mark():
 
 @pytest.mark.parametrize("placement", ["input", "output"])
 def test_given_placement_holds_for_every_layer(placement):
-    model = convert(nn.Sequential(conv(), nn.ReLU(), conv(), nn.BatchNorm2d(3)), placement=placement)
+    model = convert(
+        nn.Sequential(conv(), nn.ReLU(), conv(), nn.BatchNorm2d(3)), placement=placement, where="everywhere"
+    )
     assert placements(model) == {"0": placement, "2": placement}
 
 
 def test_a_convolution_itself():
     layer = conv()
-    assert convert(layer, percentile=None) is layer
+    assert convert(layer, percentile=None, where="everywhere") is layer
     assert type(layer) is SparseConv2d and layer.percentile is None and layer.placement == "output"
     assert str(conversion_report(layer)).startswith("the model: placement='output'")
     assert revert(layer) is layer and type(layer) is nn.Conv2d
 
 
 def test_converting_again_updates_the_settings():
-    model = convert(nn.Sequential(conv(), nn.ReLU()), percentile=90)
+    model = convert(nn.Sequential(conv(), nn.ReLU()), percentile=90, where="everywhere")
     layer, layer_id = model[0], model[0].layer_id
     convert(model, percentile=99.5, placement="output", backend="reference", sigma_estimator="as_printed")
     assert model[0] is layer and layer.layer_id == layer_id
@@ -185,7 +187,7 @@ def test_what_is_kept():
     handle = layer.register_forward_hook(lambda *_: calls.append("forward"))
     model = nn.Sequential(layer)
     others = [layer]  # a reference that is no submodule
-    convert(model)
+    convert(model, where="everywhere")
     assert others[0] is model[0] is layer and type(layer) is SparseConv2d
     assert layer.note == "kept" and not layer.training and not layer.weight.requires_grad
     assert layer.weight.is_contiguous(memory_format=torch.channels_last) and layer.weight.dtype == torch.bfloat16
@@ -201,7 +203,7 @@ def test_shared_weights_and_optimiser_go_on():
     model = nn.Sequential(conv(), nn.BatchNorm2d(3), nn.ReLU(), conv())
     model[3].weight = model[0].weight
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
-    convert(model)
+    convert(model, where="everywhere")
     assert model[3].weight is model[0].weight
     before = model[0].weight.detach().clone()
     model(torch.randn(2, 3, 5, 5)).square().sum().backward()
@@ -212,7 +214,7 @@ def test_shared_weights_and_optimiser_go_on():
 def test_without_pruning_gradients_equal_the_dense_ones():
     torch.manual_seed(0)
     dense = nn.Sequential(conv(), nn.BatchNorm2d(3), nn.ReLU(), conv(bias=False), nn.ReLU(), nn.Flatten())
-    sparse = convert(copy.deepcopy(dense), percentile=None)
+    sparse = convert(copy.deepcopy(dense), percentile=None, where="everywhere")
     x = torch.randn(2, 3, 6, 6)
     for model in (dense, sparse):
         model(x).square().sum().backward()
@@ -238,7 +240,7 @@ def test_what_is_not_eligible_is_left_alone_and_reported(caplog):
     )
     types = {name: type(module) for name, module in model.items()}
     with caplog.at_level(logging.INFO, logger="sparsebwd"):
-        convert(model)
+        convert(model, where="everywhere")
     assert {name: type(module) for name, module in model.items()} == types | {"plain": SparseConv2d}
     report = {layer.name: layer for layer in conversion_report(model).layers}
     assert report["plain"].converted and report["plain"].percentile == 90
@@ -259,7 +261,7 @@ def test_parametrized_convolutions_convert_and_revert():
     kind, keys = type(layer), list(layer.state_dict())
     x = torch.randn(2, 3, 6, 6)
     expected = layer(x)
-    convert(layer)
+    convert(layer, where="everywhere")
     assert isinstance(layer, SparseConv2d) and nn.utils.parametrize.is_parametrized(layer)
     assert layer(x).equal(expected) and list(layer.state_dict()) == keys
     layer(x).sum().backward()
@@ -272,7 +274,7 @@ def test_parametrized_convolutions_convert_and_revert():
 def test_lazy_convolution_converts_once_it_is_materialised():
     model = nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU())
     model(torch.randn(1, 2, 5, 5))
-    assert type(convert(model)[0]) is SparseConv2d
+    assert type(convert(model, where="everywhere")[0]) is SparseConv2d
 
 
 @pytest.mark.parametrize(
@@ -287,7 +289,7 @@ def test_lazy_convolution_converts_once_it_is_materialised():
 )
 def test_exclude(exclude, expected):
     model = nn.ModuleDict({"body": nn.Sequential(conv(), nn.ReLU(), conv()), "head": conv()})
-    assert placements(convert(model, exclude=exclude)).keys() == expected
+    assert placements(convert(model, exclude=exclude, where="everywhere")).keys() == expected
 
 
 def test_a_model_without_convolutions(caplog):
@@ -327,7 +329,7 @@ def test_complex_convolutions_are_left_alone():
 def test_bad_arguments_leave_the_model_unchanged(arguments, error, words):
     model = nn.Sequential(conv())
     with pytest.raises(error, match=words):
-        convert(model, **arguments)
+        convert(model, **arguments, where="everywhere")
     assert type(model[0]) is nn.Conv2d
 
 

@@ -54,7 +54,7 @@ def test_parameters_shapes_and_placement(name):
             assert model(torch.empty(2, 3, 32, 32)).shape == (2, num_classes)
         convolutions = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
         assert len(convolutions) == CONVOLUTIONS[name]
-        sparsebwd.convert(model, percentile=None)
+        sparsebwd.convert(model, percentile=None, where="everywhere")
     layers = [module for module in model.modules() if isinstance(module, sparsebwd.SparseConv2d)]
     assert len(layers) == CONVOLUTIONS[name]
     expected_placement = "input" if name == "alexnet" else "output"
@@ -127,7 +127,7 @@ def test_a_seed_reproduces_the_weights():
 
 def test_resnet18_trains_sparsely():
     torch.manual_seed(0)
-    model = sparsebwd.convert(models.create("resnet18", 10), percentile=90)
+    model = sparsebwd.convert(models.create("resnet18", 10), percentile=90, where="everywhere")
     logits = model(torch.randn(4, 3, 32, 32))
     torch.nn.functional.cross_entropy(logits, torch.arange(4)).backward()
     for name, parameter in model.named_parameters():

@@ -26,7 +26,8 @@ def model() -> nn.Module:
     return convert(
         nn.Sequential(
             nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3, stride=2), nn.ReLU()
-        )
+        ),
+        where="everywhere",
     )
 
 

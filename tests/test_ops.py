@@ -422,10 +422,10 @@ def test_expected_density(shape, memory_format, dtype, generator):
     )
     grad = grad.to(dtype).contiguous(memory_format=memory_format)
     before = grad.clone()
-    values, tau, _, density = torch.ops.sparsebwd.prune(grad, key, "backend=cpu")
+    values, _, _, density = torch.ops.sparsebwd.prune(grad, key, "backend=cpu")
     bound = 5 * 0.5 / min(grad.numel(), 61 * 256) ** 0.5
-    assert backends.cpu._expected_density(grad, key, tau.item()) == pytest.approx(density.item(), abs=bound)
-    assert backends.cpu._expected_density(values, None, 0.0) == pytest.approx(density.item(), abs=bound)
+    assert backends.cpu._expected_density(grad, Pruning()) == pytest.approx(density.item(), abs=bound)
+    assert backends.cpu._expected_density(values, Pruning(None)) == pytest.approx(density.item(), abs=bound)
     assert_bit_equal(grad, before)
 
 

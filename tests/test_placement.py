@@ -98,7 +98,7 @@ class Untraceable(nn.Module):
     ],
 )
 def test_what_zeroes_a_large_part(after, expected):
-    model = convert(Calls(after))
+    model = convert(Calls(after), where="everywhere")
     assert model.conv.placement == expected, str(conversion_report(model))
     assert "by order" not in str(conversion_report(model))
 
@@ -187,7 +187,7 @@ def test_what_leaves_a_traced_part_is_not_decided_in_it():
         def forward(self, x):
             return self.conv2(self.relu(self.conv1(x)))
 
-    model = convert(Untraceable(Head()))
+    model = convert(Untraceable(Head()), where="everywhere")
     assert model.part.conv1.placement == "input" and model.part.conv2.placement == "output"
     assert "'part.relu'" in str(conversion_report(model))
 
@@ -203,7 +203,7 @@ def test_no_generator_moves():
 
     model = nn.Sequential(Calls(F.relu), Draws(), Calls(lambda x: x + torch.rand(1)))
     states = random.getstate(), torch.get_rng_state()
-    convert(model)
+    convert(model, where="everywhere")
     assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
     assert model[0].conv.placement == "input"
 
@@ -211,22 +211,22 @@ def test_no_generator_moves():
 def test_reasons_are_few():
     reason = conversion_report(Calls(lambda x: [F.softmax(x, 1), F.normalize(x), x.cumsum(1), x @ x, x.cos()]))
     assert len(reason.layers) == 1
-    model = convert(Calls(lambda x: [F.softmax(x, 1), F.normalize(x), x.cumsum(1), x @ x]))
+    model = convert(Calls(lambda x: [F.softmax(x, 1), F.normalize(x), x.cumsum(1), x @ x]), where="everywhere")
     assert "1 more" in str(conversion_report(model))
 
 
 @pytest.mark.filterwarnings("ignore:torch.fx traces")
 @pytest.mark.parametrize("training", [True, False])
 def test_symbolic_trace_of_a_converted_model(training):
-    model = convert(nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU())).train(training)
+    model = convert(nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU()), where="everywhere").train(training)
     nodes = [(node.op, node.target) for node in fx.symbolic_trace(model).graph.nodes]
     assert ("call_module", "0") in nodes
-    graph_module = convert(fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU())))
+    graph_module = convert(fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU())), where="everywhere")
     assert graph_module.get_submodule("0").placement == "input"
 
 
 def test_script_in_evaluation_and_not_in_training():
-    model = convert(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"), nn.ReLU()))
+    model = convert(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"), nn.ReLU()), where="everywhere")
     with pytest.raises(RuntimeError, match="revert"):
         torch.jit.script(model)
     x = torch.randn(1, 3, 5, 5)
@@ -236,7 +236,7 @@ def test_script_in_evaluation_and_not_in_training():
 def test_parametrized_layers_convert_and_revert():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 3)))
     attributes = vars(model[0]).keys()
-    assert isinstance(convert(model)[0], SparseConv2d)
+    assert isinstance(convert(model, where="everywhere")[0], SparseConv2d)
     model(torch.randn(1, 3, 5, 5)).sum().backward()
     assert not isinstance(revert(model)[0], SparseConv2d) and vars(model[0]).keys() == attributes
 

@@ -341,7 +341,7 @@ def test_bad_thresholds(value):
     for make in (
         lambda: layer(threshold=value),
         lambda: SparseConv2d.from_conv2d(nn.Conv2d(4, 6, 3), threshold=value),
-        lambda: convert(nn.Conv2d(4, 6, 3), threshold=value),
+        lambda: convert(nn.Conv2d(4, 6, 3), threshold=value, where="everywhere"),
     ):
         with pytest.raises(error, match=message):
             make()
@@ -437,14 +437,17 @@ def test_convert_and_revert():
     model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3))
     keys = [list(vars(module)) for module in model]
     buffers = [name for name, _ in model.named_buffers()]
-    convert(model, threshold="predicted")
+    convert(model, threshold="predicted", where="everywhere")
     assert [model[i].threshold for i in (0, 3)] == ["predicted", "predicted"]
     step(model)
     assert [model[i].sigma_history[0] for i in (0, 3)] == [1, 1]
-    convert(model, placement="input", threshold="predicted")
+    convert(model, placement="input", threshold="predicted", where="everywhere")
     assert [model[i].sigma_history[0] for i in (0, 3)] == [0, 0]  # of another gradient now
-    assert convert(model)[0].threshold == "exact" and [name for name, _ in model.named_buffers()] == buffers
-    revert(convert(model, threshold="predicted"))
+    assert (
+        convert(model, where="everywhere")[0].threshold == "exact"
+        and [name for name, _ in model.named_buffers()] == buffers
+    )
+    revert(convert(model, threshold="predicted", where="everywhere"))
     assert [list(vars(module)) for module in model] == keys
     assert [name for name, _ in model.named_buffers()] == buffers
     assert not model[0]._non_persistent_buffers_set
@@ -612,7 +615,7 @@ def test_training_goes_as_with_exact_thresholds(generator):
             nn.Conv2d(4, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, stride=2), nn.ReLU(),
             nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 3),
         )  # fmt: skip
-        convert(model, threshold=threshold)
+        convert(model, threshold=threshold, where="everywhere")
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         losses = []
         with DensityMonitor(model) as monitor:

@@ -84,7 +84,11 @@ def test_logs_of_a_comparison(tmp_path, capsys):
     assert all(set(layer) == {"density", "sigma", "tau"} for layer in layers.values())
     assert not list(tmp_path.glob(".*"))
     shown = capsys.readouterr().out
-    for text in ("tiny (0.00 million parameters), percentile 90, and its dense twin", "96 training and 40 test", "speed-up"):
+    for text in (
+        "tiny (0.00 million parameters), percentile 90, and its dense twin",
+        "96 training and 40 test",
+        "speed-up",
+    ):
         assert text in shown
 
 
@@ -194,7 +198,13 @@ def test_backward_timer_tells_kinds_apart(monkeypatch):
     clock = iter(range(1000))
     ticking = SimpleNamespace(perf_counter=lambda: float(next(clock)))  # each operation takes a second
     monkeypatch.setattr(measure, "time", ticking)
-    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), convert(nn.Conv2d(4, 4, 3)), nn.MaxPool2d(4)]
+    layers = [
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        convert(nn.Conv2d(4, 4, 3), where="everywhere"),
+        nn.MaxPool2d(4),
+    ]
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4, 2))
     calls = []
     timer = measure.BackwardTimer(lambda: calls.append(1))
@@ -400,7 +410,10 @@ def test_a_replaced_run_cannot_be_resumed(tmp_path, monkeypatch):
         (["--model", "vgg"], "model: got 'vgg', accepted are resnet18, "),
         (["--data", "mnist"], "data: got 'mnist', accepted are digits, cifar10, cifar100, imagefolder"),
         (["--data", "cifar10"], "data_dir: got none"),
-        (["--data", "cifar10", "--data-dir", "/nowhere", "--image-size", "32"], "data_dir: got '/nowhere', which does not exist"),
+        (
+            ["--data", "cifar10", "--data-dir", "/nowhere", "--image-size", "32"],
+            "data_dir: got '/nowhere', which does not exist",
+        ),
         (["--data", "imagefolder", "--data-dir", "/nowhere"], "data_dir: got '/nowhere', which does not exist"),
         (["--percentile", "49"], "percentile: got 49"),
         (["--percentile", "100"], "percentile: got 100"),

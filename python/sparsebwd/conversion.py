@@ -5,16 +5,21 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import math
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from .backends import why_not_faster
 from .functional import DTYPES
 from .nn import SparseConv2d, a_parameter
 from .placement import Placement, decide_placements
+from .problem import ConvProblem
 from .settings import PLACEMENTS, Pruning, check_choice
 
 log = logging.getLogger("sparsebwd")
@@ -24,7 +29,7 @@ log = logging.getLogger("sparsebwd")
 class LayerReport:
     """What one convolution of a model is, and why.
 
-    ``converted``: it is a :class:`sparsebwd.SparseConv2d`; then ``percentile``, ``placement`` and ``backend`` are its
+    ``converted``: it is a :class:`sparsebwd.SparseConv2d`; then ``percentile``, ``placement``, ``backend`` and ``where`` are its
     settings, and ``reason`` says what follows it in the model. Otherwise these are None, and ``reason`` says why
     :func:`convert` leaves it alone.
     """
@@ -35,6 +40,7 @@ class LayerReport:
     placement: str | None
     backend: str | None
     reason: str
+    where: str | None = None
 
     def __str__(self) -> str:
         name = self.name or "the model"
@@ -102,6 +108,27 @@ def _why_not(module: _ConvNd) -> str | None:
     return None
 
 
+# Of what is converted it is not known yet how large its images will be: they are taken to be large.
+_OUTPUT = 64
+_BATCH = 64
+
+
+def _why_not_faster(module: nn.Conv2d, pruning: Pruning, autocast: torch.dtype | None = None) -> str | None:
+    """Why no kernel here can make ``module`` faster, in the dtype of its weight or in that of autocast, whatever its input;
+    None if one may, or if nothing is known of its device."""
+    parameter = a_parameter(module)
+    if parameter.device.type not in ("cpu", "cuda"):
+        return None
+    spans = (dilation * (size - 1) + 1 for size, dilation in zip(module.kernel_size, module.dilation))
+    h, w = (stride * (_OUTPUT - 1) + span for stride, span in zip(module.stride, spans))
+    sizes = (_BATCH, module.in_channels, h, w, module.out_channels, *module.kernel_size)
+    problem = ConvProblem(*sizes, module.stride, (0, 0), module.dilation, module.groups)
+    dtype = parameter.dtype if autocast is None else autocast
+    layouts = (True, False)
+    reasons = [why_not_faster(pruning, problem, parameter.device.type, dtype, layout) for layout in layouts]
+    return reasons[0] if all(reasons) else None
+
+
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; accepted: an nn.Module")
@@ -131,6 +158,7 @@ def convert(
     backend: str = "auto",
     sigma_estimator: str = "corrected",
     threshold: str = "exact",
+    where: str = "faster",
     *,
     exclude: str | Iterable[str] = (),
 ) -> nn.Module:
@@ -154,6 +182,10 @@ def convert(
             trace, the order in which modules are registered stands in. Parts that would draw random numbers while
             they are traced do not trace.
         backend, sigma_estimator, threshold: as in :class:`sparsebwd.SparseConv2d`.
+        where: "faster": what no kernel here can make faster stays an nn.Conv2d, judged by its weight and device, which are
+            those it will have if you move the model to its device first; and layers decide again by what they are given, see
+            :class:`sparsebwd.SparseConv2d`. "everywhere": all that is eligible is converted and pruned, as in the paper.
+            With a backend that is named, "faster" is the same as "everywhere".
         exclude: names of modules to leave as they are, with all below them, as in ``model.named_modules()``;
             ``fnmatch`` patterns such as "*.downsample*" are understood.
 
@@ -166,15 +198,25 @@ def convert(
     """
     _check_model(model)
     check_choice("placement", placement, ("auto", *PLACEMENTS))
-    pruning = Pruning(percentile, sigma_estimator=sigma_estimator, threshold=threshold, backend=backend)
+    pruning = Pruning(percentile, sigma_estimator=sigma_estimator, threshold=threshold, backend=backend, where=where)
     excluded = _excluded(model, exclude)
     placements = decide_placements(model) if placement == "auto" else None
-    depthwise = []
+    depthwise, left = [], Counter()
+    converted = total = 0  # in weights
     for name, module in model.named_modules():
         if not isinstance(module, _ConvNd) or name in excluded:
             continue
         sparse = isinstance(module, SparseConv2d)
-        if not sparse and _why_not(module) is not None:
+        weights = module.in_channels * module.out_channels // module.groups * math.prod(module.kernel_size)
+        total += weights
+        reason = None if sparse else _why_not(module)
+        dense = reason or _why_not_faster(module, pruning)
+        if dense is None:
+            converted += weights
+        else:
+            left[dense] += 1
+        # Where autocast to bfloat16 has something to gain, the layer decides by what it is given.
+        if not sparse and (reason or dense and _why_not_faster(module, pruning, torch.bfloat16)):
             continue
         chosen = pruning.replace(placement=placement if placements is None else placements[name].placement)
         if sparse:
@@ -194,7 +236,9 @@ def convert(
             "torch.nn.functional.conv2d is not seen",
             type(model).__name__,
         )
-    if depthwise and pruning.active:
+    if left and converted < total * _FEW:
+        _warn_of_few(left, converted / total, where)
+    if depthwise and pruning.active and (where == "everywhere" or backend != "auto"):
         warnings.warn(
             f"the model has depthwise convolutions ({len(depthwise)}, the first is {depthwise[0]!r}). With pruned "
             "gradients, MobileNet lost 15 to 70 percentage points of accuracy in 6 of the 12 runs that the paper "
@@ -203,6 +247,18 @@ def convert(
             stacklevel=2,
         )
     return model
+
+
+# Of all weights of convolutions. Less than this hardly shows in the time of a step.
+_FEW = 0.1
+
+
+def _warn_of_few(left: Counter[str], share: float, where: str) -> None:
+    reasons = "; ".join(f"{reason} ({count})" for reason, count in left.most_common(3))
+    more = "" if len(left) <= 3 else f"; {len(left) - 3} more reasons in sparsebwd.conversion_report(model)"
+    remedy = '; where="everywhere" converts what is only not faster' if where == "faster" else ""
+    converted = f"convolutions with only {share:.1%} of the weights were" if share else "no convolution was"
+    warnings.warn(f"{converted} converted. Left as they are: {reasons}{more}{remedy}", stacklevel=3)
 
 
 def revert(model: nn.Module) -> nn.Module:
@@ -224,6 +280,9 @@ def revert(model: nn.Module) -> nn.Module:
     return model
 
 
+_FASTER = Pruning(where="faster")
+
+
 def conversion_report(model: nn.Module) -> ConversionReport:
     """What each convolution of ``model`` is now, and why; prints one line for each."""
     _check_model(model)
@@ -237,8 +296,13 @@ def _report(model: nn.Module, placements: dict[str, Placement] | None) -> Conver
         if isinstance(module, SparseConv2d):
             settings = module.percentile, module.placement, module.backend
             reason = "as asked for" if placements is None else placements[name].reason
-            layers.append(LayerReport(name, True, *settings, reason))
+            if dense := _why_not_faster(module, module.pruning):
+                reason += f"; but as an nn.Conv2d, except under autocast to bfloat16: {dense}"
+            layers.append(LayerReport(name, True, *settings, reason, module.where))
         elif isinstance(module, _ConvNd):
-            reason = _why_not(module) or "it is a plain Conv2d that convert() was not asked to convert"
+            reason = _why_not(module)
+            if reason is None and (dense := _why_not_faster(module, _FASTER)):
+                reason = f"it would not be faster: {dense}"
+            reason = reason or "it is a plain Conv2d that convert() was not asked to convert"
             layers.append(LayerReport(name, False, None, None, None, reason))
     return ConversionReport(tuple(layers))

@@ -210,8 +210,9 @@ def convolve(
     generator: torch.Generator | None,
     layer_id: int,
     sigma_history: Tensor | None,
+    keep_in_step: bool = False,
 ) -> Tensor:
-    """:func:`sparse_conv2d` with settings made before."""
+    """:func:`sparse_conv2d` with settings made before. keep_in_step: draw a key even where no gradients are recorded."""
     check_operands(input=input, weight=weight, **({} if bias is None else {"bias": bias}))
     check_sigma_history(sigma_history, input)
     if input.dim() not in (3, 4):
@@ -258,7 +259,7 @@ def convolve(
             sigma_history,
         )
     else:
-        if sparse and pruning.active and generator is None:
+        if sparse and pruning.active and keep_in_step:
             # Reentrant checkpointing runs forward without gradients first. Drawing the key that its replay will draw keeps
             # the generator in step, so that no two layers share one.
             ops.draw_key(input, weight)

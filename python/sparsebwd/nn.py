@@ -314,6 +314,7 @@ class SparseConv2d(nn.Conv2d):
             None,
             self.layer_id,
             self._history(weight),
+            keep_in_step=True,
         )
 
     def __setstate__(self, state: dict) -> None:

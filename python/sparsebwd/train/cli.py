@@ -235,6 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     value("sigma_estimator", "NAME", "corrected, or as_printed in the paper")
     value("threshold", "NAME", "exact, or predicted from the gradients of the last few steps")
     value("backend", "NAME", ", ".join(("auto", *registered_backends())))
+    value("where", "NAME", "everywhere, as in the paper, or faster: only where sparse kernels can gain something")
 
     group = parser.add_argument_group("optimisation")
     value("epochs", "N", "length of the run", int)

@@ -42,7 +42,8 @@ class TrainConfig:
     """All options of a run.
 
     percentile: in [50, 100), or None: nothing is pruned, only exact zeros are skipped.
-    placement: "auto", "output" or "input"; backend, sigma_estimator, threshold: see `sparsebwd.convert`.
+    placement: "auto", "output" or "input"; backend, sigma_estimator, threshold, where: see `sparsebwd.convert`. Here all
+        is pruned that the paper prunes, unless where is "faster".
     compare: train the dense twin too, from the same weights, on the same batches, in turns.
     batch_size: images per step, over all processes.
     learning_rate: None takes the paper's, 0.05 for AlexNet and 0.1 for the others.
@@ -69,6 +70,7 @@ class TrainConfig:
     sigma_estimator: str = "corrected"
     threshold: str = "exact"
     backend: str = "auto"
+    where: str = "everywhere"
     compare: bool = False
     epochs: int = 300
     max_steps: int | None = None
@@ -106,7 +108,7 @@ class TrainConfig:
         _among("dtype", self.dtype, DTYPES)
         _among("device", self.device, ("auto", "cpu", "cuda"))
         placement = "output" if self.placement == "auto" else self.placement
-        Pruning(self.percentile, placement, self.sigma_estimator, self.threshold, self.backend)
+        Pruning(self.percentile, placement, self.sigma_estimator, self.threshold, self.backend, self.where)
         if self.backend != "auto" and (reason := get_backend(self.backend).available()):
             raise RuntimeError(f"backend: {self.backend!r} cannot run: {reason}")
         for name in ("epochs", "batch_size", "decay_epochs", "image_size", "measure_every"):

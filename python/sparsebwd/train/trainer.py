@@ -289,6 +289,7 @@ class Trainer:
                 backend=config.backend,
                 sigma_estimator=config.sigma_estimator,
                 threshold=config.threshold,
+                where=config.where,
             )
         for warning in caught:
             self.reporter.warn(str(warning.message))

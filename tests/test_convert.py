@@ -294,7 +294,7 @@ def test_exclude(exclude, expected):
 
 def test_a_model_without_convolutions(caplog):
     for model in (nn.Linear(2, 2), torch.jit.script(conv())):
-        assert revert(convert(model)) is model
+        assert revert(convert(model, where="everywhere")) is model
         assert str(conversion_report(model)) == "no convolutions"
         assert "has no convolutions that are modules, so nothing changes" in caplog.text
         caplog.clear()
@@ -302,7 +302,7 @@ def test_a_model_without_convolutions(caplog):
 
 def test_complex_convolutions_are_left_alone():
     model = nn.Sequential(conv(dtype=torch.complex64), conv())
-    assert [type(module) for module in convert(model)] == [nn.Conv2d, SparseConv2d]
+    assert [type(module) for module in convert(model, where="everywhere")] == [nn.Conv2d, SparseConv2d]
     assert "0: not converted: its weight is torch.complex64" in str(conversion_report(model))
     model[0](torch.randn(1, 3, 4, 4, dtype=torch.complex64)).abs().sum().backward()
     for make in (lambda: SparseConv2d.from_conv2d(model[0]), lambda: SparseConv2d(3, 3, 3, dtype=torch.complex64)):

@@ -197,11 +197,11 @@ _kept = {name: getattr(RAW, name) for name in ("depthwise_backward", "depthwise_
 @pytest.fixture
 def avx2(monkeypatch):
     """The choice as on a CPU with AVX2, without PyTorch's kernels for bfloat16."""
-    depthwise._is_faster.cache_clear()
+    depthwise.takes.cache_clear()
     monkeypatch.setattr(depthwise, "_raw", SimpleNamespace(isa=lambda: "avx2", **_kept))
     monkeypatch.setattr(dense, "is_native", lambda dtype: False)
     yield
-    depthwise._is_faster.cache_clear()
+    depthwise.takes.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def types(model: nn.Module) -> list[type]:
 @pytest.mark.parametrize("settings", [{}, {"threshold": "predicted"}])
 def test_fuse_modules(names, settings):
     model = dense(names).eval()
-    sparse = convert(copy.deepcopy(model), **settings)
+    sparse = convert(copy.deepcopy(model), **settings, where="everywhere")
     expected, fused = (quantization.fuse_modules(m, [names]) for m in (model, sparse))
     x = torch.randn(2, 3, 8, 8)
     assert_bit_equal(fused(x), expected(x))
@@ -49,14 +49,14 @@ def test_fuse_modules(names, settings):
 def test_fuse_modules_for_training(names):
     model = dense(names)
     expected = quantization.fuse_modules_qat(copy.deepcopy(model), [names])
-    fused = quantization.fuse_modules_qat(convert(model), [names], inplace=True)
+    fused = quantization.fuse_modules_qat(convert(model, where="everywhere"), [names], inplace=True)
     assert types(revert(fused)) == types(expected)
     x = torch.randn(2, 3, 8, 8)
     assert_bit_equal(fused(x), expected(x))
 
 
 def test_hooks_run_once_after_fusion():
-    model, calls = convert(dense(FUSED[2])).eval(), []
+    model, calls = convert(dense(FUSED[2]), where="everywhere").eval(), []
     model.conv.register_forward_pre_hook(lambda *_: calls.append("before"))
     model.relu.register_forward_hook(lambda *_: calls.append("after"))
     quantization.fuse_modules(model, [FUSED[2]], inplace=True)(torch.randn(2, 3, 8, 8))
@@ -64,7 +64,7 @@ def test_hooks_run_once_after_fusion():
 
 
 def test_what_cannot_be_fused_stays_as_it_is():
-    model = convert(dense(FUSED[0]), percentile=95, placement="input")
+    model = convert(dense(FUSED[0]), percentile=95, placement="input", where="everywhere")
     nn.utils.parametrizations.weight_norm(model.conv)
     before = model.conv.pruning
     with pytest.raises(NotImplementedError, match="Cannot fuse"):
@@ -96,11 +96,11 @@ SKIPPING = {
 @pytest.mark.parametrize("tool", SKIPPING.values(), ids=list(SKIPPING))
 def test_what_skips_the_layers_warns_and_names_revert(tool):
     with pytest.warns(UserWarning, match=r"sparsebwd.revert\(model\)"):
-        result = tool(convert(dense(FUSED[0])))
+        result = tool(convert(dense(FUSED[0]), where="everywhere"))
     assert SparseConv2d in types(result)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        tool(revert(convert(dense(FUSED[0]))))
+        tool(revert(convert(dense(FUSED[0]), where="everywhere")))
     assert "sparsebwd" not in str([warning.message for warning in caught])
 
 

@@ -333,7 +333,7 @@ def test_memory_is_that_of_pytorchs_allocator(generator):
 def small_resnet(**settings) -> nn.Module:
     torch.manual_seed(0)
     model = models.create("resnet18", num_classes=10, form="cifar").to(DEVICE, memory_format=torch.channels_last)
-    return sparsebwd.convert(model, percentile=90, **settings).train()
+    return sparsebwd.convert(model, percentile=90, **settings, where="everywhere").train()
 
 
 class Run:

@@ -72,12 +72,12 @@ def test_weights_that_come_from_elsewhere(change, before):
     model, sparse = dense(), dense()
     for m in (model, sparse):
         if m is sparse and not before:
-            convert(sparse, percentile=None, placement="output")
+            convert(sparse, percentile=None, placement="output", where="everywhere")
         torch.manual_seed(2)
         change(m[0])
     if before:
         torch.manual_seed(2)
-        convert(sparse, percentile=None, placement="output")
+        convert(sparse, percentile=None, placement="output", where="everywhere")
     frozen = [p for p in model.parameters() if not p.requires_grad]
     assert isinstance(sparse[0], SparseConv2d)
     for m in (model, sparse):
@@ -132,18 +132,20 @@ def _swapped(model):
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, _pickled, _saved, _averaged, _swapped])
 def test_copies_of_whole_models(copied):
-    assert_as_dense(copied(convert(dense(), percentile=None)), copied(dense()))
+    assert_as_dense(copied(convert(dense(), percentile=None, where="everywhere")), copied(dense()))
 
 
 # ---- what runs modules in other ways
 
 
 def test_functional_call_and_its_copies():
-    model, sparse = dense(), convert(dense(), percentile=None)
+    model, sparse = dense(), convert(dense(), percentile=None, where="everywhere")
     state = dict(sparse.named_parameters())
     assert_as_dense(sparse, model, lambda x: torch.func.functional_call(sparse, state, (x,)))
-    parameters, buffers = torch.func.stack_module_state([convert(dense(seed)).eval() for seed in range(3)])
-    base = convert(dense()).eval().to("meta")
+    parameters, buffers = torch.func.stack_module_state(
+        [convert(dense(seed), where="everywhere").eval() for seed in range(3)]
+    )
+    base = convert(dense(), where="everywhere").eval().to("meta")
     x = images()
     ensemble = torch.vmap(lambda p, b: torch.func.functional_call(base, (p, b), (x,)))(parameters, buffers)
     for output, seed in zip(ensemble, range(3)):
@@ -152,7 +154,7 @@ def test_functional_call_and_its_copies():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would ask for a model on a GPU")
 def test_data_parallel():
-    sparse = convert(dense(), percentile=None)
+    sparse = convert(dense(), percentile=None, where="everywhere")
     assert_as_dense(sparse, dense(), nn.DataParallel(sparse))
 
 
@@ -168,7 +170,7 @@ def test_hooks_of_all_kinds():
     expected = gradients(model)
     seen = calls.copy()
     calls.clear()
-    for actual, wanted in zip(gradients(convert(model, percentile=None)), expected):
+    for actual, wanted in zip(gradients(convert(model, percentile=None, where="everywhere")), expected):
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
     assert calls == seen and len(seen) == 6
 
@@ -209,15 +211,15 @@ def test_trace_prunes_with_fresh_numbers(training, threshold):
     ],
 )
 def test_trace_of_any_padding_takes_other_sizes(named):
-    model = convert(nn.Sequential(nn.Conv2d(4, 4, (2, 3), **named)), percentile=None, placement="output")
+    model = convert(
+        nn.Sequential(nn.Conv2d(4, 4, (2, 3), **named)), percentile=None, placement="output", where="everywhere"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error", torch.jit.TracerWarning)
         traced = torch.jit.trace(model, torch.randn(1, 4, 6, 6), check_trace=False)
     x = torch.randn(2, 4, 9, 7, requires_grad=True)
     torch.testing.assert_close(traced(x), model(x))
-    results = [
-        torch.autograd.grad(module(x).square().sum(), (x, *module.parameters())) for module in (traced, model)
-    ]
+    results = [torch.autograd.grad(module(x).square().sum(), (x, *module.parameters())) for module in (traced, model)]
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
@@ -225,7 +227,7 @@ def test_trace_of_any_padding_takes_other_sizes(named):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("strict", [True, False])
 def test_export(training, strict):
-    model = convert(dense()).train(training)
+    model = convert(dense(), where="everywhere").train(training)
     program = torch.export.export(model, (images(),), strict=strict)
     operators = [str(node.target) for node in program.graph.nodes if "conv2d" in str(node.target)]
     assert operators == ["sparsebwd.conv2d.default" if training else "aten.conv2d.default"] * 2
@@ -239,7 +241,7 @@ def test_a_compiled_model_may_be_converted_later(compile_it):
     if compiled is model:
         model.compile(backend="aot_eager")
     compiled(images())
-    convert(compiled, percentile=None)
+    convert(compiled, percentile=None, where="everywhere")
     seen = []
     observers.append(seen.append)
     try:
@@ -259,12 +261,12 @@ def test_second_derivatives():
         return torch.autograd.functional.hessian(lambda x: module(x).square().sum(), images()[:1, :, :5, :5])
 
     with pytest.raises(RuntimeError, match="double backward through a sparse convolution"):
-        hessian(convert(dense()))
-    torch.testing.assert_close(hessian(convert(dense()).eval()), hessian(dense().eval()))
+        hessian(convert(dense(), where="everywhere"))
+    torch.testing.assert_close(hessian(convert(dense(), where="everywhere").eval()), hessian(dense().eval()))
 
 
 def test_inference_mode():
-    model = convert(dense())
+    model = convert(dense(), where="everywhere")
     with torch.inference_mode():
         output = model(images())
     assert output.is_inference() and not output.requires_grad
@@ -307,8 +309,8 @@ def extract(model: nn.Module, name: str) -> fx.GraphModule:
 def test_feature_extraction(training, name):
     """By name of a layer, before or after conversion, and in either mode after it."""
     expected = extract(dense().train(training), name)
-    sparse = extract(convert(dense(), percentile=None).train(training), name)
-    later = convert(extract(dense().train(training), name), percentile=None)
+    sparse = extract(convert(dense(), percentile=None, where="everywhere").train(training), name)
+    later = convert(extract(dense().train(training), name), percentile=None, where="everywhere")
     for module in (sparse, later):
         assert any(isinstance(layer, SparseConv2d) for layer in module.modules())
         assert_as_dense(module, expected)
@@ -319,7 +321,7 @@ def test_feature_extraction(training, name):
 
 def test_graph_modules_keep_placements():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
-    graph_module = convert(fx.symbolic_trace(model))
+    graph_module = convert(fx.symbolic_trace(model), where="everywhere")
     layers = [layer.placement for layer in graph_module.modules() if isinstance(layer, SparseConv2d)]
     assert layers == ["input", "output"]
 
@@ -343,7 +345,7 @@ def test_fully_sharded_data_parallel(mesh, use_orig_params):
         FullyShardedDataParallel(dense(), device_id=torch.device("cpu"), use_orig_params=use_orig_params)
         for _ in range(2)
     ]
-    convert(wrapped[0], percentile=None, threshold="predicted")
+    convert(wrapped[0], percentile=None, threshold="predicted", where="everywhere")
     assert isinstance(wrapped[0].module[0], SparseConv2d)
     assert_as_dense(*wrapped)
     revert(wrapped[0])
@@ -354,7 +356,7 @@ def test_fully_sharded_data_parallel(mesh, use_orig_params):
 @pytest.mark.parametrize("predicted", [True, False])
 def test_conversion_after_data_parallel(mesh, predicted):
     model, wrapped = dense(), nn.parallel.DistributedDataParallel(dense())
-    convert(wrapped, percentile=None, threshold="predicted" if predicted else "exact")
+    convert(wrapped, percentile=None, threshold="predicted" if predicted else "exact", where="everywhere")
     assert_as_dense(wrapped, model)
     assert_as_dense(revert(wrapped), model)
 
@@ -364,11 +366,11 @@ def test_fully_sharded_layers(mesh, before):
     """Layers and the whole, sharded before or after conversion."""
     model, sharded = dense(), dense()
     if before:
-        convert(sharded, percentile=None)
+        convert(sharded, percentile=None, where="everywhere")
     for module in (sharded[0], sharded[3], sharded):
         fully_shard(module, mesh=mesh)
     if not before:
-        convert(sharded, percentile=None)
+        convert(sharded, percentile=None, where="everywhere")
     expected = gradients(model)
     for turn in range(2):
         assert isinstance(sharded[0], SparseConv2d) == (turn == 0)
@@ -381,7 +383,7 @@ def test_fully_sharded_layers(mesh, before):
 
 def test_bits_are_those_of_the_layer_alone(mesh):
     """Sharding changes nothing of what is pruned."""
-    sharded, alone = convert(dense()), convert(dense())
+    sharded, alone = convert(dense(), where="everywhere"), convert(dense(), where="everywhere")
     fully_shard(sharded, mesh=mesh)
     for actual, expected in zip(gradients(sharded), gradients(alone), strict=True):
         assert_bit_equal(actual.full_tensor() if hasattr(actual, "full_tensor") else actual, expected)

@@ -175,7 +175,7 @@ def test_a_module_is_not_what_its_name_says():
     model = nn.Sequential()
     for name, module in (("conv", nn.Conv2d(3, 3, 3)), ("abs", nn.Identity()), ("relu", nn.ReLU())):
         model.add_module(name, module)
-    assert convert(model).conv.placement == "input"
+    assert convert(model, where="everywhere").conv.placement == "input"
 
 
 def test_what_leaves_a_traced_part_is_not_decided_in_it():

@@ -51,7 +51,7 @@ def test_two_conversions_that_overlap_in_any_order():
                     assert ended.wait(60)
 
         def run(index, watch=watch, ended=one_has_ended):
-            model = convert(Watched(lambda: watch(index)))
+            model = convert(Watched(lambda: watch(index)), where="everywhere")
             ended.set()
             return model
 
@@ -65,7 +65,7 @@ def test_two_conversions_that_overlap_in_any_order():
 
 def test_many_conversions_beside_forward_passes():
     """Every one ends as it does alone, and so do the forward and backward passes of other threads."""
-    reference = str(conversion_report(convert(models.create("resnet18", num_classes=10))))
+    reference = str(conversion_report(convert(models.create("resnet18", num_classes=10), where="everywhere")))
     bystander = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
     x = torch.randn(1, 3, 6, 6)
     expected = bystander(x)
@@ -81,7 +81,7 @@ def test_many_conversions_beside_forward_passes():
     def conversions() -> set[str]:
         model, reports = models.create("resnet18", num_classes=10), set()
         for _ in range(TURNS // 10):
-            reports.add(str(conversion_report(convert(model))))
+            reports.add(str(conversion_report(convert(model, where="everywhere"))))
             revert(model)
         return reports
 
@@ -138,7 +138,7 @@ def test_a_conversion_draws_nothing_while_another_thread_draws():
 def test_modules_that_draw_do_not_when_they_are_traced(after):
     model = nn.Sequential(nn.Conv2d(3, 3, 3), after, nn.ReLU())
     states = torch.get_rng_state(), random.getstate()
-    convert(model)
+    convert(model, where="everywhere")
     conversion_report(model)
     revert(model)
     assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]

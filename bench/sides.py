@@ -146,8 +146,10 @@ def layers(sides: Mapping[str, Side], monitored: Mapping[str, Any], itemsize: in
         itemsize: bytes of an element of a gradient.
     """
     dense = {"density": 1.0, "implementations": {"plain": 1}}
+    # Nothing is recorded of a layer that found nothing to gain and was an nn.Conv2d.
+    sparse = {name: record for name, record in monitored["layers"].items() if record["steps"]}
     found = [
-        _layer(convolution, monitored["layers"].get(name, dense), sides, itemsize)
+        _layer(convolution, sparse.get(name, dense), sides, itemsize)
         for name, convolution in sides["sparse"].convolutions.items()
     ]
     return found[::-1]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import io
 import pickle
@@ -94,9 +95,10 @@ def test_weights_that_come_from_elsewhere(change, before):
 
 
 def test_removing_what_computed_the_weight():
-    for first in (convert, parametrizations.weight_norm):
+    everywhere = functools.partial(convert, where="everywhere")
+    for first in (everywhere, parametrizations.weight_norm):
         layer = nn.Conv2d(3, 4, 3)
-        for step in (first, parametrizations.weight_norm if first is convert else convert):
+        for step in (first, parametrizations.weight_norm if first is everywhere else everywhere):
             step(layer)
         nn.utils.parametrize.remove_parametrizations(layer, "weight")
         assert type(layer) is SparseConv2d and type(revert(layer)) is nn.Conv2d
@@ -179,7 +181,9 @@ def test_hooks_of_all_kinds():
 @pytest.mark.parametrize("threshold", ["exact", "predicted"])
 def test_trace_prunes_with_fresh_numbers(training, threshold):
     """torch.jit.trace keeps the operators; what it has traced can be saved, and draws a key at each call."""
-    model = convert(nn.Sequential(*dense()[0:4:3]), percentile=95, threshold=threshold).train(training)
+    model = convert(nn.Sequential(*dense()[0:4:3]), percentile=95, threshold=threshold, where="everywhere").train(
+        training
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error", torch.jit.TracerWarning)
         traced = torch.jit.trace(model, images(), check_trace=False)

@@ -113,7 +113,7 @@ def test_the_pass_that_decides_is_that_of_training(training):
         def forward(self, x):
             return F.relu(self.conv(x)) if self.training else self.bn(self.conv(x))
 
-    model = convert(Branches().train(training))
+    model = convert(Branches().train(training), where="everywhere")
     assert model.conv.placement == "input" and model.training == model.conv.training == training
 
 
@@ -167,7 +167,7 @@ class Endless(nn.Module):
     ],
 )
 def test_structures(model, expected):
-    model = convert(model())
+    model = convert(model(), where="everywhere")
     assert [layer.placement for layer in model.modules() if isinstance(layer, SparseConv2d)] == expected
 
 

@@ -210,6 +210,6 @@ def test_no_generator_moves(draw, bound):
         )
 
     before = states()
-    convert(model)
+    convert(model, where="everywhere")
     conversion_report(model)
     assert states() == before and model[1].placement == "input"

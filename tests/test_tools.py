@@ -190,7 +190,7 @@ for again in (
 ):
     again()
     import sparsebwd
-    new = sparsebwd.convert(old.to_conv2d(), placement="output")
+    new = sparsebwd.convert(old.to_conv2d(), placement="output", where="everywhere")
     assert torch.equal(step(new), expected) and torch.equal(step(old), expected)
     assert sparsebwd.prune_gradient(torch.randn(2, 3)).density <= 1
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:

@@ -10,7 +10,7 @@ from torch import nn
 
 import sparsebwd
 from sparsebwd import Pruning, SparseConv2d, backends, conversion_report, convert, models
-from sparsebwd.backends import break_even, dense
+from sparsebwd.backends import break_even, dense, depthwise
 from sparsebwd.functional import sparse_conv2d
 from sparsebwd.problem import ConvProblem
 from sparsebwd.reference import normal_density, quantile
@@ -33,6 +33,7 @@ def limits(monkeypatch):
 
     monkeypatch.setattr(backends.cpu, "break_even", of)
     monkeypatch.setattr(dense, "is_native", lambda dtype: True)
+    monkeypatch.setattr(depthwise, "takes", lambda *args: False)
     forget()
     yield values
     forget()
@@ -117,6 +118,14 @@ def test_where_dense_convolutions_go_through_float32_there_is_something_to_gain(
     with torch.autocast("cpu", torch.bfloat16):
         layer(input).sum().backward()
     assert [(record.implementation, record.tau) for record in stats] == [("dense", None)]
+
+
+@pytest.mark.parametrize("placement", ["output", "input"])
+def test_depthwise_layers_run_on_kernels_of_our_own_and_are_not_pruned(limits, stats, monkeypatch, placement):
+    monkeypatch.setattr(depthwise, "takes", lambda *args: True)
+    layer = convert(nn.Conv2d(16, 16, 3, groups=16), placement=placement)
+    step(layer, torch.randn(2, 16, 9, 9, requires_grad=True))
+    assert [(record.implementation, record.tau) for record in stats] == [("depthwise", None)]
 
 
 def test_functional(limits):

@@ -22,7 +22,7 @@ def _fuse(types: tuple[type, ...], is_qat: bool, conv: SparseConv2d, *others: nn
     try:
         return _methods[types](is_qat, revert(conv), *others)
     except Exception:
-        convert(conv, placement=pruning.placement).pruning = pruning  # as it was
+        convert(conv, placement=pruning.placement, where="everywhere").pruning = pruning  # as it was
         raise
 
 

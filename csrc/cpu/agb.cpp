@@ -130,7 +130,7 @@ void Agb::write(Images images, Rows rows, int64_t channel_task, const float* sum
     const int64_t together = agb.padded_w == problem.w ? rows.count : 1;
     for (int64_t n = images.begin; n < images.end; ++n, sums += agb.image_floats())
       for (int64_t i = 0; i < rows.count; i += together)
-        plan_->kernels.transpose(sums + i * agb.row_floats(), group, together * problem.w, channels,
+        plan_->kernels.transpose(sums + i * agb.row_floats(), group, 1, together * problem.w, channels,
                                  static_cast<float*>(call.grad_input) +
                                      (n * problem.c + c) * plane + (rows.first + i) * problem.w,
                                  plane);

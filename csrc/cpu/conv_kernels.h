@@ -84,9 +84,9 @@ struct ConvKernels {
   const WgcKernel* wgc;
   int wgc_count;
 
-  // dst[j * dst_stride + i] = src[i * src_stride + j] for i < rows, j < columns.
-  void (*transpose)(const float* src, int64_t src_stride, int64_t rows, int64_t columns, float* dst,
-                    int64_t dst_stride);
+  // dst[j * dst_stride + i] = src[i * src_stride + j * step] for i < rows, j < columns.
+  void (*transpose)(const float* src, int64_t src_stride, int64_t step, int64_t rows,
+                    int64_t columns, float* dst, int64_t dst_stride);
 
   // Copies `channels` of each pixel to a panel of float32, `group` floats a pixel, zeros behind.
   void (*gather_pixels)(const void* src, DType dtype, int64_t src_stride, int64_t pixels,

@@ -240,31 +240,60 @@ void wgc_run(List lists, int64_t capacity, const uint16_t* counts, const uint16_
 
 // ---- layouts
 
-void transpose(const float* src, int64_t src_stride, int64_t rows, int64_t columns, float* dst,
-               int64_t dst_stride) {
+// `count` floats, `step` apart; zeros behind.
+template <int Step>
+inline __attribute__((always_inline)) Vec load_apart(const float* p, int64_t step, int64_t count) {
+  if (Step == 1) return count == kLanes ? Vec::load(p) : Vec::load_first(p, count);
+  if (Step == 2) return count == kLanes ? Vec::load_even(p) : Vec::load_even_first(p, count);
+  float lanes[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = p[i * step];
+  return Vec::load(lanes);
+}
+
+// The columns of `rows` <= kLanes rows, `columns` <= kLanes.
+template <int Step>
+inline __attribute__((always_inline)) void load_tile(const float* src, int64_t src_stride,
+                                                     int64_t step, int64_t rows, int64_t columns,
+                                                     Vec (&tile)[kLanes]) {
+  if (rows == kLanes && columns == kLanes) {
+    for (int64_t t = 0; t < kLanes; ++t) {
+      // Of the tile after the next: rows are too many streams for the hardware.
+      __builtin_prefetch(src + t * src_stride + 2 * kLanes * step);
+      tile[t] = load_apart<Step>(src + t * src_stride, step, kLanes);
+    }
+  } else {
+    for (int64_t t = 0; t < kLanes; ++t)
+      tile[t] = t < rows ? load_apart<Step>(src + t * src_stride, step, columns) : Vec::zero();
+  }
+  transpose(tile);
+}
+
+template <int Step>
+void transpose_apart(const float* src, int64_t src_stride, int64_t step, int64_t rows,
+                     int64_t columns, float* dst, int64_t dst_stride) {
   for (int64_t j = 0; j < columns; j += kLanes) {
     const int64_t width = columns - j < kLanes ? columns - j : kLanes;
     for (int64_t i = 0; i < rows; i += kLanes) {
       const int64_t height = rows - i < kLanes ? rows - i : kLanes;
-      const float* from = src + i * src_stride + j;
       float* to = dst + j * dst_stride + i;
       Vec tile[kLanes];
-      if (width == kLanes && height == kLanes) {
-        for (int64_t t = 0; t < kLanes; ++t) {
-          // Of the tile after the next: rows are too many streams for the hardware.
-          __builtin_prefetch(from + t * src_stride + 2 * kLanes);
-          tile[t] = Vec::load(from + t * src_stride);
-        }
-        transpose(tile);
-        for (int64_t t = 0; t < kLanes; ++t) tile[t].store(to + t * dst_stride);
-      } else {
-        for (int64_t t = 0; t < kLanes; ++t)
-          tile[t] = t < height ? Vec::load_first(from + t * src_stride, width) : Vec::zero();
-        transpose(tile);
+      load_tile<Step>(src + i * src_stride + j * step, src_stride, step, height, width, tile);
+      if (height < kLanes)
         for (int64_t t = 0; t < width; ++t) tile[t].store_first(to + t * dst_stride, height);
-      }
+      else if (width < kLanes)
+        for (int64_t t = 0; t < width; ++t) tile[t].store(to + t * dst_stride);
+      else
+        for (int64_t t = 0; t < kLanes; ++t) tile[t].store(to + t * dst_stride);
     }
   }
+}
+
+void transpose(const float* src, int64_t src_stride, int64_t step, int64_t rows, int64_t columns,
+               float* dst, int64_t dst_stride) {
+  const auto kernel = step == 1   ? transpose_apart<1>
+                      : step == 2 ? transpose_apart<2>
+                                  : transpose_apart<0>;
+  kernel(src, src_stride, step, rows, columns, dst, dst_stride);
 }
 
 // ---- panels

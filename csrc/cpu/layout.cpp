@@ -18,7 +18,7 @@ void transpose_images(const ConvKernels& kernels, const TaskPool& pool, const fl
   const int64_t bands = ceil_div(columns, kBand);
   parallel_tasks(pool, count * bands, [&](int64_t task, int) {
     const int64_t image = task / bands * rows * columns, column = task % bands * kBand;
-    kernels.transpose(src + image + column, columns, rows, std::min(kBand, columns - column),
+    kernels.transpose(src + image + column, columns, 1, rows, std::min(kBand, columns - column),
                       dst + image + column * rows, rows);
   });
 }

@@ -178,7 +178,8 @@ int64_t stage_planes(const ConvPlan& plan, Rows rows, float* tile) {
   for (int64_t row = rows.first; row < rows.first + rows.count;) {
     const int64_t image = row / plan.p, end = std::min(rows.first + rows.count, (image + 1) * plan.p);
     const int64_t at = image * k * plane + row % plan.p * plan.q, pixels = (end - row) * plan.q;
-    plan.kernels.transpose(static_cast<const float*>(call.grad_output) + at, plane, k, pixels, tile, k);
+    plan.kernels.transpose(static_cast<const float*>(call.grad_output) + at, plane, 1, k, pixels, tile,
+                           k);
     if (call.prune)
       for (int64_t i = row; i < end; ++i) {
         float* values = tile + (i - row) * plan.q * k;
@@ -187,7 +188,7 @@ int64_t stage_planes(const ConvPlan& plan, Rows rows, float* tile) {
             static_cast<uint32_t>(i % plan.p), 0, plan.q, k, *call.prune);
       }
     if (call.pruned)
-      plan.kernels.transpose(tile, k, pixels, k, static_cast<float*>(call.pruned) + at, plane);
+      plan.kernels.transpose(tile, k, 1, pixels, k, static_cast<float*>(call.pruned) + at, plane);
     tile += pixels * k;
     row = end;
   }

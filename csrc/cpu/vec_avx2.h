@@ -33,6 +33,11 @@ struct Vec {
   static Vec load_first(const float* p, int64_t count) {
     return {_mm256_maskload_ps(p, mask_of(count))};
   }
+  // p[0], p[2] and so on; reads nothing behind the last one.
+  static Vec load_even(const float* p) { return even(load(p), load(p + 7)); }
+  static Vec load_even_first(const float* p, int64_t count) {
+    return even(load_first(p, 2 * count - 1), load_first(p + 7, 2 * count - 8));
+  }
   static Vec broadcast(const float* p) { return {_mm256_broadcast_ss(p)}; }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store_first(float* p, int64_t count) const { _mm256_maskstore_ps(p, mask_of(count), v); }
@@ -59,6 +64,11 @@ struct Vec {
   Vec operator+(Vec o) const { return {_mm256_add_ps(v, o.v)}; }
 
  private:
+  // Lanes 0, 2, 4, 6 of `low` and 1, 3, 5, 7 of `high`.
+  static Vec even(Vec low, Vec high) {
+    const __m256 mixed = _mm256_shuffle_ps(low.v, high.v, 0xd8);
+    return {_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(mixed), 0xd8))};
+  }
   static __m256i mask_of(int64_t count) {
     const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count < 8 ? count : 8)), lanes);

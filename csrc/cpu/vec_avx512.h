@@ -17,6 +17,11 @@ struct Vec {
   static Vec load_first(const float* p, int64_t count) {
     return {_mm512_maskz_loadu_ps(mask_of(count), p)};
   }
+  // p[0], p[2] and so on; reads nothing behind the last one.
+  static Vec load_even(const float* p) { return even(load(p), load(p + 15)); }
+  static Vec load_even_first(const float* p, int64_t count) {
+    return even(load_first(p, 2 * count - 1), load_first(p + 15, 2 * count - 16));
+  }
   static Vec broadcast(const float* p) { return {_mm512_set1_ps(*p)}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store_first(float* p, int64_t count) const { _mm512_mask_storeu_ps(p, mask_of(count), v); }
@@ -41,8 +46,14 @@ struct Vec {
   Vec operator+(Vec o) const { return {_mm512_add_ps(v, o.v)}; }
 
  private:
+  // Lanes 0, 2, ... of `low` and 1, 3, ... of `high`.
+  static Vec even(Vec low, Vec high) {
+    const __m512i lanes =
+        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31);
+    return {_mm512_permutex2var_ps(low.v, lanes, high.v)};
+  }
   static __mmask16 mask_of(int64_t count) {
-    return static_cast<__mmask16>(count >= 16 ? 0xffffu : (1u << count) - 1u);
+    return static_cast<__mmask16>(count >= 16 ? 0xffffu : count > 0 ? (1u << count) - 1u : 0u);
   }
 };
 

@@ -26,6 +26,13 @@ struct Vec {
     for (int64_t i = 0; i < count && i < kLanes; ++i) result.v[i] = p[i];
     return result;
   }
+  // p[0], p[2] and so on.
+  static Vec load_even(const float* p) { return {Lanes{p[0], p[2], p[4], p[6]}}; }
+  static Vec load_even_first(const float* p, int64_t count) {
+    Vec result = zero();
+    for (int64_t i = 0; i < count && i < kLanes; ++i) result.v[i] = p[2 * i];
+    return result;
+  }
   static Vec broadcast(const float* p) { return {Lanes{*p, *p, *p, *p}}; }
   void store(float* p) const { memcpy(p, &v, sizeof(v)); }
   void store_first(float* p, int64_t count) const {

@@ -134,12 +134,7 @@ void Wgc::gather_row(int64_t image, int64_t h, int64_t first, int64_t step, int6
                         (image * problem.c + block.c) * plane + h * problem.w + first + begin * step;
     to += begin * pitch;
     if (block.channels < pitch) memset(to, 0, (end - begin) * pitch * sizeof(float));
-    if (step == 1) {
-      plan_->kernels.transpose(from, plane, block.channels, end - begin, to, pitch);
-      return;
-    }
-    for (int64_t c = 0; c < block.channels; ++c, from += plane)
-      for (int64_t i = 0; i < end - begin; ++i) to[i * pitch + c] = from[i * step];
+    plan_->kernels.transpose(from, plane, step, block.channels, end - begin, to, pitch);
     return;
   }
   const int64_t pixel = (image * problem.h + h) * problem.w + first + begin * step;
@@ -218,7 +213,7 @@ void Wgc::write(Storage* grad_weight, int64_t channel_task, int64_t k, const flo
       strides.r == problem.s) {
     const int64_t taps = problem.r * problem.s, lanes = plan_->kernels.lanes;
     transposed = taps < lanes ? taps : taps / lanes * lanes;
-    plan_->kernels.transpose(sums, column, transposed, channels,
+    plan_->kernels.transpose(sums, column, 1, transposed, channels,
                              reinterpret_cast<float*>(grad_weight + k * strides.k + c * strides.c),
                              strides.c);
   }

@@ -14,6 +14,7 @@ import torch
 
 import sparsebwd
 from sparsebwd import backends
+from sparsebwd.backends import break_even
 
 info_module = importlib.import_module("sparsebwd.info")
 
@@ -55,7 +56,7 @@ def test_instruction_set_limit(monkeypatch):
 def test_unknown_instruction_set_is_a_reason(monkeypatch):
     monkeypatch.setenv("SPARSEBWD_MAX_ISA", "sse9")
     found = json.loads(run("--json"))
-    assert found["cpu"]["isa"]["in_use"] is None
+    assert found["cpu"]["isa"]["in_use"] is None and found["cpu"]["break_even"] is None
     assert "SPARSEBWD_MAX_ISA: got 'sse9', accepted are baseline, avx2 and avx512" in found["backends"]["cpu"]
 
 
@@ -72,6 +73,23 @@ def test_low_precision_with_instructions(monkeypatch):
     assert "no kernels for float16 convolutions" in str(found)
     monkeypatch.setattr(info_module, "is_native", lambda dtype: True)
     assert "convolutions on this CPU" not in str(sparsebwd.info())
+
+
+def test_break_even_densities_in_force(monkeypatch):
+    limits = {"kernel": break_even.BreakEven(0.5, 0.85), "1x1": break_even.BreakEven(0.0, 0.45)}
+    table = break_even.Table("a CPU", "measured", limits, {"kernel": break_even.BreakEven(0.25, 0.4)})
+    monkeypatch.setattr(break_even, "tables", lambda: {torch.float32: table})
+    found = sparsebwd.info()
+    assert found["cpu"]["break_even"] == {
+        "float32": {
+            "name": "a CPU",
+            "origin": "measured",
+            "channels_last": {"kernel": [0.5, 0.85], "1x1": [0.0, 0.45]},
+            "contiguous": {"kernel": [0.25, 0.4]},
+        }
+    }
+    line = "up to these densities, AGB, WGC (a CPU): kernel 0.5, 0.85; 1x1 0, 0.45\n"
+    assert line in str(found) and "float32: sparse " in str(found)
 
 
 def test_cuda_kernels():

@@ -15,6 +15,7 @@ import torch
 
 import sparsebwd
 from sparsebwd import backends
+from sparsebwd.backends import break_even
 from sparsebwd.backends.cuda import why_not_loaded
 from sparsebwd.backends.dense import is_native
 
@@ -40,6 +41,9 @@ class Info(dict[str, Any]):
                     "float32, forward and backward: train in float32. SparseConv2d computes them in float32; other layers do not",
                 )
             )
+        for dtype, table in (cpu["break_even"] or {}).items():
+            limits = (f"{kind} {agb:.2g}, {wgc:.2g}" for kind, (agb, wgc) in table["channels_last"].items())
+            lines.append((f"{dtype}: sparse", f"up to these densities, AGB, WGC ({table['name']}): {'; '.join(limits)}"))
         cuda = self["cuda"]
         built = f"for {', '.join(cuda['architectures'])}; CUDA: built with {cuda['version']}, driver {cuda['driver'] or 'none'}"
         lines.append(("CUDA kernels", f"none: {cuda['not_loaded']}" if cuda["not_loaded"] else built))
@@ -62,7 +66,10 @@ def info() -> Info:
             sparsebwd, torch, python, platform: versions, str.
             cpu: {name, cores (that this process may use), threads (of PyTorch's pool),
                 isa: {in_use (None if the C++ kernels do not run), supported: [...], limit (SPARSEBWD_MAX_ISA)},
-                dense: {"bfloat16", "float16": whether PyTorch has kernels for dense convolutions in it on this CPU}}.
+                dense: {"bfloat16", "float16": whether PyTorch has kernels for dense convolutions in it on this CPU},
+                break_even: the densities up to which "auto" takes the sparse kernels for CPUs, None if these do not run:
+                    {"float32", "bfloat16": {name, origin: of :class:`sparsebwd.backends.break_even.Table`,
+                    "channels_last", "contiguous": {class of convolutions: [AGB, WGC]}}}}.
             cuda: the CUDA kernels: {not_loaded: why they are not there, or None, architectures (that they are built for):
                 ["8.0", ...], version (of CUDA that they are built with), driver (the CUDA version that the driver runs;
                 None if there is no driver)}.
@@ -95,6 +102,7 @@ def info() -> Info:
                 "limit": os.environ.get("SPARSEBWD_MAX_ISA") or None,
             },
             "dense": {str(dtype).removeprefix("torch."): is_native(dtype) for dtype in (torch.bfloat16, torch.float16)},
+            "break_even": _break_even() if in_use else None,
         },
         cuda=_cuda(),
         gpus=gpus,
@@ -110,6 +118,18 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _break_even() -> dict[str, Any]:
+    return {
+        str(dtype).removeprefix("torch."): {
+            "name": table.name,
+            "origin": table.origin,
+            "channels_last": {kind: list(limits) for kind, limits in table.channels_last.items()},
+            "contiguous": {kind: list(limits) for kind, limits in table.contiguous.items()},
+        }
+        for dtype, table in break_even.tables().items()
+    }
 
 
 def _cuda() -> dict[str, Any]:

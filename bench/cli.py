@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
-from itertools import chain
-from math import inf
+from itertools import chain, product
+from math import inf, prod
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -17,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sparsebwd import models
 from sparsebwd.backends import registered_backends
+from sparsebwd.commands import check_seed, check_threads
 from sparsebwd.problem import ConvProblem
 from sparsebwd.settings import check_percentile
 
@@ -24,7 +26,7 @@ from . import capture, compare, devices, operations, overhead, results, step, su
 from .inputs import DTYPES, LAYOUTS, PATTERNS, Rotation
 from .runner import AGAINST, Plan, peaks, run
 from .suites import Layer
-from .terminal import FILE, check_writable, fail, measuring, warn
+from .terminal import FILE, check_writable, checked, fail, measuring, warn
 
 T = TypeVar("T")
 
@@ -139,7 +141,7 @@ def main(
     memory: Annotated[
         int, typer.Option(min=1, help="MiB that copies of the tensors may take, about. There are always 2 of each.")
     ] = 1024,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random tensors.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the random tensors.", callback=checked(check_seed))] = 0,
     json: Annotated[
         Path | None, typer.Option(help="Write environment, rows, summary and break-even densities.", **FILE)
     ] = None,
@@ -188,6 +190,7 @@ def main(
         memory=memory,
         seed=seed,
     )
+    _check_memory(plan, "--problem" if problem else "--batch")
     check_writable(json=json, csv=csv, markdown=markdown)
     draw = _pictures(plot or [], plan)
     typer.echo(f"{len(plan)} rows, {repeats} samples each", err=True)
@@ -362,10 +365,27 @@ def _density(text: str) -> float:
     return value
 
 
+def _check_memory(plan: Plan, option: str) -> None:
+    """Refuse problems whose tensors this machine cannot hold twice in both layouts, as `Rotation` has them."""
+    if plan.device.type != "cpu":
+        return
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for layer, dtype in product(plan.layers, plan.dtypes):
+        problem = layer.problem
+        elements = sum(map(prod, (problem.input_size, problem.weight_size, problem.output_size)))
+        nbytes = 2 * 2 * elements * DTYPES[dtype].itemsize
+        if nbytes > available:
+            raise typer.BadParameter(
+                f"{option.removeprefix('--')}: got {problem} in {dtype}, whose tensors take {nbytes / 2**30:.0f} GiB at least; "
+                f"accepted: what fits into the {available / 2**30:.0f} GiB of this machine",
+                param_hint=option,
+            )
+
+
 def _threads(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isdecimal():
         raise ValueError(f"threads: got {text!r}; accepted: integers from 1")
-    return int(text)
+    return check_threads(int(text))
 
 
 def _one_of(name: str, text: str, accepted: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json as json_format
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,18 @@ def check_writable(**files: Path | None) -> None:
                 raise typer.BadParameter(
                     f"{name}: got {str(path)!r}; {folder} is not a folder to write to", param_hint=f"--{name}"
                 )
+
+
+def checked(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The callback of an option whose value, if there is one, ``check`` refuses by a ValueError."""
+
+    def callback(value: Any) -> Any:
+        try:
+            return value if value is None else check(value)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return callback
 
 
 def warn(text: str) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from sparsebwd import data, models
 from sparsebwd.backends import registered_backends
+from sparsebwd.commands import check_seed, check_threads
 from sparsebwd.nn import SparseConv2d
 from sparsebwd.train import TrainConfig, Trainer
 from sparsebwd.train.config import DTYPES
@@ -23,6 +24,7 @@ from sparsebwd.train.world import World
 
 from .convolutions import Convolution, following
 from .inputs import LAYOUTS
+from .terminal import checked
 
 _NEVER = 2**62
 
@@ -41,8 +43,8 @@ LearningRate = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help=" | ".join(DTYPES) + ", the latter by autocast.")]
 Layout = Annotated[str, typer.Option(help=" | ".join(LAYOUTS))]
-Threads = Annotated[int | None, typer.Option(help="Default: as PyTorch chooses.")]
-Seed = Annotated[int, typer.Option(help="Of weights, batches and pruning.")]
+Threads = Annotated[int | None, typer.Option(help="Default: as PyTorch chooses.", callback=checked(check_threads))]
+Seed = Annotated[int, typer.Option(help="Of weights, batches and pruning.", callback=checked(check_seed))]
 
 
 def parse_steps(text: str) -> list[int]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from sparsebwd.commands import one_line_errors
 from sparsebwd.info import info
 
 
@@ -14,8 +15,10 @@ def main() -> None:
         prog="python -m sparsebwd.info", description="What runs on this machine, and why the rest does not."
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    found = info()
-    print(json.dumps(found, indent=2) if parser.parse_args().json else found)
+    as_json = parser.parse_args().json
+    with one_line_errors():
+        found = info()
+        print(json.dumps(found, indent=2) if as_json else found)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ def limits(monkeypatch):
     monkeypatch.setattr(backends.cpu, "break_even", of)
     monkeypatch.setattr(dense, "is_native", lambda dtype: True)
     monkeypatch.setattr(depthwise, "takes", lambda *args: False)
+    monkeypatch.setattr(break_even, "FEWEST_MACS_FASTER", 0)
+    monkeypatch.setattr(break_even, "LEAST_WORK", 0)
     forget()
     yield values
     forget()
@@ -103,6 +105,18 @@ def test_the_choice_does_not_depend_on_what_is_drawn(limits, stats):
         torch.manual_seed(seed)
         step(layer, input)
     assert len({record.implementation for record in stats}) == 1
+
+
+def test_what_saves_less_than_choosing_and_pruning_take(limits, stats, monkeypatch):
+    monkeypatch.setattr(break_even, "LEAST_WORK", 192)
+    input = torch.randn(8, 128, 10, 10, requires_grad=True)
+    for layer, ran in ((SparseConv2d(128, 128, 1, where="faster"), 0), (SparseConv2d(128, 128, 3, where="faster"), 1)):
+        step(layer, input)
+        assert len(stats) == ran
+    monkeypatch.setattr(break_even, "FEWEST_MACS_FASTER", 2**27)
+    backends.cpu.AdaptiveCpuBackend.why_not_faster.cache_clear()
+    step(layer, input)
+    assert len(stats) == 1
 
 
 def test_a_backend_that_is_named_runs_everywhere(limits, stats):

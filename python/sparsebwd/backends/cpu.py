@@ -18,7 +18,7 @@ from ..reference import PrunedGradient
 from ..settings import Pruning
 from . import depthwise
 from .base import Backend, BackwardResult, empty, logger, refusal
-from .break_even import break_even, classify, why_dense
+from .break_even import break_even, classify, why_dense, why_not_worth_it
 from .dense import DenseBackend, goes_through_float32, gradients
 
 try:
@@ -238,7 +238,7 @@ class AdaptiveCpuBackend(CpuBackend):
                 f"the sparse kernels for this class of convolutions ({classify(problem)}) are faster up to a density of "
                 f"{highest:.2f} here, and percentile {pruning.percentile} hardly ever leaves so little"
             )
-        return None
+        return why_not_worth_it(problem, pruning.active)
 
     def may_pay(self, problem: ConvProblem, grad: Tensor) -> bool:
         return any(break_even(problem, grad.dtype, grad.is_contiguous(memory_format=torch.channels_last)))

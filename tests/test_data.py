@@ -224,7 +224,7 @@ def test_missing_packages_are_named(name, module, package, folder, monkeypatch):
 
 
 def test_load_bad_arguments():
-    with pytest.raises(ValueError, match="data: got 'mnist', accepted are digits, cifar10"):
+    with pytest.raises(ValueError, match="name: got 'mnist'; accepted: 'digits', 'cifar10'"):
         data.load("mnist")
     with pytest.raises(ValueError, match="data_dir: got none, but cifar10"):
         data.load("cifar10")

@@ -159,7 +159,7 @@ def test_auto_is_by_size(folder):
     assert load_classes(folder, crop="auto").crop == "padded"
     images = load_classes(folder, crop="auto", image_size=65)
     assert images.crop == "resized" and isinstance(images.train_images, streaming.ImageFiles)
-    with pytest.raises(ValueError, match="crop: got 'random', accepted are auto, padded, resized"):
+    with pytest.raises(ValueError, match="crop: got 'random'; accepted: 'auto', 'padded', 'resized'"):
         load_classes(folder, crop="random")
 
 

@@ -136,9 +136,9 @@ def test_resnet18_trains_sparsely():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="model: got 'vgg16', accepted are resnet18,"):
+    with pytest.raises(ValueError, match="name: got 'vgg16'; accepted: 'resnet18',"):
         models.create("vgg16", 10)
     with pytest.raises(ValueError, match="num_classes: got 0"):
         models.create("resnet18", 0)
-    with pytest.raises(ValueError, match="form: got 'imagenette', accepted are cifar, imagenet"):
+    with pytest.raises(ValueError, match="form: got 'imagenette'; accepted: 'cifar', 'imagenet'"):
         models.create("resnet18", 10, "imagenette")

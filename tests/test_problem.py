@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from strategies import problems
 
-from sparsebwd.problem import ConvProblem, as_int, as_pair
+from sparsebwd.arguments import as_int, as_pair
+from sparsebwd.problem import ConvProblem
 
 
 @given(problems())

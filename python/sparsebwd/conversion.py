@@ -15,12 +15,13 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from .arguments import check_choice, shown
 from .backends import why_not_faster
 from .functional import DTYPES
 from .nn import SparseConv2d, a_parameter
 from .placement import Placement, decide_placements
 from .problem import ConvProblem
-from .settings import PLACEMENTS, Pruning, check_choice
+from .settings import PLACEMENTS, Pruning
 
 log = logging.getLogger("sparsebwd")
 
@@ -136,17 +137,18 @@ def _check_model(model: nn.Module) -> None:
 
 def _excluded(model: nn.Module, exclude: str | Iterable[str]) -> set[str]:
     """The names of the modules that ``exclude`` names, and of all below them."""
-    if not isinstance(exclude, Iterable):
-        raise TypeError(f"exclude: got {exclude!r}; accepted: names of modules, as strings")
+    # Arrays of no dimensions, and nested tensors, only say that they are iterable.
+    if not isinstance(exclude, Iterable) or isinstance(exclude, torch.Tensor) or not getattr(exclude, "ndim", 1):
+        raise TypeError(f"exclude: got {shown(exclude)}; accepted: names of modules, as strings")
     patterns = [exclude] if isinstance(exclude, str) else list(exclude)
     names = [name for name, _ in model.named_modules()]
     excluded = set()
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise TypeError(f"exclude: got an element {pattern!r}; accepted: names of modules, as strings")
+            raise TypeError(f"exclude: got an element {shown(pattern)}; accepted: names of modules, as strings")
         matched = fnmatch.filter(names, pattern)
         if not matched:
-            raise ValueError(f"exclude: got {pattern!r}; accepted: names of modules of the model, or patterns of them")
+            raise ValueError(f"exclude: got {shown(pattern)}; accepted: names of modules of the model, or patterns of them")
         excluded.update(n for n in names for m in matched if n == m or n.startswith(f"{m}.") or not m)
     return excluded
 

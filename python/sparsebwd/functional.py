@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
+from .arguments import as_int, as_pair, check_choice
 from .backends.dense import conv2d
-from .problem import as_int, as_pair
 from .reference import SIGMA_HISTORY, PrunedGradient
 from .registration import transformed
-from .settings import Pruning, check_choice, check_percentile
+from .settings import Pruning, check_percentile
 
 __all__ = ["PrunedGradient", "prune_gradient", "sparse_conv2d"]
 
@@ -28,6 +28,8 @@ def check_sigma_history(sigma_history: Tensor | None, like: Tensor) -> None:
     accepted = f"accepted: None, or a contiguous int32 tensor of shape ({1 + SIGMA_HISTORY},) on {like.device}"
     if not isinstance(sigma_history, Tensor):
         raise TypeError(f"sigma_history: got {type(sigma_history).__name__}; {accepted}")
+    if sigma_history.layout is not torch.strided or sigma_history.is_nested:
+        raise TypeError(f"sigma_history: got {_layout(sigma_history)}; {accepted}")
     if sigma_history.dtype != torch.int32:
         raise TypeError(f"sigma_history: got {sigma_history.dtype}; {accepted}")
     if not torch.jit.is_tracing() and (  # sizes are tensors then
@@ -40,12 +42,19 @@ def check_sigma_history(sigma_history: Tensor | None, like: Tensor) -> None:
         raise ValueError(f"sigma_history: got device {sigma_history.device}; {accepted}")
 
 
+def _layout(tensor: Tensor) -> str:
+    """What a tensor is that is not dense."""
+    return "a nested tensor" if tensor.is_nested else f"a tensor with the layout {tensor.layout}"
+
+
 def check_operands(**tensors: Tensor) -> None:
     """Raise unless all are floating tensors of one dtype (any mix under autocast) and device."""
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}; accepted: a torch.Tensor")
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            raise TypeError(f"{name}: got {_layout(tensor)}; accepted: a dense tensor")
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{name}: got {tensor.dtype}; accepted: " + ", ".join(str(dtype) for dtype in DTYPES))
         if tensor.device != first.device:
@@ -74,15 +83,20 @@ def _dtype(input: Tensor) -> torch.dtype:
     return input.dtype
 
 
+def _check_generator(generator: torch.Generator | None, input: Tensor) -> None:
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: got {type(generator).__name__}; accepted: a torch.Generator or None")
+    if generator.device.type != input.device.type:
+        raise ValueError(f"generator: got one on {generator.device}; accepted: one on {input.device}")
+
+
 def _key(input: Tensor, weight: Tensor | None, needed: bool, generator: torch.Generator | None) -> Tensor:
     if not needed:
         return torch.zeros(2, dtype=torch.int64, device=input.device)
     if generator is None:
         return ops.draw_key(input, weight)
-    if not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator: got {type(generator).__name__}; accepted: a torch.Generator or None")
-    if generator.device.type != input.device.type:
-        raise ValueError(f"generator: got one on {generator.device}; accepted: one on {input.device}")
     key = torch.empty(2, dtype=torch.int64, device=input.device)
     return key.random_(generator=generator)
 
@@ -126,6 +140,7 @@ def prune_gradient(
     check_percentile(percentile, or_none=False)
     pruning = _settings(percentile, "output", sigma_estimator, backend, sigma_history is not None, "everywhere")
     check_sigma_history(sigma_history, grad)
+    _check_generator(generator, grad)
     if not 2 <= grad.dim() <= 4:
         raise ValueError(f"grad: got shape {tuple(grad.shape)}; accepted: (N, C, H, W), (N, C, L) or (N, C)")
     shape = grad.shape
@@ -193,7 +208,7 @@ def sparse_conv2d(
         groups,
         _settings(percentile, placement, sigma_estimator, backend, sigma_history is not None, where),
         generator,
-        layer_id,
+        as_int(layer_id, "layer_id"),
         sigma_history,
     )
 
@@ -215,6 +230,7 @@ def convolve(
     """:func:`sparse_conv2d` with settings made before. keep_in_step: draw a key even where no gradients are recorded."""
     check_operands(input=input, weight=weight, **({} if bias is None else {"bias": bias}))
     check_sigma_history(sigma_history, input)
+    _check_generator(generator, input)
     if input.dim() not in (3, 4):
         raise ValueError(f"input: got shape {tuple(input.shape)}; accepted: (N, C, H, W) or (C, H, W)")
     if weight.dim() != 4:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .arguments import Pair, as_int, as_pair, as_size
 from .functional import check_operands
-from .problem import Pair, as_int, as_pair
 from .settings import check_backend
 
 __all__ = ["conv2d_input", "conv2d_weight"]
@@ -49,7 +49,7 @@ def conv2d_input(
     check_operands(weight=weight, grad_output=grad_output)
     check_backend(backend)
     geometry = _geometry(stride, padding, dilation, groups)
-    return torch.ops.sparsebwd.conv2d_input(_size(input_size, "input_size"), weight, grad_output, *geometry, backend)
+    return torch.ops.sparsebwd.conv2d_input(as_size(input_size, "input_size"), weight, grad_output, *geometry, backend)
 
 
 def conv2d_weight(
@@ -83,15 +83,7 @@ def conv2d_weight(
     check_operands(input=input, grad_output=grad_output)
     check_backend(backend)
     geometry = _geometry(stride, padding, dilation, groups)
-    return torch.ops.sparsebwd.conv2d_weight(input, _size(weight_size, "weight_size"), grad_output, *geometry, backend)
-
-
-def _size(size: Sequence[int], name: str) -> Sequence[int]:
-    if not isinstance(size, Sequence) or isinstance(size, str):
-        raise TypeError(f"{name}: got {size!r}; accepted: four ints")
-    if len(size) != 4:
-        raise ValueError(f"{name}: got {size!r}; accepted: four ints")
-    return [as_int(length, name) for length in size]
+    return torch.ops.sparsebwd.conv2d_weight(input, as_size(weight_size, "weight_size"), grad_output, *geometry, backend)
 
 
 def _geometry(

@@ -110,6 +110,8 @@ class DensityMonitor:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self._record not in observers:
+            raise RuntimeError("this DensityMonitor is not active")
         observers.remove(self._record)
 
     def _record(self, stats: LayerStats) -> None:
@@ -148,7 +150,12 @@ class DensityMonitor:
         Args:
             writer: a ``torch.utils.tensorboard.SummaryWriter``, or anything with its ``add_scalar``.
             step: the global step to write at.
+
+        Raises:
+            TypeError: ``writer`` has no ``add_scalar``.
         """
+        if not callable(getattr(writer, "add_scalar", None)):
+            raise TypeError(f"writer: got {type(writer).__name__}; accepted: a SummaryWriter, or what has its add_scalar")
         record = self.as_dict()
         for name, values in [*record["layers"].items(), ("total", record["total"])]:
             for quantity in ("density", "sigma", "tau"):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from .arguments import as_int, as_pair, check_choice, check_flag, shown
 from .backends.dense import conv2d
 from .functional import convolve, sparse_conv2d
 from .reference import SIGMA_HISTORY
@@ -37,6 +38,19 @@ def _setting(name: str, doc: str) -> property:
 
 # What a record of sigma was made with.
 _DEFINING_SIGMA = ("threshold", "placement", "sigma_estimator")
+
+
+_PADDINGS = ("valid", "same")
+_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+def _check_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype: got {shown(dtype)}; accepted: a torch.dtype, or None")
+    if dtype is not None and not dtype.is_floating_point:
+        remedy = "; for complex numbers use torch.nn.Conv2d" if dtype.is_complex else ""
+        raise TypeError(f"dtype: got {dtype}; accepted: a floating one{remedy}")
+    return dtype
 
 
 class SparseConv2d(nn.Conv2d):
@@ -103,25 +117,24 @@ class SparseConv2d(nn.Conv2d):
         threshold: str = "exact",
         where: str = "everywhere",
     ) -> None:
+        pruning = Pruning(percentile, placement, sigma_estimator, threshold, backend, where)
         super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
+            as_int(in_channels, "in_channels", least=0),
+            as_int(out_channels, "out_channels", least=0),
+            as_pair(kernel_size, "kernel_size", least=1),
+            as_pair(stride, "stride", least=1),
+            check_choice("padding", padding, _PADDINGS) if isinstance(padding, str) else as_pair(padding, "padding", least=0),
+            as_pair(dilation, "dilation", least=1),
+            as_int(groups, "groups", least=1),
+            check_flag(bias, "bias"),
+            check_choice("padding_mode", padding_mode, _PADDING_MODES),
             device,
-            dtype,
+            _check_dtype(dtype),
         )
-        self._configure(Pruning(percentile, placement, sigma_estimator, threshold, backend, where))
+        self._configure(pruning)
 
     def _configure(self, pruning: Pruning) -> None:
-        dtype = a_parameter(self).dtype
-        if dtype.is_complex:
-            raise TypeError(f"dtype: got {dtype}; accepted: a floating one; for complex numbers use torch.nn.Conv2d")
+        _check_dtype(a_parameter(self).dtype)
         self.__dict__.pop("_pruning", None)  # that of the layer it was made from, whose history is not this one's
         self.pruning = pruning
         self.layer_id = next(_layer_ids)
@@ -301,6 +314,8 @@ class SparseConv2d(nn.Conv2d):
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
         if not self.training:
+            if not isinstance(input, Tensor):
+                raise TypeError(f"input: got {type(input).__name__}; accepted: a torch.Tensor")
             return conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
         return convolve(
             input,

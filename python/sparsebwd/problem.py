@@ -3,45 +3,16 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-Pair = tuple[int, int]
+from .arguments import MOST, Pair, as_int, as_pair, shown
 
 _TOKEN = re.compile(r"([a-z])(\d+)(?:x(\d+))?")
-_MOST = 2**63 - 1  # as tensors and operators count
 _SIZES = "nchwkrs"
 _OPTIONS = {"u": "stride", "p": "padding", "d": "dilation", "g": "groups"}
-
-
-def as_int(value: int, name: str) -> int:
-    """Return ``value`` as an int. Raises TypeError if it is not an integer; a bool is none, one of NumPy's is."""
-    try:
-        if not isinstance(value, bool):
-            return value if isinstance(value, int) else operator.index(value)
-    except TypeError:
-        pass
-    raise TypeError(f"{name}: got {value!r}; accepted: an int")
-
-
-def as_pair(value: int | Sequence[int], name: str) -> Pair:
-    """Return ``value`` as a pair of ints (height, width); one int stands for both.
-
-    Raises TypeError if it is not made of ints, ValueError if it is not one or two of them.
-    """
-    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
-        return value  # as layers have it: nothing to convert
-    values = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
-    try:
-        values = tuple(as_int(v, name) for v in values)
-    except TypeError:
-        raise TypeError(f"{name}: got {value!r}; accepted: an int or a pair of ints") from None
-    if len(values) not in (1, 2):
-        raise ValueError(f"{name}: got {len(values)} values {value!r}; accepted: one or two")
-    return (values[0], values[-1])
 
 
 @dataclass(frozen=True)
@@ -70,15 +41,14 @@ class ConvProblem:
     def __post_init__(self) -> None:
         for name in ("stride", "padding", "dilation"):
             object.__setattr__(self, name, as_pair(getattr(self, name), name))
-        object.__setattr__(self, "groups", as_int(self.groups, "groups"))
+        for name in (*_SIZES, "groups"):
+            object.__setattr__(self, name, as_int(getattr(self, name), name))
         lower_bounds = {"n": 0, "padding": 0}
         for name in (*_SIZES, *_OPTIONS.values()):
             bound = lower_bounds.get(name, 1)
             value = getattr(self, name)
             if min(value) < bound if isinstance(value, tuple) else value < bound:
                 raise ValueError(f"{name}: got {value}; accepted: at least {bound}")
-            if max(value) > _MOST if isinstance(value, tuple) else value > _MOST:
-                raise ValueError(f"{name}: got {value}; accepted: at most 2^63 - 1")
         for name, channels in (("c", self.c), ("k", self.k)):
             if channels % self.groups:
                 raise ValueError(f"groups: got {self.groups}; accepted: a divisor of {name}={channels}")
@@ -87,6 +57,8 @@ class ConvProblem:
                 f"weight: the kernel {self.r}x{self.s} with dilation {self.dilation} is larger than the "
                 f"input {self.h}x{self.w} with padding {self.padding}"
             )
+        if max(self.p, self.q) > MOST:
+            raise ValueError(f"padding: got {self.padding}; accepted: what makes the output at most 2^63 - 1 high and wide")
 
     @property
     def p(self) -> int:
@@ -139,9 +111,7 @@ class ConvProblem:
         for name, size in (("input", input_size), ("weight", weight_size)):
             if len(size) != 4:
                 raise ValueError(f"{name}: got shape {tuple(size)}; accepted: 4 dimensions")
-        groups = as_int(groups, "groups")
-        if groups < 1:
-            raise ValueError(f"groups: got {groups}; accepted: at least 1")
+        groups = as_int(groups, "groups", least=1)
         n, c, h, w = input_size
         k, c_per_group, r, s = weight_size
         if c != c_per_group * groups:
@@ -155,8 +125,10 @@ class ConvProblem:
     def parse(cls, text: str) -> ConvProblem:
         """Read ``n32c64h32w32k128r3s3u2p1d1g1``; u, p, d and g may be left out (1, 0, 1, 1).
 
-        Raises ValueError naming what is wrong with ``text``.
+        Raises ValueError naming what is wrong with ``text``, TypeError if it is not a string.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"problem: got {shown(text)}; accepted: a string like 'n32c64h32w32k128r3s3u2p1d1g1'")
         fields: dict[str, int | Pair] = {}
         position = 0
         while position < len(text):

@@ -13,9 +13,10 @@ from functools import cached_property, lru_cache
 from numbers import Real
 from typing import Any
 
+from .arguments import check_choice, shown
 from .reference import SIGMA_COEFFICIENT, normal_density, quantile
 
-__all__ = ["PLACEMENTS", "THRESHOLDS", "WHERE", "Pruning", "check_backend", "check_choice", "check_percentile"]
+__all__ = ["PLACEMENTS", "THRESHOLDS", "WHERE", "Pruning", "check_backend", "check_percentile"]
 
 PLACEMENTS = ("output", "input")
 THRESHOLDS = ("exact", "predicted")
@@ -29,32 +30,20 @@ def check_percentile(percentile: float | None, or_none: bool = True) -> float | 
         return None
     if isinstance(percentile, bool) or not isinstance(percentile, Real):
         accepted = "a number in [50, 100)" + (", or None for no pruning" if or_none else "")
-        raise TypeError(f"percentile: got {percentile!r}; accepted: {accepted}")
+        raise TypeError(f"percentile: got {shown(percentile)}; accepted: {accepted}")
     if not 50 <= percentile < 100:
-        raise ValueError(f"percentile: got {percentile!r}; accepted: 50 <= percentile < 100")
+        raise ValueError(f"percentile: got {shown(percentile)}; accepted: 50 <= percentile < 100")
     return float(percentile)
 
 
 def check_backend(backend: str) -> str:
     """Return ``backend``. Raises TypeError if it is not a string, ValueError if no backend has this
     name, RuntimeError if it is one that is only planned."""
-    if not isinstance(backend, str):
-        raise TypeError(f"backend: got {backend!r}; accepted: the name of a backend, as a string")
-    if backend != "auto":
+    if not isinstance(backend, str) or backend != "auto":
         from .backends import get_backend  # backends are given settings, so they import this module
 
         get_backend(backend)
     return backend
-
-
-def check_choice(name: str, value: str, accepted: tuple[str, ...]) -> str:
-    """Return ``value``. Raises TypeError if it is not a string, ValueError if it is none of those accepted."""
-    choices = ", ".join(repr(choice) for choice in accepted)
-    if not isinstance(value, str):
-        raise TypeError(f"{name}: got {value!r}; accepted: {choices}")
-    if value not in accepted:
-        raise ValueError(f"{name}: got {value!r}; accepted: {choices}")
-    return value
 
 
 def _one_of(name: str, *accepted: str) -> Callable[[str], str]:
@@ -158,12 +147,12 @@ class Pruning:
         for item in filter(None, text.split(",")):
             name, equals, value = item.partition("=")
             if name not in _CHECKS or not equals or name in settings:
-                raise ValueError(f"pruning: got {text!r}; accepted: settings such as 'percentile=95.0,placement=input'")
+                raise ValueError(f"pruning: got {shown(text)}; accepted: settings such as 'percentile=95.0,placement=input'")
             settings[name] = value
         percentile = settings.get("percentile")
         if percentile is not None:
             try:
                 settings["percentile"] = None if percentile == "None" else float(percentile)
             except ValueError:
-                raise ValueError(f"percentile: got {percentile!r}; accepted: a number, or None") from None
+                raise ValueError(f"percentile: got {shown(percentile)}; accepted: a number, or None") from None
         return Pruning(**settings)

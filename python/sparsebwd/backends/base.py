@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..arguments import shown
 from ..problem import ConvProblem
 from ..reference import PrunedGradient
 
@@ -169,8 +170,19 @@ PLANNED = {
 """Names of backends to come, and why they do not run. A registered backend of the same name is used instead."""
 
 
+def check_name(name: str) -> str:
+    """Return ``name``. Raises TypeError if it is not a string."""
+    if not isinstance(name, str):
+        raise TypeError(f"backend: got {shown(name)}; accepted: the name of a backend, as a string")
+    return name
+
+
 def register(backend: Backend) -> None:
-    """Add a backend at the end of the list, that is as the one "auto" prefers."""
+    """Add a backend at the end of the list, that is as the one "auto" prefers. Raises TypeError if it is none, ValueError
+    if one has its name."""
+    if not isinstance(backend, Backend):
+        raise TypeError(f"backend: got {shown(backend)}; accepted: an instance of a class derived from Backend")
+    check_name(backend.name)
     if backend.name in _backends:
         raise ValueError(f"backend: {backend.name!r} is registered already")
     _backends[backend.name] = backend
@@ -190,13 +202,15 @@ def available_backends() -> tuple[str, ...]:
 def get_backend(name: str) -> Backend:
     """The backend of that name, available or not.
 
-    Raises RuntimeError with the reason for one that is only planned, ValueError for an unknown name.
+    Raises RuntimeError with the reason for one that is only planned, ValueError for an unknown name, TypeError for what is
+    no name.
     """
+    check_name(name)
     if name not in _backends:
         if name in PLANNED:
             raise RuntimeError(f"backend: {name!r} cannot run: {PLANNED[name]}")
         accepted = ", ".join(repr(known) for known in ("auto", *_backends))
-        raise ValueError(f"backend: got {name!r}; accepted: {accepted}")
+        raise ValueError(f"backend: got {shown(name)}; accepted: {accepted}")
     return _backends[name]
 
 

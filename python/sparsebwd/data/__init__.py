@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from ..arguments import as_int, check_choice, check_flag, check_path
 from .augment import CROPS
 from .batches import Batches, Normalize, ordered_batches
 from .dataset import DataError, ImageData
@@ -64,16 +65,20 @@ def load(
             `ImageData.notes` names it; when streaming, the next image takes its place in training.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: unknown `name` or `crop`, a missing `data_dir`, an `image_size` that does not fit, or `stream` for
             data that is not in files.
         DataError: `data_dir` is no directory, or a file is missing, truncated or corrupt; the message names it.
     """
-    if name not in _NAMES:
-        raise ValueError(f"data: got {name!r}, accepted are {', '.join(_NAMES)}")
-    if not 1 <= image_size <= 1024:
-        raise ValueError(f"image_size: got {image_size}, accepted are integers from 1 to 1024")
-    if crop not in ("auto", *CROPS):
-        raise ValueError(f"crop: got {crop!r}, accepted are auto, {', '.join(CROPS)}")
+    check_choice("name", name, _NAMES)
+    data_dir, cache_dir = (
+        None if path is None else check_path(path, which)
+        for which, path in (("data_dir", data_dir), ("cache_dir", cache_dir))
+    )
+    image_size = as_int(image_size, "image_size", least=1, most=1024)
+    stream = None if stream is None else check_flag(stream, "stream")
+    strict = check_flag(strict, "strict")
+    check_choice("crop", crop, ("auto", *CROPS))
     if stream and name != "imagefolder":
         raise ValueError(f"stream: got {stream}, but only imagefolder is streamed; {name} fits into memory")
     if name == "digits":
@@ -94,14 +99,14 @@ def load(
     return replace(images, crop="padded" if crop == "auto" else crop)
 
 
-def _directory(name: str, data_dir: str | Path | None) -> Path:
+def _directory(name: str, data_dir: Path | None) -> Path:
     if data_dir is None:
         raise ValueError(f"data_dir: got none, but {name} is read from files: name the folder that holds them")
     try:
-        is_directory, exists = Path(data_dir).is_dir(), os.path.lexists(data_dir)
+        is_directory, exists = data_dir.is_dir(), os.path.lexists(data_dir)
     except OSError as error:
         raise DataError(f"data_dir: got '{shown(data_dir)}': {error.strerror}") from error
     if not is_directory:
         problem = "is not a directory" if exists else "does not exist"
         raise DataError(f"data_dir: got '{shown(data_dir)}', which {problem}")
-    return Path(data_dir)
+    return data_dir

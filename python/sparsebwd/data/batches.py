@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import as_int, check_choice, check_flag
 from .augment import CROPS, draw_padded, draw_resized, mirror, padded_crops, resized_box
 from .streaming import Ahead, ImageFiles, load_ahead
 
@@ -40,8 +41,9 @@ class Batches:
         workers: processes that decode files ahead of their use; arrays need none.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: a `batch_size` that the images do not fill, or that does not divide over the processes; an unknown
-            `crop`.
+            `crop`, or a number out of range.
     """
 
     def __init__(
@@ -58,12 +60,15 @@ class Batches:
         world_size: int = 1,
         workers: int = 0,
     ) -> None:
+        batch_size, world_size = as_int(batch_size, "batch_size"), as_int(world_size, "world_size", least=1)
+        rank = as_int(rank, "rank", least=0, most=world_size - 1)
+        seed, workers = as_int(seed, "seed", least=0, most=2**64 - 1), as_int(workers, "workers", least=0)
+        augment, mirror = check_flag(augment, "augment"), check_flag(mirror, "mirror")
+        check_choice("crop", crop, CROPS)
         if not 1 <= batch_size <= len(images):
             raise ValueError(f"batch_size: got {batch_size}, accepted are 1 to {len(images)}, the training images")
         if batch_size % world_size:
             raise ValueError(f"batch_size: got {batch_size}, accepted are multiples of {world_size}, the processes")
-        if crop not in CROPS:
-            raise ValueError(f"crop: got {crop!r}, accepted are {', '.join(CROPS)}")
         share = batch_size // world_size
         self._images = images
         self._count = len(images) // batch_size

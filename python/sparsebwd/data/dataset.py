@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..arguments import as_int
 from .notes import Notes
 
 if TYPE_CHECKING:
@@ -49,7 +50,14 @@ class ImageData:
     notes: Notes = field(default_factory=Notes)
 
     def subset(self, train: int | None = None, test: int | None = None) -> ImageData:
-        """The same data with `train` training and `test` test images, spread evenly over the whole; None keeps all."""
+        """The same data with `train` training and `test` test images, spread evenly over the whole; None keeps all.
+
+        Raises:
+            TypeError, ValueError: a number that is no integer from 1.
+        """
+        train, test = (
+            None if count is None else as_int(count, name, least=1) for name, count in (("train", train), ("test", test))
+        )
         train_images, train_labels = _spread(self.train_images, self.train_labels, train)
         test_images, test_labels = _spread(self.test_images, self.test_labels, test)
         return replace(

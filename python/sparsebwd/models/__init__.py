@@ -13,6 +13,7 @@ from functools import partial
 
 from torch import nn
 
+from ..arguments import as_int, check_choice
 from .alexnet import AlexNet
 from .mobilenet import MobileNet
 from .resnet import BasicBlock, Bottleneck, ResNet
@@ -48,12 +49,10 @@ def create(name: str, num_classes: int, form: str = "cifar") -> nn.Module:
         form: "cifar" or "imagenet".
 
     Raises:
+        TypeError: a name or form that is no string, `num_classes` that is no integer.
         ValueError: unknown `name` or `form`, or `num_classes` below 1.
     """
-    if name not in _BUILDERS:
-        raise ValueError(f"model: got {name!r}, accepted are {', '.join(_BUILDERS)}")
-    if num_classes < 1:
-        raise ValueError(f"num_classes: got {num_classes}, accepted are integers from 1")
-    if form not in IMAGE_SIZE:
-        raise ValueError(f"form: got {form!r}, accepted are {', '.join(IMAGE_SIZE)}")
+    check_choice("name", name, names())
+    num_classes = as_int(num_classes, "num_classes", least=1)
+    check_choice("form", form, tuple(IMAGE_SIZE))
     return _BUILDERS[name](num_classes, form=form)

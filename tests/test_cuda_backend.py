@@ -206,9 +206,15 @@ def test_integers_are_exact_for_any_geometry(problem, dtype, memory_format, dens
     generator = torch.Generator().manual_seed(seed)
     input, weight, grad_output = operands = _operands(problem, generator, dtype, memory_format, density, integer=True)
     grad_input, grad_weight, _ = _layer_backward(problem, operands)
+    # Also straight to the kernels: the backend leaves to dense ones what the sparse kernels refuse, and nothing to plain.cu.
+    raw = [torch.full_like(tensor, torch.nan) for tensor in (input, weight)]
+    torch.ops.sparsebwd_emulated.conv2d_backward(
+        *_raw(problem, grad_output, input=input, weight=weight, grad_input=raw[0], grad_weight=raw[1])
+    )
     wanted = reference.conv2d_input(problem, weight, grad_output), reference.conv2d_weight(problem, input, grad_output)
-    for name, actual, exact in zip(("AGB", "WGC"), (grad_input, grad_weight), wanted):
-        assert_bit_equal(actual + 0, exact.to(dtype) + 0, f"{name} of {problem}")
+    for name, *both, exact in zip(("AGB", "WGC"), (grad_input, grad_weight), raw, wanted):
+        for actual in both:
+            assert_bit_equal(actual + 0, exact.to(dtype) + 0, f"{name} of {problem}")
 
 
 def test_weights_of_any_strides(generator):
@@ -338,6 +344,7 @@ class _Spy:
     def __init__(self):
         self.refusals = torch.ops.sparsebwd_emulated.refusals
         self.prune = torch.ops.sparsebwd_emulated.prune
+        self.activations = None
 
     def refusal(self, *sizes):
         return torch.ops.sparsebwd_emulated.refusal(*sizes)
@@ -355,14 +362,33 @@ def spy(monkeypatch) -> _Spy:
     return spy
 
 
-@pytest.mark.parametrize("text, sparse", [(SPARSE, True), ("n2c6h7w8k6r3s3p1g6", False)])
-def test_only_sparse_kernels_need_channels_last(text, sparse, generator, spy):
-    problem = ConvProblem.parse(text)
-    refused = spy.refusals(problem.input_size, problem.weight_size, *_geometry(problem), "float32")
-    assert [not reason for reason in refused] == [sparse, sparse]
+def test_sparse_kernels_need_channels_last(generator, spy):
+    problem = ConvProblem.parse(SPARSE)
     grad_input, *_ = _layer_backward(problem, _operands(problem, generator))
-    assert [x.is_contiguous(memory_format=torch.channels_last) for x in spy.activations] == [sparse] * 3
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in spy.activations)
     assert grad_input.is_contiguous()
+
+
+@pytest.mark.parametrize("percentile", [None, 90.0])
+@pytest.mark.parametrize(
+    "text, sparse",
+    [("n2c6h7w8k6r3s3p1g6", ()), ("n2c4h9w9k4r7s7p3", ()), ("n2c3h6w6k8r3s3p1", ("agb",)), ("n2c8h6w6k8r3s3p0", ("wgc",))],
+)
+def test_what_sparse_kernels_refuse_is_dense(text, sparse, percentile, generator, spy, stats):
+    """Each of AGB and WGC, never by the plain kernels, on the gradient that the other one has."""
+    problem = ConvProblem.parse(text)
+    operands = _operands(problem, generator)
+    results = _layer_backward(problem, operands, percentile)
+    names = (*(["emulated"] if sparse else []), "dense")
+    assert stats[-1].implementation == "+".join(names)
+    if sparse:
+        _, input, grad_input = spy.activations
+        assert (grad_input is not None, input is not None) == ("agb" in sparse, "wgc" in sparse)
+    else:
+        assert spy.activations is None
+    expected = _layer_backward(problem, operands, percentile, backend="reference")
+    for one, two in zip(results[:2], expected):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
 
 def test_sparse_kernels_need_aligned_tensors(generator, spy):
@@ -390,14 +416,16 @@ def set_precision():
 
 @pytest.fixture
 def ieee(set_precision):
-    """The break-even density is 0.4."""
+    """The break-even density is 0.25 in channels_last, half of it in contiguous tensors."""
     set_precision("ieee")
 
 
-def _implementations(text, densities, generator, stats, percentile=None, dtype=torch.float32, layer_id=1):
+def _implementations(
+    text, densities, generator, stats, percentile=None, dtype=torch.float32, layer_id=1, memory_format=FORMATS[0]
+):
     problem = ConvProblem.parse(text)
     for density in densities:
-        operands = _operands(problem, generator, dtype, density=density)
+        operands = _operands(problem, generator, dtype, memory_format, density)
         _layer_backward(problem, operands, percentile, backend="auto", layer_id=layer_id)
     return [said.implementation for said in stats[-len(densities) :]]
 
@@ -444,15 +472,29 @@ def test_auto_counts_seldom_while_it_is_dense(fresh, ieee, generator, stats, mon
     assert recorded == [1, 2, 5, 9]
 
 
+LARGE = "n2c16h8w8k24r3s3p1"
+
+
 @pytest.mark.parametrize(
-    "precision, dtype, limit",
-    [("ieee", torch.float32, 0.4), ("tf32", torch.float32, 0.04), ("ieee", torch.bfloat16, 0.02)],
+    "text, precision, dtype, limit",
+    [
+        (LARGE, "ieee", torch.float32, 0.25),
+        (LARGE.replace("h8w8", "h7w7"), "ieee", torch.float32, 0.15),
+        ("n2c16h16w16k24r3s3u2p1", "ieee", torch.float32, 0.15),
+        (LARGE, "tf32", torch.float32, 0.04),
+        (LARGE, "ieee", torch.bfloat16, 0.02),
+    ],
 )
-def test_auto_by_arithmetic(precision, dtype, limit, fresh, generator, stats, set_precision):
+def test_auto_by_arithmetic_geometry_and_layout(
+    text, precision, dtype, limit, memory_format, fresh, generator, stats, set_precision
+):
     set_precision(precision)
-    below = _implementations(SPARSE, [0.9 * limit] * 3, generator, stats, dtype=dtype, layer_id=1)
-    above = _implementations(SPARSE, [1.2 * limit] * 3, generator, stats, dtype=dtype, layer_id=2)
-    assert (below[2], above[2]) == ("emulated", "dense")
+    if memory_format == torch.contiguous_format:
+        limit *= 0.5
+    for density, expected in ((0.6 * limit, "emulated"), (1.5 * limit, "dense")):
+        ran = _implementations(text, [density] * 3, generator, stats, None, dtype, 1, memory_format)
+        assert ran[2] == expected
+        fresh._layers.clear()
 
 
 @pytest.mark.parametrize("text", ["n2c33h6w6k40r1s1", "n2c16h6w6k16r3s3p1g16"])

@@ -94,8 +94,8 @@ def _for_sparse_kernels(tensor: Tensor) -> Tensor:
 
 
 class CudaBackend(Backend):
-    """Always the kernels of csrc/cuda, whatever the density: the sparse ones, or where these refuse a problem the plain
-    ones, which take any and are slow."""
+    """The sparse kernels of csrc/cuda, whatever the density; PyTorch's dense ones on the pruned gradient where they refuse a
+    problem."""
 
     name = "cuda"
     # Tests put the emulated kernels, which take CPU tensors, in the place of these.
@@ -156,7 +156,8 @@ class CudaBackend(Backend):
 
     def sparse_pays(self, problem: ConvProblem, grad: Tensor, layer_id: int) -> tuple[bool, bool]:
         """Whether AGB and WGC of ``grad`` run on the kernels of this backend."""
-        return True, True
+        agb_refusal, wgc_refusal = _refusals(self.operators, problem, grad.dtype)
+        return not agb_refusal, not wgc_refusal
 
     def remember(self, problem: ConvProblem, grad: Tensor, layer_id: int, density: Tensor | None) -> None:
         """Called after each backward pass with the density of ``grad``, after pruning, if it is known."""
@@ -214,20 +215,15 @@ class CudaBackend(Backend):
         output_mask: tuple[bool, bool],
         raw: _RawPruning,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Prune, AGB and WGC in one call: stats, the gradient that was consumed, and the results."""
-        agb_refusal, wgc_refusal = _refusals(self.operators, problem, grad_output.dtype)
-        # The plain kernels take activations as they are.
-        sparse = (output_mask[0] and not agb_refusal, output_mask[1] and not wgc_refusal)
-        if any(sparse):
-            grad_output = _for_sparse_kernels(grad_output)
+        """Prune, AGB and WGC in one call: stats, the gradient that was consumed, and the results. For problems that the
+        sparse kernels take."""
+        grad_output = _for_sparse_kernels(grad_output)
         grad_input = grad_weight = None
         if output_mask[0]:
-            input_format = torch.channels_last if sparse[0] else reference.memory_format(input)
-            grad_input = empty(problem.input_size, grad_output, input_format)
+            grad_input = empty(problem.input_size, grad_output, torch.channels_last)
         if output_mask[1]:
             grad_weight = empty(problem.weight_size, grad_output, reference.memory_format(weight))
-            if sparse[1]:
-                input = _for_sparse_kernels(input)
+            input = _for_sparse_kernels(input)
         pruned = None if raw.key is None else torch.empty_like(grad_output)
         stats = _new_stats(grad_output)
         self.operators.conv2d_backward(
@@ -287,19 +283,27 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-# Estimates, from the peak rates of the arithmetic and the cost of finding non-zeros; not measured yet.
-_BREAK_EVEN_FLOAT32 = 0.4  # the dense convolution in float32 throughout
+# Estimates, from the instructions of the kernels and the latencies that few warps do not hide; not measured yet.
+_BREAK_EVEN_FLOAT32 = 0.25  # the dense convolution in float32 throughout
+_BREAK_EVEN_FLOAT32_SMALL = 0.15  # the same with a stride, or on maps of few pixels
 _BREAK_EVEN_TF32 = 0.04  # the dense one of float32 tensors in TF32, as PyTorch allows by default
 _BREAK_EVEN_HALF = 0.02  # bfloat16 and float16
+_SMALL_MAP = 49  # pixels of grad_output
+_CONTIGUOUS = 0.5  # of these densities, where tensors are copied to channels_last first
 
 _NEVER = "1x1, in groups, or refused by the sparse kernels"
 
 
-def _break_even(dtype: torch.dtype) -> float:
+def _break_even(problem: ConvProblem, dtype: torch.dtype, channels_last: bool) -> float:
     """The density up to which the sparse kernels are the faster ones, where they may be at all."""
     if dtype != torch.float32:
-        return _BREAK_EVEN_HALF
-    return _BREAK_EVEN_TF32 if torch.backends.cudnn.conv.fp32_precision == "tf32" else _BREAK_EVEN_FLOAT32
+        limit = _BREAK_EVEN_HALF
+    elif torch.backends.cudnn.conv.fp32_precision == "tf32":
+        limit = _BREAK_EVEN_TF32
+    else:
+        small = max(problem.stride) > 1 or problem.p * problem.q <= _SMALL_MAP
+        limit = _BREAK_EVEN_FLOAT32_SMALL if small else _BREAK_EVEN_FLOAT32
+    return limit if channels_last else _CONTIGUOUS * limit
 
 
 # Of a gradient that is not pruned the density has to be counted, which takes a pass over it.
@@ -344,11 +348,13 @@ class AdaptiveCudaBackend(CudaBackend):
     def why_not_faster(self, problem: ConvProblem, dtype: torch.dtype, channels_last: bool, pruning: Pruning) -> str | None:
         if not any(self._may_pay(problem, dtype)):
             return _NEVER
-        highest = _break_even(dtype)
+        highest = _break_even(problem, dtype, channels_last)
         if highest < pruning.lowest_density:
+            tf32 = dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
             return (
-                f"the sparse kernels are faster up to a density of {highest:.2f} here, where PyTorch computes in "
-                f"{'TF32' if dtype == torch.float32 else dtype}, and percentile {pruning.percentile} hardly ever leaves so little"
+                f"the sparse kernels are faster up to a density of {highest:.2g} here, where PyTorch computes in "
+                f"{'TF32' if tf32 else dtype}{'' if channels_last else ' and tensors are copied to channels_last'}, and "
+                f"percentile {pruning.percentile} hardly ever leaves so little"
             )
         return None
 
@@ -359,7 +365,7 @@ class AdaptiveCudaBackend(CudaBackend):
             reason = _NEVER if layer is None else "no density of it is known yet"
             logger.debug("layer %d, %s in %s: AGB dense, WGC dense: %s", layer_id, problem, grad.dtype, reason)
             return False, False
-        limit = _break_even(grad.dtype)
+        limit = _break_even(problem, grad.dtype, grad.is_contiguous(memory_format=torch.channels_last))
         pays = tuple(may_pay and density <= limit for may_pay in layer.may_pay)
         logger.debug(
             "layer %d, %s in %s at density %.3f: AGB %s, WGC %s (break-even %.2f)",

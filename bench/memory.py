@@ -61,6 +61,18 @@ def backward_peaks(
     return json.loads(done.stdout)
 
 
+def peak_on_cuda(loss: Callable[[tuple[Tensor, Tensor]], Tensor], batch: tuple[Tensor, Tensor]) -> dict[str, int | None]:
+    """The same of a model on PyTorch's current CUDA device, by its allocator there; the host's memory is not looked at."""
+    loss(batch).backward()  # what is set up once is not counted
+    value = loss(batch)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    value.backward()
+    torch.cuda.synchronize()
+    return {"allocated_bytes": torch.cuda.max_memory_allocated() - before, "resident_bytes": None}
+
+
 def _measure(path: str) -> dict[str, dict[str, int | None]]:
     models, inputs, labels, dtype, threads = torch.load(path, weights_only=False)  # of backward_peaks()
     torch.set_num_threads(threads)

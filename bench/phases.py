@@ -22,29 +22,38 @@ WARMUP = 2
 
 
 class PhaseTimer:
-    """Takes steps. seconds: of each phase, in each step taken so far; "total" is the sum of the others."""
+    """Takes steps. seconds: of each phase, in each step taken so far; "total" is the sum of the others.
 
-    def __init__(self) -> None:
+    Args:
+        synchronize: waits until a device has done what it was given; phases begin and end there.
+    """
+
+    def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
+        self._synchronize = synchronize
         self.seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
         self._faults: list[int] = []
 
     def step(self, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> None:
         """zero_grad(), `loss()`, its backward pass, and the optimiser's step."""
         faults = _page_faults()
-        begin = time.perf_counter()
+        begin = self._now()
         optimizer.zero_grad()
-        cleared = time.perf_counter()
+        cleared = self._now()
         value = loss()
-        middle = time.perf_counter()
+        middle = self._now()
         value.backward()
-        after = time.perf_counter()
+        after = self._now()
         optimizer.step()
-        end = time.perf_counter()
+        end = self._now()
         seconds = (end - begin, middle - cleared, after - middle, (cleared - begin) + (end - after))
         for phase, value in zip(PHASES, seconds):
             self.seconds[phase].append(value)
         if faults is not None:
             self._faults.append(_page_faults() - faults)
+
+    def _now(self) -> float:
+        self._synchronize()
+        return time.perf_counter()
 
     def times(self) -> dict[str, object]:
         """For a record: medians, and `iqr_ms`."""

@@ -34,8 +34,8 @@ Batch = tuple[Tensor, Tensor]
 class LayerTimer(BackwardTimer):
     """Tells layers apart, too: `layers` has the seconds of each convolution. `layer` is the one that comes next."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, synchronize: Callable[[], None]) -> None:
+        super().__init__(synchronize)
         self.layers: Counter[str] = Counter()
         self.layer = ""
 
@@ -50,11 +50,12 @@ class Side:
 
     The learning rate is 0: a step does all the work of a step, and the weights stay those that were trained.
 
-    phases: takes the steps. kinds, layers: seconds in each step taken so far, by the names of each.
+    loss: of the copy on a batch. phases: takes the steps. kinds, layers: seconds in each step taken so far, by the names of each.
 
     Args:
         model: converted; `name` "dense" reverts the copy.
         loss: of a model on a batch.
+        device: that the model is on; each time begins and ends with nothing left to do there.
     """
 
     def __init__(
@@ -63,33 +64,35 @@ class Side:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         loss: Callable[[nn.Module, Batch], Tensor],
+        device: torch.device = torch.device("cpu"),
     ) -> None:
         self.model, self.optimizer = copy.deepcopy((model, optimizer))
         if name == "dense":
             revert(self.model)
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
-        self.phases = PhaseTimer()
+        self._synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+        self.phases = PhaseTimer(self._synchronize)
         self.kinds: dict[str, list[float]] = {kind: [] for kind in KINDS}
         self.layers: dict[str, list[float]] = {}
         self.convolutions: dict[str, Convolution] = {}
-        self._loss = partial(loss, self.model)
+        self.loss = partial(loss, self.model)
 
     def step(self, batch: Batch) -> None:
         """A training step, timed by phases."""
-        self.phases.step(self.optimizer, partial(self._loss, batch))
+        self.phases.step(self.optimizer, partial(self.loss, batch))
 
     def backward_in_parts(self, batch: Batch) -> None:
         """Forward, and a backward pass whose operations are timed one by one."""
         self.optimizer.zero_grad()
-        timer = LayerTimer()
+        timer = LayerTimer(self._synchronize)
 
         def arrived(convolution: Convolution, gradient: Tensor) -> None:
             self.convolutions[convolution.name] = convolution
             timer.layer = convolution.name
 
         with watching(self.model, arrived):
-            loss = self._loss(batch)
+            loss = self.loss(batch)
             with timer:
                 loss.backward()
         for samples, seconds in ((self.kinds, timer.seconds), (self.layers, timer.layers)):
@@ -103,7 +106,7 @@ class Side:
         with DensityMonitor(self.model) as monitor:
             for batch in batches:
                 self.optimizer.zero_grad()
-                self._loss(batch).backward()
+                self.loss(batch).backward()
         return monitor.as_dict()
 
 

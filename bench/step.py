@@ -20,9 +20,9 @@ from sparsebwd.train import Trainer
 from sparsebwd.train.config import DTYPES
 from sparsebwd.train.measure import KINDS
 
-from . import training
+from . import devices, training
 from .environment import command_line
-from .memory import backward_peaks
+from .memory import backward_peaks, peak_on_cuda
 from .phases import PHASES, WARMUP
 from .sides import MB, SIDES, Batch, Side, density_of_macs, layer_table, layers, take_turns, times
 from .terminal import FILE, Table, check_writable, fail, measuring, report
@@ -40,6 +40,8 @@ def command(
     placement: training.Placement = "auto",
     backend: training.Backend = "auto",
     learning_rate: training.LearningRate = None,
+    device: training.Device = "cpu",
+    math: training.Math = "strict",
     dtype: training.Dtype = "float32",
     layout: training.Layout = "channels_last",
     threads: training.Threads = None,
@@ -56,6 +58,8 @@ def command(
     convolutions take steps on the same batches, from the same weights.
     """
     given = locals()
+    if math not in devices.MATHS:
+        raise typer.BadParameter(f"math: got {math!r}; accepted: {', '.join(devices.MATHS)}", param_hint="--math")
     when = training.parse_steps(steps)
     check_writable(json=json, markdown=markdown)
     trainer = training.prepare(given)
@@ -73,7 +77,10 @@ def command(
     }
     points: list[dict[str, Any]] = []
     try:
-        with measuring() as environment:
+        with measuring() as environment, devices.DEVICES[device].restored():
+            if device == "cuda":
+                devices.DEVICES[device].set(devices.Mode(math=math))
+            environment |= devices.DEVICES[device].describe()
             for step in when:
                 training.train_to(trainer, step)
                 trainer.reporter.say(f"measuring after step {step}")
@@ -102,9 +109,11 @@ def measure(trainer: Trainer, repeats: int) -> dict[str, Any]:
     density = {"elements": monitored["total"]["density"], "macs": density_of_macs(by_layer)}
     for side in sides.values():
         side.optimizer.zero_grad()
-    memory: dict[str, Any] = backward_peaks(
-        {name: side.model for name, side in sides.items()}, *batches[WARMUP], DTYPES[trainer.config.dtype]
-    )
+    if trainer.world.device.type == "cuda":
+        memory: dict[str, Any] = {name: peak_on_cuda(side.loss, batches[WARMUP]) for name, side in sides.items()}
+    else:
+        models = {name: side.model for name, side in sides.items()}
+        memory = backward_peaks(models, *batches[WARMUP], DTYPES[trainer.config.dtype])
     memory["gradients"] = {
         name: {"sum": sum(sizes), "largest": max(sizes)}
         for name in ("dense_bytes", "compressed_bytes")
@@ -128,7 +137,7 @@ def side_of(trainer: Trainer, name: str) -> Side:
         return cross_entropy(trainer.forward(model, batch[0]), batch[1])
 
     twin = trainer.twins[0]
-    return Side(name, twin.model, twin.optimizer, loss)
+    return Side(name, twin.model, twin.optimizer, loss, trainer.world.device)
 
 
 def bounds(density: float, step_ms: float, convolution_ms: float) -> dict[str, float]:
@@ -156,7 +165,7 @@ def _overview(setting: Mapping[str, Any], points: Sequence[dict[str, Any]]) -> T
     pruning = "no pruning" if percentile is None else f"percentile {percentile:g}"
     return Table(
         f"{setting['model']}, {setting['data']}, batch {setting['batch']}, {pruning}, "
-        f"{setting['dtype']}, {setting['layout']}, threads {setting['threads']}",
+        f"{setting['dtype']}, {setting['layout']}, {_where(setting)}",
         ("after step", "density", "dense ms", "sparse ms", "speed-up", "bound", "ideal bound"),
         [
             (
@@ -170,6 +179,12 @@ def _overview(setting: Mapping[str, Any], points: Sequence[dict[str, Any]]) -> T
         ],
         (),
     )
+
+
+def _where(setting: Mapping[str, Any]) -> str:
+    if setting["device"] == "cpu":
+        return f"threads {setting['threads']}"
+    return f"on {setting['device']}" + (f", dense in {setting['math']}" if setting["dtype"] == "float32" else "")
 
 
 def _tables(point: dict[str, Any]) -> list[Table]:

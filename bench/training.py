@@ -22,6 +22,7 @@ from sparsebwd.train.config import DTYPES
 from sparsebwd.train.report import Reporter
 from sparsebwd.train.world import World
 
+from . import devices
 from .convolutions import Convolution, following
 from .inputs import LAYOUTS
 from .terminal import checked
@@ -40,6 +41,10 @@ Placement = Annotated[str, typer.Option(help="Which gradient is pruned: output, 
 Backend = Annotated[str, typer.Option(help=f"{', '.join(registered_backends())}, or auto.")]
 LearningRate = Annotated[
     float | None, typer.Option(help="Default: that of the paper, 0.05 for AlexNet and 0.1 for the others.")
+]
+Device = Annotated[str, typer.Option(help=" | ".join(devices.DEVICES))]
+Math = Annotated[
+    str, typer.Option(help="On a GPU, how dense kernels compute with float32: " + " | ".join(devices.MATHS) + ".")
 ]
 Dtype = Annotated[str, typer.Option(help=" | ".join(DTYPES) + ", the latter by autocast.")]
 Layout = Annotated[str, typer.Option(help=" | ".join(LAYOUTS))]
@@ -74,14 +79,15 @@ def prepare(given: Mapping[str, Any]) -> Trainer:
             "percentile": _percentile(given["percentile"]),
             "batch_size": given["batch"],
             "channels_last": layout == "channels_last",
-            "device": "cpu",
+            "device": given.get("device", "cpu"),
             "measure_every": _NEVER,
         }
+        device = torch.device(devices.named(options["device"]).type)
         config = TrainConfig(**options)
         images = data.load(
             config.data, data_dir=config.data_dir, cache_dir=config.cache_dir, image_size=config.image_size
         )
-        return Trainer(config, images, None, World(torch.device("cpu")), Reporter(Console(stderr=True)))
+        return Trainer(config, images, None, World(device), Reporter(Console(stderr=True)))
     except (ValueError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from None
     except OSError as error:

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from typer.testing import CliRunner
 
 from sparsebwd import models, revert
-from sparsebwd.bench import capture, gradients, memory, sides, step, terminal, training
+from sparsebwd.bench import capture, gradients, memory, phases, sides, step, terminal, training
 from sparsebwd.problem import ConvProblem
 from sparsebwd.train.measure import KINDS
 
@@ -23,6 +23,7 @@ app.command("step")(step.command)
 
 SMALL = {"model": "tiny", "image_size": 8, "batch": 4, "threads": 1}
 NAMES = ["0", "3", "6"]
+GPU = torch.device("cuda")
 
 
 def tiny(num_classes: int, form: str = "cifar") -> nn.Module:
@@ -318,3 +319,77 @@ def test_a_failure_to_measure_memory_is_said():
         RuntimeError, match="the process that measures memory failed: IndexError: Target 9 is out of bounds"
     ):
         memory.backward_peaks({"dense": nn.Sequential(nn.Flatten(), nn.Linear(12, 2))}, inputs, labels, torch.float32)
+
+
+# ---- on a GPU
+
+
+def test_phases_begin_and_end_with_nothing_left_to_do():
+    """What a device is given in a phase is done in it: the clock is read only after waiting."""
+    events = []
+    timer = phases.PhaseTimer(lambda: events.append("wait"))
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    optimizer.register_step_pre_hook(lambda *_: events.append("optimizer"))
+
+    def loss():
+        events.append("forward")
+        weight.register_hook(lambda _: events.append("backward"))
+        return weight.sum()
+
+    timer.step(optimizer, loss)
+    assert events == ["wait", "wait", "forward", "wait", "backward", "wait", "optimizer", "wait"]
+
+
+def test_sides_on_a_gpu_wait_for_it(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: waited.append(device))
+    run = trainer()
+    loss = step.side_of(run, "sparse").loss.func
+    side = sides.Side("sparse", training.model_of(run), run.twins[0].optimizer, loss, GPU)
+    side.step(run.batch(0))
+    assert waited == [GPU] * 5
+    waited.clear()
+    side.backward_in_parts(run.batch(0))
+    assert len(waited) > 10 and set(waited) == {GPU}
+
+
+def test_peak_on_a_gpu(monkeypatch):
+    """The highest point of the second backward pass, above where that begins."""
+    calls = []
+    allocated = iter([1000])
+    for name, value in {
+        "synchronize": None, "memory_allocated": lambda: next(allocated), "max_memory_allocated": lambda: 1700,
+        "reset_peak_memory_stats": None,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name, value=value: calls.append(name) or (value and value()))
+
+    def loss(batch):
+        calls.append("forward")
+        leaf = torch.ones(1, requires_grad=True)
+        leaf.register_hook(lambda _: calls.append("backward"))
+        return leaf.sum()
+
+    assert memory.peak_on_cuda(loss, ()) == {"allocated_bytes": 700, "resident_bytes": None}
+    assert calls[:4] == ["forward", "backward", "forward", "synchronize"]
+    order = [calls.index(name) for name in ("memory_allocated", "reset_peak_memory_stats", "max_memory_allocated")]
+    assert order == sorted(order) and calls.index("max_memory_allocated") > len(calls) - 1 - calls[::-1].index("backward")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused():
+    result = bench("step", "--device", "cuda")
+    assert result.exit_code == 2 and "PyTorch finds no CUDA device here" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("option, value", [("--device", "tpu"), ("--math", "fast")])
+def test_unknown_devices_and_maths_are_refused(option, value):
+    result = bench("step", option, value)
+    assert result.exit_code == 2 and f"{option[2:]}: got '{value}'; accepted: " in " ".join(result.output.split())
+
+
+def test_table_says_where_it_ran():
+    setting = {"threads": 2, "device": "cuda", "math": "tf32", "dtype": "float32"}
+    assert step._where(setting) == "on cuda, dense in tf32"
+    assert step._where(setting | {"dtype": "bfloat16"}) == "on cuda"
+    assert step._where(setting | {"device": "cpu"}) == "threads 2"

@@ -10,7 +10,7 @@ import subprocess
 import pytest
 import torch
 from images import write_classes
-from training import assert_same_run, refused, saved_state, tiny  # noqa: F401
+from training import assert_same_run, refused, saved_state, signals, tiny  # noqa: F401
 
 from sparsebwd.data import Batches, streaming
 from sparsebwd.train import checkpoint, cli, trainer
@@ -168,6 +168,7 @@ def test_what_is_ignored_is_said_once(folder, tmp_path, capsys):
 # signals
 
 
+@pytest.mark.usefixtures("signals")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_to_all_processes(folder, tmp_path, monkeypatch, capsys, number):
     """As from a terminal or a batch system: workers live until the run has saved."""

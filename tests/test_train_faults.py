@@ -16,7 +16,7 @@ from functools import partial
 
 import pytest
 import torch
-from training import DRIVER, SMALL, assert_same_run, interrupt, refused, saved_state, tiny, train  # noqa: F401
+from training import DRIVER, SMALL, assert_same_run, interrupt, refused, saved_state, signals, tiny, train  # noqa: F401
 
 from sparsebwd import commands, data
 from sparsebwd.data import records
@@ -338,14 +338,13 @@ def test_output_that_cannot_be_printed(tmp_path, driver):
 # signals
 
 
+@pytest.mark.usefixtures("signals")
 @pytest.mark.parametrize(
     ("number", "word"), [("SIGTERM", "terminated"), ("SIGINT", "interrupted"), ("SIGHUP", "hung up")]
 )
 def test_a_signal_in_the_first_epoch_leaves_what_can_be_resumed(tmp_path, monkeypatch, capsys, number, word):
     number = getattr(signal, number)
     before = signal.getsignal(number)
-    if before is signal.SIG_IGN:
-        pytest.skip("this process ignores it, and so does a run")
     train(tmp_path / "whole")
     batch = data.Batches.batch
 
@@ -364,6 +363,7 @@ def test_a_signal_in_the_first_epoch_leaves_what_can_be_resumed(tmp_path, monkey
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.usefixtures("signals")
 def test_a_signal_in_the_test_of_an_epoch(tmp_path, monkeypatch):
     """The epoch is closed by the run that takes it up."""
     train(tmp_path / "whole")
@@ -382,6 +382,7 @@ def test_a_signal_in_the_test_of_an_epoch(tmp_path, monkeypatch):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.usefixtures("signals")
 def test_a_signal_before_the_first_step(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data, "load", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
     assert cli.main([*SMALL, "--output", str(tmp_path)]) == 130
@@ -389,6 +390,7 @@ def test_a_signal_before_the_first_step(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("signals")
 def test_a_second_signal_ends_the_run_at_once(tmp_path, monkeypatch, capsys):
     def twice(*_):
         os.kill(os.getpid(), signal.SIGTERM)

@@ -114,7 +114,15 @@ def _check_errors(backend, text, density, dtype, memory_format, generator, posit
             assert_error_bounded(*results, f"{name} of {problem}")
 
 
-@pytest.mark.parametrize("density", [1.0, 0.35, 0.03])
+# A backend that skips no zeros computes the same whatever the density.
+DENSITIES = [
+    (backend, density)
+    for backend in backends_on("cpu")
+    for density in ([0.35] if backend in ("dense", "reference") else [1.0, 0.35, 0.03])
+]
+
+
+@pytest.mark.parametrize("backend, density", DENSITIES)
 @pytest.mark.parametrize("text", GRID)
 def test_error_is_at_most_twice_that_of_dense(backend, text, density, dtype, memory_format, generator):
     _check_errors(backend, text, density, dtype, memory_format, generator)

@@ -10,6 +10,8 @@ INSTALLED := $(VENV)/.installed
 BUILT     := $(VENV)/.built
 LINTER    := $(VENV)/.linter
 CUDA      := $(VENV)/.cuda
+# A test that is left on one process is taken over by another that has none left.
+PYTEST    := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal
 USABLE    := $(BIN)/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 # For `make ceilings` only: the package itself chooses at run time.
 VECTOR_FLAGS = $(shell grep -qw avx2 /proc/cpuinfo && echo -mavx2 -mfma -mbmi -mbmi2 -mpopcnt) \
@@ -17,7 +19,7 @@ VECTOR_FLAGS = $(shell grep -qw avx2 /proc/cpuinfo && echo -mavx2 -mfma -mbmi -m
 SOURCES   := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test build bench fuzz sanitize gpu-check ceilings sass lint clean
+.PHONY: help demo test check build bench fuzz sanitize gpu-check ceilings sass lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -25,8 +27,13 @@ help:  ## this list
 demo: $(BUILT)  ## train a ResNet-18 dense and sparse, and compare time, density and accuracy
 	@$(BIN)/python -m sparsebwd.train --demo
 
-test: $(BUILT) $(CUDA)  ## run every test that this machine can run
-	@$(BIN)/python -m pytest -q --durations=10
+test: $(BUILT) $(CUDA)  ## run every test that this machine can run (ARGS= for pytest)
+	@echo "Running every test, in a process for each core: about 10 minutes on 2 cores, where nothing else runs"
+	@$(PYTEST) --durations=10 $(ARGS)
+
+check: $(BUILT)  ## the tests that matter, under 2 minutes: one of each kernel, dtype, layer and command (ARGS= for pytest)
+	@echo "Running each test with each value of each parameter once, the slow ones left out: under 2 minutes on 2 cores"
+	@$(PYTEST) --check $(ARGS)
 
 build: $(BUILT)  ## set up .venv, build and install the package
 

@@ -26,6 +26,37 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],  # it measures time, as the deadline does
 )
 hypothesis.settings.load_profile("sparsebwd")
+hypothesis.settings.register_profile("check", max_examples=10)  # the other settings are those loaded now
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--check",
+        action="store_true",
+        help="each test with each value of each parameter once, without those marked slow (make check)",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--check"):
+        hypothesis.settings.load_profile("check")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--check"):
+        return
+    seen, chosen, others = set(), [], []
+    for item in items:
+        function = item.nodeid.partition("[")[0]
+        parameters = item.callspec.params if hasattr(item, "callspec") else {"none": None}
+        new = {(function, name, repr(value)) for name, value in parameters.items()} - seen
+        if new and not item.get_closest_marker("slow"):
+            seen |= new
+            chosen.append(item)
+        else:
+            others.append(item)
+    items[:] = chosen
+    config.hook.pytest_deselected(items=others)
 
 
 @pytest.fixture(params=backends_on("cpu"))

@@ -58,6 +58,7 @@ def rows_of(path) -> list[dict]:
 # ---- suites
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", models.IMAGE_SIZE)
 @pytest.mark.parametrize("name", models.names())
 def test_suites_are_the_convolutions_of_the_models(name, form):
@@ -742,6 +743,7 @@ def test_backend_that_cannot_run(monkeypatch):
     assert result.exit_code == 2 and "it is switched off" in result.output
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not KERNELS, reason="the sparse kernels do not run here")
 def test_commands_of_the_documentation_are_understood(tmp_path, monkeypatch, captured_file, gpu):
     """Nothing is measured: rows are asked for, and there are none. A backend need not run here."""
@@ -762,6 +764,7 @@ def test_commands_of_the_documentation_are_understood(tmp_path, monkeypatch, cap
         assert result.exit_code != 2 and " rows, " in result.output, f"{arguments}: {result.output}"
 
 
+@pytest.mark.slow
 def test_module_runs(tmp_path):
     """As users start it, malloc settings included."""
     path = tmp_path / "rows.json"

@@ -302,6 +302,7 @@ LARGE = [
 PACKS = {"channels_last": (8, 1), "channels_last_quads": (4, 1), "contiguous": (8, 2), "contiguous_pixels": (4, 1)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", PACKS)
 @pytest.mark.parametrize("nonzeros", [False, True])
 def test_positions_in_tensors_larger_than_memory(positions, layout, nonzeros):

@@ -17,6 +17,8 @@ import torch
 
 from sparsebwd.problem import ConvProblem
 
+pytestmark = pytest.mark.slow  # it compiles
+
 HERE = Path(__file__).resolve().parent
 SOURCES = [HERE / "emulator_kernels.cu", HERE / "emulator_kernels.cpp"]
 SEEDS = range(4)

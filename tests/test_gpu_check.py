@@ -104,6 +104,7 @@ def test_no_gpu_is_said_in_one_sentence(monkeypatch, capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_make_target_without_a_gpu():
     done = subprocess.run(["make", "-s", "gpu-check", f"PYTHON={sys.executable}", "PARTS=tests bench"], cwd=ROOT,
@@ -176,6 +177,7 @@ def held(path: Path) -> bool:
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("show", [False, True])
 def test_processes_have_a_limit(tmp_path, show, capfd):
     log = tmp_path / "log"
@@ -219,6 +221,7 @@ def test_outcomes_of_tests(tmp_path):
     assert found["messages"]["test_some::test_bad"] == "assert False" and len(found["messages"]) == 2
 
 
+@pytest.mark.slow
 def test_tests_that_take_too_long_report_what_ran(check, monkeypatch, tmp_path):
     (tmp_path / "test_slow.py").write_text(
         "import time\n"
@@ -334,6 +337,7 @@ def bench(check, monkeypatch):
     return call
 
 
+@pytest.mark.slow
 def test_bench_part_fills_the_record(check, bench):
     check.minutes = 60
     assert bench(30.0)
@@ -358,6 +362,7 @@ def test_bench_part_says_what_it_left_out(check, bench, capsys):
     assert f"- left out of the benchmark: {gpu_check.UNITS[-1].title}" in check.path.with_suffix(".md").read_text()
 
 
+@pytest.mark.slow
 def test_slow_units_are_followed_by_fewer_samples(check, bench):
     check.minutes = 14
     assert bench(60.0)
@@ -365,6 +370,7 @@ def test_slow_units_are_followed_by_fewer_samples(check, bench):
     assert repeats[:2] == [gpu_check.REPEATS[0], gpu_check.REPEATS[-1]]
 
 
+@pytest.mark.slow
 def test_bench_part_fails_with_wrong_rows_and_crashes(check, bench):
     title = gpu_check.UNITS[2].title
     assert not bench(10.0, wrong=2, crashing=title)
@@ -377,6 +383,7 @@ def test_bench_part_fails_with_wrong_rows_and_crashes(check, bench):
 # ---- the report
 
 
+@pytest.mark.slow
 def test_report_answers_the_questions(check):
     rows = [row for unit in gpu_check.UNITS for row in rows_of(unit) if row["op"] != "agb+wgc"]
     for row in rows:

@@ -133,6 +133,7 @@ def test_compile_of_the_convolutions_alone():
         assert_bit_equal(actual, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")),
     reason="inductor needs a C++ compiler",
@@ -277,6 +278,7 @@ def _worker(rank: int, path: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_distributed_data_parallel(tmp_path):
     """Two processes end with the mean of the gradients that each would have alone."""
     mp.spawn(_worker, (str(tmp_path),), nprocs=2)

@@ -44,6 +44,7 @@ def test_the_instruction_set_is_the_one_asked_for():
     assert torch.ops.sparsebwd_cpu.isa() == [isa for isa in supported if isa in allowed][-1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(os.environ.get(LIMIT)), reason=f"{LIMIT} is set")
 @pytest.mark.parametrize("isa", _lower_isas())
 def test_lower_instruction_set(isa):

@@ -317,6 +317,7 @@ def test_bad_input(call, message):
         call()
 
 
+@pytest.mark.slow
 def test_unknown_instruction_set():
     program = "import torch, sparsebwd._C; torch.ops.sparsebwd_cpu.isa()"
     process = subprocess.run(

@@ -352,6 +352,7 @@ def test_backend_that_is_not_available(register, caplog):
 LOGGING = "import torch, sparsebwd; sparsebwd.prune_gradient(torch.ones(1, 1, dtype=torch.float64))"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["debug", "", "loud"])
 def test_log_level_of_the_environment(level):
     process = subprocess.run(

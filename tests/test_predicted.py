@@ -489,6 +489,7 @@ def train(function, model, steps: int = 6) -> list[torch.Tensor]:
     return results + [module.sigma_history for module in model if getattr(module, "threshold", "") == "predicted"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("placement", ["output", "input"])
 def test_checkpointing_predicts_the_same(use_reentrant, placement):
@@ -531,6 +532,7 @@ def test_compile_of_pruning_alone():
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")),
     reason="inductor needs a C++ compiler",
@@ -595,6 +597,7 @@ def _worker(rank: int, path: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_distributed_data_parallel(tmp_path):
     """All processes predict from the history of the first, to which each adds its own for a step."""
     mp.spawn(_worker, (str(tmp_path),), nprocs=2)

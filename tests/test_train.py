@@ -265,6 +265,7 @@ def test_resume_of_a_finished_run(tmp_path, capsys):
     assert json.loads((tmp_path / log.JSON_FILE).read_text())["summary"]["global_step"] == 12
 
 
+@pytest.mark.slow
 def test_resume_killed(tmp_path):
     """SIGKILL at two arbitrary moments, found by watching the checkpoint; the rest of the run is as if uninterrupted."""
     arguments = [*SMALL, "--compare", "--epochs", "40", "--checkpoint-steps", "1", "--threads", "1", "--output"]
@@ -298,6 +299,7 @@ def test_resume_without_a_checkpoint_starts(tmp_path, capsys):
     assert "no checkpoint in" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     """Under torchrun: process 0 writes and prints, and a resumed run is the same."""
     common = [*SMALL, "--compare", "--device", "cpu", "--output"]

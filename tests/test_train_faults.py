@@ -237,6 +237,7 @@ def test_a_folder_in_use_is_refused_by_name(tmp_path, capsys):
     assert not leftover.exists()
 
 
+@pytest.mark.slow
 def test_the_lock_goes_with_its_process(tmp_path):
     code = f"""
         from pathlib import Path
@@ -289,6 +290,7 @@ def test_where_files_cannot_be_locked_a_run_goes_on(tmp_path, monkeypatch):
 # full disks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [4096, 20_000], ids=["at once", "after some steps"])
 def test_full_disk_in_one_line(tmp_path, driver, limit):
     """A limit on the size of files stands in for the size of the disk: the system call fails at the same place."""
@@ -327,6 +329,7 @@ def test_writes_name_their_file(tmp_path, monkeypatch, write):
     assert path.read_text() == "before" and os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
 def test_output_that_cannot_be_printed(tmp_path, driver):
     with open("/dev/full", "w") as full:

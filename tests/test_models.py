@@ -142,3 +142,23 @@ def test_bad_arguments():
         models.create("resnet18", 0)
     with pytest.raises(ValueError, match="form: got 'imagenette'; accepted: 'cifar', 'imagenet'"):
         models.create("resnet18", 10, "imagenette")
+
+
+@pytest.mark.parametrize("form", models.IMAGE_SIZE)
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_width_scales_all_layers(name, form):
+    """Twice the channels of the first layer are twice those of each, but for images and classes."""
+    size = models.IMAGE_SIZE[form]
+    with torch.device("meta"):
+        published, narrow = models.create(name, 10, form), models.create(name, 10, form, width=8)
+        assert narrow(torch.empty(2, 3, size, size)).shape == (2, 10)
+    ratio = 4 if name == "mobilenet" else 8
+    for key, module in published.named_modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+            outputs = 10 if module.weight.shape[0] == 10 else module.weight.shape[0] // ratio
+            assert narrow.get_submodule(key).weight.shape[0] == outputs
+
+
+def test_width_is_refused_below_1():
+    with pytest.raises(ValueError, match="width: got 0"):
+        models.create("resnet18", 10, width=0)

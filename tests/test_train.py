@@ -85,7 +85,7 @@ def test_logs_of_a_comparison(tmp_path, capsys):
     assert not list(tmp_path.glob(".*"))
     shown = capsys.readouterr().out
     for text in (
-        "tiny (0.00 million parameters), percentile 90, and its dense twin",
+        "tiny in its CIFAR form (0.00 million parameters), percentile 90, and its dense twin",
         "96 training and 40 test",
         "speed-up",
     ):
@@ -291,7 +291,8 @@ def test_resume_killed(tmp_path):
     train(tmp_path / "killed", *arguments[len(SMALL) : -1], "--resume")
     train(tmp_path / "whole", *arguments[len(SMALL) : -1])
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
-    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["checkpoint.pt", "epochs.csv", "log.json"]
+    files = sorted(path.name for path in (tmp_path / "killed").iterdir())
+    assert files == ["checkpoint.pt", "epochs.csv", "log.json", "steps.csv"]
 
 
 def test_resume_without_a_checkpoint_starts(tmp_path, capsys):
@@ -427,7 +428,7 @@ def test_a_replaced_run_cannot_be_resumed(tmp_path, monkeypatch):
         (["--sigma-estimator", "guess"], "sigma_estimator: got 'guess'"),
         (["--threshold", "guess"], "threshold: got 'guess'; accepted: 'exact', 'predicted'"),
         (["--dtype", "int8"], "dtype: got 'int8', accepted are float32, bfloat16"),
-        (["--schedule", "random"], "schedule: got 'random', accepted are step, cosine"),
+        (["--schedule", "random"], "schedule: got 'random', accepted are step, cosine, one-cycle"),
         (["--device", "tpu"], "device: got 'tpu', accepted are auto, cpu, cuda"),
         (["--epochs", "0"], "epochs: got 0, accepted are numbers from 1"),
         (["--batch-size", "-1"], "batch_size: got -1"),

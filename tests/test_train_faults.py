@@ -209,7 +209,7 @@ def test_only_own_temporary_files_are_deleted(tmp_path):
     (tmp_path / ".log.json.2.deadbeef.tmp").mkdir()
     train(tmp_path, "--max-steps", "1")
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {*mine, ".log.json.2.deadbeef.tmp", "checkpoint.pt", "epochs.csv", "log.json"}
+    assert names == {*mine, ".log.json.2.deadbeef.tmp", "checkpoint.pt", "epochs.csv", "log.json", "steps.csv"}
 
 
 @pytest.mark.parametrize("name", ["epochs.csv", "log.json"])
@@ -303,7 +303,7 @@ def test_full_disk_in_one_line(tmp_path, driver, limit):
     result = program([sys.executable, "-c", script, driver[1], *SMALL, "--output", str(output), "--max-steps", "1"])
     assert result.returncode == 1
     assert result.stderr == f"error: {output / checkpoint.FILE}: File too large\n"
-    assert {path.name for path in output.iterdir()} <= {"epochs.csv", "log.json", "checkpoint.pt"}
+    assert {path.name for path in output.iterdir()} <= {"epochs.csv", "log.json", "checkpoint.pt", "steps.csv"}
 
 
 @pytest.mark.parametrize(

@@ -40,19 +40,23 @@ def names() -> tuple[str, ...]:
     return tuple(_BUILDERS)
 
 
-def create(name: str, num_classes: int, form: str = "cifar") -> nn.Module:
+def create(name: str, num_classes: int, form: str = "cifar", width: int | None = None) -> nn.Module:
     """A freshly initialised model. Weights are drawn from PyTorch's default generator.
 
     Args:
         name: one of `names()`.
         num_classes: number of logits, at least 1.
         form: "cifar" or "imagenet".
+        width: channels of the first layer; all other layers are as much wider or narrower. None: as published, 64, and 32 for
+            MobileNet, whose width multiplier is `width` / 32.
 
     Raises:
-        TypeError: a name or form that is no string, `num_classes` that is no integer.
-        ValueError: unknown `name` or `form`, or `num_classes` below 1.
+        TypeError: a name or form that is no string, `num_classes` or `width` that is no integer.
+        ValueError: unknown `name` or `form`, or `num_classes` or `width` below 1.
     """
     check_choice("name", name, names())
     num_classes = as_int(num_classes, "num_classes", least=1)
     check_choice("form", form, tuple(IMAGE_SIZE))
-    return _BUILDERS[name](num_classes, form=form)
+    if width is None:
+        return _BUILDERS[name](num_classes, form=form)
+    return _BUILDERS[name](num_classes, form=form, width=as_int(width, "width", least=1))

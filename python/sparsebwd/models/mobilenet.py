@@ -5,19 +5,26 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-# (output channels, stride) of each depthwise-separable block
-_BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
+# (output channels in units of the width, stride) of each depthwise-separable block
+_BLOCKS = ((2, 1), (4, 2), (4, 1), (8, 2), (8, 1), (16, 2), *[(16, 1)] * 5, (32, 2), (32, 1))
 
 
 class MobileNet(nn.Module):
     """On 32x32 images ("cifar"), the first layer has stride 1, so that the last maps are 2x2 and averaged; on 224x224
-    ("imagenet") it has stride 2, and they are 7x7."""
+    ("imagenet") it has stride 2, and they are 7x7.
 
-    def __init__(self, num_classes: int, form: str = "cifar") -> None:
+    Args:
+        num_classes: number of logits.
+        width: channels of the first layer: 32 times the width multiplier.
+        form: "cifar" or "imagenet".
+    """
+
+    def __init__(self, num_classes: int, width: int = 32, form: str = "cifar") -> None:
         super().__init__()
-        layers = [_conv(3, 32, 3, stride=2 if form == "imagenet" else 1)]
-        channels = 32
-        for out_channels, stride in _BLOCKS:
+        layers = [_conv(3, width, 3, stride=2 if form == "imagenet" else 1)]
+        channels = width
+        for multiple, stride in _BLOCKS:
+            out_channels = multiple * width
             layers += [_conv(channels, channels, 3, stride, groups=channels), _conv(channels, out_channels, 1)]
             channels = out_channels
         self.features = nn.Sequential(*layers)

@@ -19,14 +19,17 @@ from ..commands import check_environment, describe, one_line_errors
 from ..data.files import remove_leftovers
 from ..memory import keep_memory
 from . import checkpoint, log
-from .config import TrainConfig
+from .config import LARGEST_CIFAR, SCHEDULES, TrainConfig
 from .lock import LockedError, locked
+from .recipes import RECIPES
 from .report import Reporter
 from .stop import Signals
 from .trainer import Trainer, TrainingError
 from .world import World, join, launched
 
-_FILES = (checkpoint.FILE, log.CSV_FILE, log.JSON_FILE)
+_FILES = (checkpoint.FILE, log.CSV_FILE, log.JSON_FILE, log.STEPS_FILE)
+
+_FORMS = {"cifar": "CIFAR", "imagenet": "ImageNet"}
 
 # A few minutes on two cores: three epochs of digits, or as many steps on other images, with a schedule to match.
 _DEMO = {
@@ -54,9 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with one_line_errors():
         parser = _parser()
         options = parser.parse_args(arguments)
-        if options.demo:
-            parser.set_defaults(**_DEMO)
-            options = parser.parse_args(arguments)
+        parser.set_defaults(**{**(_DEMO if options.demo else {}), **RECIPES.get(options.recipe, {})})
+        options = parser.parse_args(arguments)
         names = {field.name for field in fields(TrainConfig)}
         with ExitStack() as stack:
             try:
@@ -79,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(
     parser: argparse.ArgumentParser, options: argparse.Namespace, config: TrainConfig, world: World, signals: Signals
 ) -> int:
-    folder = Path(options.output or f"runs/{config.model}-{config.data}-p{config.percentile or 'none'}")
+    kind = "dense" if config.dense else f"p{config.percentile or 'none'}"
+    folder = Path(options.output or f"runs/{config.model}-{config.data}-{kind}")
     reporter = Reporter(Console(quiet=world.rank > 0))
     with ExitStack() as stack:
         try:
@@ -168,12 +171,16 @@ def _prepare(
         )
     trainer = Trainer(config, images, folder, world, reporter, signals)
     about = trainer.data.description
-    pruning = "no pruning" if config.percentile is None else f"percentile {config.percentile:g}"
-    if config.percentile is not None and config.threshold != "exact":
-        pruning += f" with {config.threshold} thresholds"
+    if config.dense:
+        pruning = "dense"
+    elif config.percentile is None:
+        pruning = "no pruning"
+    else:
+        pruning = f"percentile {config.percentile:g}"
+        pruning += f" with {config.threshold} thresholds" if config.threshold != "exact" else ""
     reporter.say(
-        f"{config.model} ({trainer.parameters / 1e6:.2f} million parameters), {pruning}"
-        f"{', and its dense twin' if config.compare else ''}, on {world.device.type}"
+        f"{config.model} in its {_FORMS[config.network_form]} form ({trainer.parameters / 1e6:.2f} million parameters), "
+        f"{pruning}{', and its dense twin' if config.compare else ''}, on {world.device.type}"
         + (f", threads: {torch.get_num_threads()}" if world.device.type == "cpu" else "")
         + (f", processes: {world.size}" if world.size > 1 else "")
     )
@@ -183,6 +190,12 @@ def _prepare(
         f"{config.batch_size} images a step"
         + (f"; decoded as they are needed, workers: {trainer.workers}" if trainer.workers is not None else "")
     )
+    size = config.image_size
+    if config.network_form == "cifar" and size > LARGEST_CIFAR:
+        reporter.warn(
+            f"form: the first layers of the CIFAR form have no strides, and take {size}x{size} images "
+            f"{(size / 32) ** 2:.0f} times as long as 32x32; --form imagenet is made for 224x224"
+        )
     trainer.show_notes()
     if options.resume:
         if trainer.resume():
@@ -215,7 +228,10 @@ def _parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("what to train")
     switch("demo", "a short run beside its dense twin, on a schedule to match; other options still count")
+    value("recipe", "NAME", f"{', '.join(RECIPES)}: options by name; other options still count")
     value("model", "NAME", ", ".join(models.names()))
+    value("form", "NAME", "of the network: cifar, for 32x32 images, imagenet, for 224x224, or auto, by --image-size")
+    value("width", "N", "channels of the first layer, all others in proportion (default: 64, MobileNet 32)", int)
     value("data", "NAME", ", ".join(data.names()))
     value("data_dir", "DIR", "where the data set's files are")
     value("cache_dir", "DIR", "where decoded images are kept (default: ~/.cache/sparsebwd)")
@@ -227,6 +243,7 @@ def _parser() -> argparse.ArgumentParser:
     switch("stream", "decode images for each batch, not once for all (default: where that takes over 8 GiB)", both=True)
     value("workers", "N", "processes that decode, where images are streamed (default: 1, or up to 8 beside a GPU)", int)
     switch("skip_unreadable", "leave out images that cannot be read, instead of ending")
+    switch("dense", "train the dense model only")
     switch("compare", "train the dense twin too, from the same weights, step by step in turns")
 
     group = parser.add_argument_group("sparsity")
@@ -244,7 +261,8 @@ def _parser() -> argparse.ArgumentParser:
     value("learning_rate", "RATE", "at the start (default: 0.05 for AlexNet, 0.1 for the others)", float, "--lr")
     value("momentum", "M", "of SGD", float)
     value("weight_decay", "W", "of SGD", float)
-    value("schedule", "NAME", "of the learning rate: step, or cosine to 0 at the end", str)
+    value("schedule", "NAME", f"of the learning rate: {', '.join(SCHEDULES)}; all but step end at 0")
+    value("label_smoothing", "S", "share of each label that is spread over all classes", float)
     value("decay_epochs", "N", "step schedule: epochs at each rate", int)
     value("decay_factor", "F", "step schedule: from each rate to the next", float)
     value("warmup_steps", "N", "steps in which the rate rises to its start", int)
@@ -258,7 +276,7 @@ def _parser() -> argparse.ArgumentParser:
     switch("distributed", "insist on torchrun; without this it is used where it started the process")
 
     group = parser.add_argument_group("output")
-    value("output", "DIR", "logs and checkpoint (default: runs/MODEL-DATA-pP)")
+    value("output", "DIR", "logs and checkpoint (default: runs/MODEL-DATA-pP, or -dense)")
     switch("resume", "go on from the checkpoint in DIR, to the same bits as without a stop")
     switch("overwrite", "replace the run in DIR")
     value("checkpoint_steps", "N", "a checkpoint every N steps, besides those after each epoch", int)

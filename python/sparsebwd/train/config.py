@@ -14,9 +14,15 @@ from .. import data, models
 from ..backends import get_backend
 from ..commands import check_seed, check_threads
 from ..settings import Pruning
+from .recipes import RECIPES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SCHEDULES = ("step", "cosine")
+SCHEDULES = ("step", "cosine", "one-cycle")
+
+LARGEST_CIFAR = 112
+"""Height and width of the largest images, in pixels, that the form "auto" takes to the networks for 32x32 images."""
+SMALLEST_IMAGENET = 64
+"""Of the smallest that the networks for 224x224 images take: they divide them by 32."""
 
 _MOST = 2**63 - 1  # of anything that is counted
 _MOST_WORKERS = 512
@@ -25,6 +31,7 @@ _LARGEST = torch.finfo(torch.float32).max  # of what is multiplied with weights 
 # A resumed run may change these: they do not alter what was computed up to the checkpoint. The length of the run
 # is among them, unless the learning rate depends on it.
 _FREE = {
+    "recipe",  # a name for what the other options say
     "data_dir",
     "cache_dir",
     "workers",
@@ -41,13 +48,19 @@ _LENGTH = {"epochs", "max_steps"}
 class TrainConfig:
     """All options of a run.
 
+    recipe: one of `RECIPES` that the other options were taken from, see `from_recipe`; None: of none.
+    form: of the network, "cifar" or "imagenet"; "auto" takes "imagenet" for images above 112 pixels.
+    width: channels of the first layer, all others in proportion; None: as published.
     percentile: in [50, 100), or None: nothing is pruned, only exact zeros are skipped.
     placement: "auto", "output" or "input"; backend, sigma_estimator, threshold, where: see `sparsebwd.convert`. Here all
         is pruned that the paper prunes, unless where is "faster".
+    dense: train the dense model only, by PyTorch's own convolutions; all about sparsity counts for nothing.
     compare: train the dense twin too, from the same weights, on the same batches, in turns.
     batch_size: images per step, over all processes.
     learning_rate: None takes the paper's, 0.05 for AlexNet and 0.1 for the others.
-    schedule: "step" multiplies the rate by `decay_factor` every `decay_epochs`; "cosine" takes it to 0 at the end.
+    schedule: "step" multiplies the rate by `decay_factor` every `decay_epochs`; "cosine" takes it to 0 at the end;
+        "one-cycle" takes it from 1/25 up to `learning_rate` in 30 % of the steps, and to 0 at the end.
+    label_smoothing: share of each label that is spread over all classes, in [0, 1); in training only.
     warmup_steps: the rate rises linearly over so many steps.
     max_steps: stop after so many steps, also in mid-epoch.
     train_subset, test_subset: use so many images, spread over the data set.
@@ -63,7 +76,10 @@ class TrainConfig:
         RuntimeError: the backend cannot run here.
     """
 
+    recipe: str | None = None
     model: str = "resnet18"
+    form: str = "auto"
+    width: int | None = None
     data: str = "digits"
     percentile: float | None = 90.0
     placement: str = "auto"
@@ -71,6 +87,7 @@ class TrainConfig:
     threshold: str = "exact"
     backend: str = "auto"
     where: str = "everywhere"
+    dense: bool = False
     compare: bool = False
     epochs: int = 300
     max_steps: int | None = None
@@ -82,6 +99,7 @@ class TrainConfig:
     decay_epochs: int = 100
     decay_factor: float = 0.1
     warmup_steps: int = 0
+    label_smoothing: float = 0.0
     seed: int = 0
     augment: bool = True
     crop: str = "padded"
@@ -101,7 +119,10 @@ class TrainConfig:
     measure_every: int = 10
 
     def __post_init__(self) -> None:
+        if self.recipe is not None:
+            _among("recipe", self.recipe, RECIPES)
         _among("model", self.model, models.names())
+        _among("form", self.form, ("auto", *models.IMAGE_SIZE))
         _among("data", self.data, data.names())
         _among("crop", self.crop, ("auto", *data.CROPS))
         _among("schedule", self.schedule, SCHEDULES)
@@ -113,7 +134,16 @@ class TrainConfig:
             raise RuntimeError(f"backend: {self.backend!r} cannot run: {reason}")
         for name in ("epochs", "batch_size", "decay_epochs", "image_size", "measure_every"):
             _between(name, getattr(self, name), 1, _MOST)
-        for name in ("max_steps", "train_subset", "test_subset", "checkpoint_steps"):
+        if self.form == "imagenet" and self.image_size < SMALLEST_IMAGENET:
+            raise ValueError(
+                f"form: got 'imagenet' with images of {self.image_size} pixels, which would shrink to nothing; accepted "
+                f"are an --image-size from {SMALLEST_IMAGENET} (the papers take 224), or the form 'cifar'"
+            )
+        if self.dense and self.compare:
+            raise ValueError(
+                "dense: got it beside compare, which trains the dense model and the sparse one; accepted is one of them"
+            )
+        for name in ("width", "max_steps", "train_subset", "test_subset", "checkpoint_steps"):
             if getattr(self, name) is not None:
                 _between(name, getattr(self, name), 1, _MOST)
         if self.threads is not None:
@@ -121,6 +151,8 @@ class TrainConfig:
         if self.workers is not None:
             _between("workers", self.workers, 0, _MOST_WORKERS)
         check_seed(self.seed)
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing: got {self.label_smoothing}, accepted are numbers in [0, 1)")
         _between("warmup_steps", self.warmup_steps, 0, _MOST)
         _between("weight_decay", self.weight_decay, 0, _LARGEST)
         if self.learning_rate is not None and not 0 < self.learning_rate <= _LARGEST:
@@ -134,6 +166,23 @@ class TrainConfig:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device: got 'cuda', but PyTorch sees no CUDA device here; accepted are auto, cpu")
 
+    @classmethod
+    def from_recipe(cls, recipe: str, **options: Any) -> TrainConfig:
+        """The options of a recipe, but for those given.
+
+        Raises:
+            ValueError: unknown `recipe`, or as for the class.
+        """
+        _among("recipe", recipe, RECIPES)
+        return cls(**{"recipe": recipe, **RECIPES[recipe], **options})
+
+    @property
+    def network_form(self) -> str:
+        """ "cifar" or "imagenet"."""
+        if self.form != "auto":
+            return self.form
+        return "imagenet" if self.image_size > LARGEST_CIFAR else "cifar"
+
     def total_steps(self, steps_per_epoch: int) -> int:
         """Length of the run."""
         steps = self.epochs * steps_per_epoch
@@ -146,8 +195,10 @@ class TrainConfig:
             rate = 0.05 if self.model == "alexnet" else 0.1
         if self.schedule == "step":
             rate *= self.decay_factor ** (step // steps_per_epoch // self.decay_epochs)
+        elif self.schedule == "cosine":
+            rate *= _cosine(step / self.total_steps(steps_per_epoch))
         else:
-            rate *= 0.5 * (1 + math.cos(math.pi * step / self.total_steps(steps_per_epoch)))
+            rate *= _one_cycle(step, self.total_steps(steps_per_epoch))
         return rate * min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else rate
 
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
@@ -164,6 +215,19 @@ class TrainConfig:
             for field in fields(self)
             if field.name not in free and saved[field.name] != mine[field.name]
         ]
+
+
+def _cosine(progress: float) -> float:
+    """From 1 at 0 to 0 at 1."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _one_cycle(step: int, steps: int) -> float:
+    """The cycle of Smith and Topin (2018), as torch.optim.lr_scheduler.OneCycleLR: a share of the highest rate."""
+    start, end, top = 1 / 25, 1 / 25 / 1e4, 0.3 * steps - 1
+    if step <= top:
+        return 1 + (start - 1) * _cosine(step / top)
+    return end + (1 - end) * _cosine((step - top) / (steps - 1 - top))
 
 
 def _among(name: str, value: str, accepted) -> None:

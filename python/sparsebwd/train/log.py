@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The log of a run on disk: `epochs.csv` and `log.json`, rewritten as a whole after each epoch."""
+"""The log of a run: `epochs.csv` and `log.json`, rewritten after each epoch, and `steps.csv`, which grows."""
 
 from __future__ import annotations
 
 import csv
 import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..data import atomic_write, write_text
 
-CSV_FILE, JSON_FILE = "epochs.csv", "log.json"
+CSV_FILE, JSON_FILE, STEPS_FILE = "epochs.csv", "log.json", "steps.csv"
 
 # One row per epoch and variant. Times are medians over the epoch's steps; density is the mean over its measured steps.
 COLUMNS = (
@@ -28,6 +31,15 @@ COLUMNS = (
     "backward_ms",
     "conv_backward_ms",
     "density",
+)
+
+# One row per step and variant, with the loss that was trained on: label smoothing is in it.
+STEP_COLUMNS = (
+    "global_step",  # from 1
+    "variant",
+    "learning_rate",
+    "loss",  # mean over the batch, before the update
+    "step_ms",  # empty where densities were measured
 )
 
 
@@ -55,3 +67,64 @@ class RunLog:
                     writer.writerow({**entry, **row, "variant": variant, "complete": complete})
         record = {"format": 1, **self._header, "epochs": history, "summary": summary}
         write_text(self.folder / JSON_FILE, json.dumps(record, indent=1) + "\n")
+
+
+class StepLog:
+    """Appends to `steps.csv` after each step. Rows of steps that a resumed run does again are dropped before.
+
+    Args:
+        folder: where it is.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / STEPS_FILE
+        self._file = None
+
+    def begin(self, step: int, variants: Sequence[str]) -> int:
+        """Keep the rows of the first `step` steps, those of each variant, and go on behind them.
+
+        Returns:
+            how many of those steps are not there.
+        """
+        kept: dict[tuple[int, str], str] = {}
+        if step and self.path.is_file():
+            with open(self.path, encoding="utf-8", errors="replace") as file:
+                next(file, None)
+                for line in file:
+                    number, _, rest = line.partition(",")
+                    key = int(number) if number.isdecimal() else 0, rest.partition(",")[0]
+                    if 0 < key[0] <= step and key[1] in variants and line.count(",") == len(STEP_COLUMNS) - 1:
+                        kept[key] = line
+        write_text(self.path, "".join([",".join(STEP_COLUMNS) + "\n", *kept.values()]))
+        with self._naming():
+            self._file = open(self.path, "a", encoding="utf-8")  # until `close`
+        return step - len(kept) // len(variants)
+
+    def add(self, step: int, rate: float, losses: dict[str, float], seconds: dict[str, float]) -> None:
+        """Rows of a step, one for each variant, handed to the system at once. Nothing before `begin`."""
+        if self._file is None:
+            return
+        times = {name: f"{1e3 * value:.3f}" for name, value in seconds.items()}
+        with self._naming():
+            for name, loss in losses.items():
+                self._file.write(f"{step},{name},{rate:.8g},{loss:.8g},{times.get(name, '')}\n")
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Return when the rows are on the disk."""
+        if self._file is not None:
+            with self._naming():
+                os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        file, self._file = self._file, None
+        with self._naming():
+            file.close()
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        """An error of writing names the file."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from .log import CSV_FILE, JSON_FILE
+from .log import CSV_FILE, JSON_FILE, STEPS_FILE
 
 _LINE = "{:>6} {:>7} {:>8} {:>11} {:>10} {:>10} {:>9} {:>9} {:>8} {:>8}"
 _HEADINGS = (
@@ -87,7 +87,7 @@ class Reporter:
     def summary(self, summary: dict[str, Any], folder: Path | None) -> None:
         """At the end: results and times of each model, and the density of each layer."""
         variants, speedup = summary["variants"], summary["speedup"]
-        layers = variants["sparse"]["layers"]
+        layers = variants.get("sparse", {}).get("layers")
         if layers:
             table = Table("layer", title="Gradients of the convolutions, last epoch", title_justify="left")
             for column in ("density", "sigma", "tau"):
@@ -124,13 +124,13 @@ class Reporter:
             table.add_row(label, *cells, *([_times(speedup[key])] if compare else []))
         self.console.print(table)
         if folder is not None:
-            self.say(f"Logs: {folder / CSV_FILE}, {folder / JSON_FILE}")
+            self.say(f"Logs: {', '.join(str(folder / name) for name in (CSV_FILE, STEPS_FILE, JSON_FILE))}")
 
     def demo(self, summary: dict[str, Any]) -> None:
         """What the demo has shown, in words, and what to try next."""
         variants, speedup = summary["variants"], summary["speedup"]
-        sparse = variants["sparse"]
-        if "dense" in variants:
+        if "dense" in variants and "sparse" in variants:
+            sparse = variants["sparse"]
             self.say(
                 f"\nA training step with pruned gradients was {_times(speedup['step'])} as fast as with dense PyTorch, the "
                 f"backward pass of its convolutions {_times(speedup['conv_backward'])}.\n"

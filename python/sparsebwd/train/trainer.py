@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import signal
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel
 
-from .. import models
-from ..conversion import convert
 from ..data import Batches, DataError, ImageData, Normalize, available_cores, ordered_batches
 from ..data.decode import ImageError
 from ..info import info
 from ..monitor import DensityMonitor
 from . import checkpoint
 from .config import DTYPES, TrainConfig
-from .log import RunLog
+from .log import RunLog, StepLog
 from .measure import BackwardTimer, EpochTally, speedups, summarize
 from .report import Reporter
 from .stop import Signals, Stopped
+from .twins import Twin, build_twins
 from .world import World
 
 _ADVICE = "try a lower --learning-rate, some --warmup-steps or a lower --percentile"
@@ -41,44 +37,8 @@ class TrainingError(RuntimeError):
     """Training cannot go on."""
 
 
-@dataclass
-class Twin:
-    """A model in training. `parallel` is the model, wrapped where there are several processes."""
-
-    name: str  # sparse or dense
-    model: nn.Module
-    parallel: nn.Module
-    optimizer: torch.optim.Optimizer
-    tally: EpochTally
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of it."""
-        state = self.optimizer.state
-        momenta = {
-            name: state[value].get("momentum_buffer") for name, value in self.model.named_parameters() if value in state
-        }
-        histories = {name: value for name, value in self.model.named_buffers() if name.endswith("sigma_history")}
-        return {
-            "model": self.model.state_dict(),
-            "sigma_histories": histories,
-            "momenta": {name: value for name, value in momenta.items() if value is not None},
-            "tally": asdict(self.tally),
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take up a state that fits."""
-        self.model.load_state_dict(state["model"])
-        for name, history in state["sigma_histories"].items():
-            self.model.get_buffer(name).copy_(history)
-        for name, value in self.model.named_parameters():
-            if name in state["momenta"]:
-                momentum = torch.empty_like(value, requires_grad=False).copy_(state["momenta"][name])
-                self.optimizer.state[value]["momentum_buffer"] = momentum
-        self.tally = EpochTally(**state["tally"])
-
-
 class Trainer:
-    """Trains a sparse model, and with `config.compare` its dense twin, step by step in turns.
+    """Trains a sparse model, its dense twin (`config.dense`), or both step by step in turns (`config.compare`).
 
     Everything random in a step (the batch, dropout, the keys of the pruning) is a function of the seed, the step's
     number and the process's rank, so that a checkpoint needs no generator states and a run resumes at any step.
@@ -122,12 +82,12 @@ class Trainer:
             workers=self.workers or 0,
         )
         self._normalize = Normalize(*self.data.statistics, world.device, config.channels_last)
-        self.twins = self._build_twins()
+        self.twins = build_twins(config, len(self.data.classes), world, reporter.warn)
         self._total_steps = config.total_steps(len(self._batches))
         self._environment = self._describe_environment()
         self._step = 0
         self._history: list[dict[str, Any]] = []
-        self._log = None
+        self._log = self._steps = None
         if folder is not None and world.rank == 0:
             header = {
                 "config": asdict(config),
@@ -135,7 +95,7 @@ class Trainer:
                 "data": self.data.description,
                 "parameters": self.parameters,
             }
-            self._log = RunLog(folder, header)
+            self._log, self._steps = RunLog(folder, header), StepLog(folder)
 
     @property
     def parameters(self) -> int:
@@ -182,7 +142,8 @@ class Trainer:
             # Where an earlier run stopped within an epoch, this one goes on within it.
             self._history = [entry for entry in self._history if entry["complete"]]
         self._write_log()
-        with self.reporter.running(self._step, self._total_steps), self._signals.deferred(), self._reading():
+        running = self.reporter.running(self._step, self._total_steps)
+        with running, self._signals.deferred(), self._logging(), self._reading():
             if self._step == 0:
                 # From here on there is something to resume; a disk that cannot hold it is found now, not in an hour.
                 self._save()
@@ -200,6 +161,19 @@ class Trainer:
         summary = summarize(self._history)
         self._write_log(summary)
         return summary
+
+    @contextmanager
+    def _logging(self) -> Iterator[None]:
+        """Keeps the file of all steps open."""
+        if self._steps is None:
+            yield
+            return
+        if missing := self._steps.begin(self._step, [twin.name for twin in self.twins]):
+            self.reporter.warn(f"{self._steps.path} lacks {missing} of the {self._step} steps before this one")
+        try:
+            yield
+        finally:
+            self._steps.close()
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -240,12 +214,15 @@ class Trainer:
             torch.manual_seed(seed)
             losses[twin.name] = self._step_twin(twin, inputs, labels, rate, measured)
         self._step += 1
+        seconds = {twin.name: twin.tally.step[-1] for twin in self.twins if twin.tally.step}
+        if self._steps is not None:
+            self._steps.add(self._step, rate, losses, {} if measured else seconds)
         for twin in self.twins:
             if not math.isfinite(losses[twin.name]):
                 raise TrainingError(
                     f"the loss of the {twin.name} model became {losses[twin.name]} in step {self._step}: {_ADVICE}"
                 )
-        self.reporter.step(losses, {twin.name: twin.tally.step[-1] for twin in self.twins if twin.tally.step})
+        self.reporter.step(losses, seconds)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs [N, 3, H, W] and labels [N] of step `step`, counted from 0 over the whole run."""
@@ -273,39 +250,6 @@ class Trainer:
         cores = available_cores() // self.world.size if self.world.device.type == "cuda" else 1
         return min(max(cores, 1), 8)
 
-    def _build_twins(self) -> list[Twin]:
-        config = self.config
-        torch.manual_seed(config.seed)
-        dense = models.create(config.model, len(self.data.classes)).to(self.world.device)
-        if config.channels_last:
-            dense = dense.to(memory_format=torch.channels_last)
-        sparse = copy.deepcopy(dense) if config.compare else dense
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            convert(
-                sparse,
-                percentile=config.percentile,
-                placement=config.placement,
-                backend=config.backend,
-                sigma_estimator=config.sigma_estimator,
-                threshold=config.threshold,
-                where=config.where,
-            )
-        for warning in caught:
-            self.reporter.warn(str(warning.message))
-        twins = [self._build_twin("sparse", sparse)]
-        if config.compare:
-            twins.append(self._build_twin("dense", dense))
-        return twins
-
-    def _build_twin(self, name: str, model: nn.Module) -> Twin:
-        parallel = DistributedDataParallel(model) if self.world.size > 1 else model
-        # The rate of each step is set before it.
-        optimizer = torch.optim.SGD(
-            model.parameters(), lr=0.0, momentum=self.config.momentum, weight_decay=self.config.weight_decay
-        )
-        return Twin(name, model, parallel, optimizer, EpochTally())
-
     def _step_twin(self, twin: Twin, inputs: Tensor, labels: Tensor, rate: float, measured: bool) -> float:
         """Forward, backward, update. Returns the mean loss over all processes."""
         twin.parallel.train()
@@ -314,7 +258,7 @@ class Trainer:
         twin.optimizer.zero_grad()
         begin = self._clock()
         logits = self.forward(twin.parallel, inputs)
-        loss = cross_entropy(logits, labels)
+        loss = cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
         middle = self._clock()
         if measured:
             with ExitStack() as stack:
@@ -400,6 +344,7 @@ class Trainer:
             except ValueError as error:
                 raise TrainingError(f"in the {twin.name} model after step {self._step}, {error}: {_ADVICE}") from None
         if self._log is not None:
+            self._steps.sync()  # a checkpoint of a step means that the step is logged
             checkpoint.save(self._checkpoint, asdict(self.config), self.data.fingerprint, self._state())
 
     def _state(self) -> dict[str, Any]:

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models of a run: the sparse one, its dense twin, or both."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .. import models
+from ..conversion import convert
+from .config import TrainConfig
+from .measure import EpochTally
+from .world import World
+
+
+@dataclass
+class Twin:
+    """A model in training. `parallel` is the model, wrapped where there are several processes."""
+
+    name: str  # sparse or dense
+    model: nn.Module
+    parallel: nn.Module
+    optimizer: torch.optim.Optimizer
+    tally: EpochTally
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        state = self.optimizer.state
+        momenta = {
+            name: state[value].get("momentum_buffer") for name, value in self.model.named_parameters() if value in state
+        }
+        histories = {name: value for name, value in self.model.named_buffers() if name.endswith("sigma_history")}
+        return {
+            "model": self.model.state_dict(),
+            "sigma_histories": histories,
+            "momenta": {name: value for name, value in momenta.items() if value is not None},
+            "tally": asdict(self.tally),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up a state that fits."""
+        self.model.load_state_dict(state["model"])
+        for name, history in state["sigma_histories"].items():
+            self.model.get_buffer(name).copy_(history)
+        for name, value in self.model.named_parameters():
+            if name in state["momenta"]:
+                momentum = torch.empty_like(value, requires_grad=False).copy_(state["momenta"][name])
+                self.optimizer.state[value]["momentum_buffer"] = momentum
+        self.tally = EpochTally(**state["tally"])
+
+
+def build_twins(config: TrainConfig, num_classes: int, world: World, warn: Callable[[str], None]) -> list[Twin]:
+    """The sparse model, the dense one, or both from the same weights; `warn` gets what conversion warns of."""
+    torch.manual_seed(config.seed)
+    dense = models.create(config.model, num_classes, config.network_form, config.width).to(world.device)
+    if config.channels_last:
+        dense = dense.to(memory_format=torch.channels_last)
+    twins = []
+    if not config.dense:
+        sparse = copy.deepcopy(dense) if config.compare else dense
+        _convert(sparse, config, warn)
+        twins.append(_twin("sparse", sparse, config, world))
+    if config.dense or config.compare:
+        twins.append(_twin("dense", dense, config, world))
+    return twins
+
+
+def _convert(model: nn.Module, config: TrainConfig, warn: Callable[[str], None]) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        convert(
+            model,
+            percentile=config.percentile,
+            placement=config.placement,
+            backend=config.backend,
+            sigma_estimator=config.sigma_estimator,
+            threshold=config.threshold,
+            where=config.where,
+        )
+    for warning in caught:
+        warn(str(warning.message))
+
+
+def _twin(name: str, model: nn.Module, config: TrainConfig, world: World) -> Twin:
+    parallel = DistributedDataParallel(model) if world.size > 1 else model
+    # The rate of each step is set before it.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=config.momentum, weight_decay=config.weight_decay)
+    return Twin(name, model, parallel, optimizer, EpochTally())

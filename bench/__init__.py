@@ -5,5 +5,6 @@ Modules, in the order of the data flow: :mod:`.suites` (which layers), :mod:`.in
 (what is timed, against what, and whether its result is right), :mod:`.timing`, :mod:`.runner` (from settings to rows),
 :mod:`.results` (columns, tables, files), :mod:`.plot`, :mod:`.compare`, :mod:`.environment`, :mod:`.cli`. Commands of their
 own: :mod:`.capture` writes files of :mod:`.gradients`, :mod:`.step` times whole training steps, :mod:`.zoo` those of many
-networks, :mod:`.overhead` what a layer costs beside its computation. docs/performance.md says how to read what they print.
+networks, :mod:`.overhead` what a layer costs beside its computation. :mod:`.calibration` measures for
+``python -m sparsebwd.calibrate``. docs/performance.md says how to read what they print.
 """

@@ -14,11 +14,10 @@ from typing import Annotated, Any, TypeVar
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sparsebwd import models
 from sparsebwd.backends import registered_backends
-from sparsebwd.commands import check_seed, check_threads
+from sparsebwd.commands import check_environment, check_seed, check_threads
 from sparsebwd.problem import ConvProblem
 from sparsebwd.settings import check_percentile
 
@@ -26,7 +25,7 @@ from . import capture, compare, devices, operations, overhead, results, step, su
 from .inputs import DTYPES, LAYOUTS, PATTERNS, Rotation
 from .runner import AGAINST, Plan, peaks, run
 from .suites import Layer
-from .terminal import FILE, check_writable, checked, fail, measuring, warn
+from .terminal import FILE, check_writable, checked, fail, measuring, progress_bar, warn
 
 T = TypeVar("T")
 
@@ -167,6 +166,11 @@ def main(
 ) -> None:
     if context.invoked_subcommand is not None:
         _refuse_options_before_command(context)
+    try:
+        check_environment()
+    except ValueError as error:
+        fail(f"error: {error}", status=2)
+    if context.invoked_subcommand is not None:
         return
     old = _checked("compare", compare.load, compare_with) if compare_with else None
     plan = _plan(
@@ -200,7 +204,7 @@ def main(
     with measuring() as environment:
         try:
             environment |= peaks(plan) | {"rotated_bytes": plan.rotation.nbytes} | plan.device.describe()
-            with _progress() as progress:
+            with progress_bar() as progress:
                 task = progress.add_task("", total=len(plan))
                 for row in run(plan, environment["peak_gflops"], lambda what: progress.update(task, description=what)):
                     rows.append(row)
@@ -421,9 +425,3 @@ def _pictures(names: Sequence[str], plan: Plan) -> Callable[[dict[str, Any], Seq
             plot.write(path, environment, rows)
 
     return draw
-
-
-def _progress() -> Progress:
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

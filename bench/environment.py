@@ -20,7 +20,7 @@ from .timing import Call, Sampler, sample_on_cpu
 
 # These change which code runs, on either side; a command that repeats a row has to set them.
 CODE_PATH_VARIABLES = (
-    "SPARSEBWD_MAX_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "NVIDIA_TF32_OVERRIDE",
+    "SPARSEBWD_MAX_ISA", "SPARSEBWD_CALIBRATION", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "NVIDIA_TF32_OVERRIDE",
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
 )  # fmt: skip
 

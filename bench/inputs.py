@@ -165,6 +165,15 @@ class Inputs:
         self._copies: dict[tuple[str, str], Tensor] = {}
         self._memo: dict[object, object] = {}
 
+    def with_gradient(self, gradient: Gradient) -> Inputs:
+        """The same input and weight, with another ``grad_output``."""
+        for layout in LAYOUTS:
+            for name in _OPERANDS[1:]:
+                self._all(name, layout)
+        other = Inputs(self.problem, self._dtype, gradient, self._rotation, device=self.device)
+        other._copies = {key: copies for key, copies in self._copies.items() if key[0] != _OPERANDS[0]}
+        return other
+
     def first(self, layout: str) -> Operands:
         """The first copy of each operand."""
         return Operands(*(self._all(name, layout)[0] for name in _OPERANDS))

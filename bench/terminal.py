@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -76,6 +77,13 @@ def measuring(keep: bool = True) -> Iterator[dict[str, Any]]:
     found["other_cpus"] = others.cpus()
     if found["other_cpus"] is not None and found["other_cpus"] > BUSY:
         warn(f"other processes used {found['other_cpus']} CPUs during the measurement; these times are no evidence")
+
+
+def progress_bar() -> Progress:
+    """A bar on stderr, where that is a terminal."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def machine(environment: dict[str, Any]) -> str:

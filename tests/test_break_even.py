@@ -11,12 +11,14 @@ import torch
 
 from sparsebwd import backends
 from sparsebwd.backends import break_even as module
+from sparsebwd.backends import machine
 from sparsebwd.backends.break_even import CLASSES, break_even, classify
+from sparsebwd.backends.break_even_tables import BFLOAT16, FLOAT32
 from sparsebwd.problem import ConvProblem
 
 pytestmark = pytest.mark.skipif("cpu" not in backends.available_backends(), reason="no CPU kernels")
 
-TABLES = [*module._FLOAT32.values(), *module._BFLOAT16.values()]
+TABLES = [*FLOAT32.values(), *BFLOAT16.values()]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +61,7 @@ def test_tables_have_a_density_for_each_class(table):
 @pytest.mark.parametrize("name", ["amx", "avx2 against avx512"])
 def test_bfloat16_at_percentile_90_is_dense_where_dense_is_much_faster(name):
     """It leaves densities from about 0.2."""
-    table = module._BFLOAT16[name]
+    table = BFLOAT16[name]
     assert all(max(limits) < 0.2 for layout in (table.channels_last, table.contiguous) for limits in layout.values())
 
 
@@ -78,7 +80,7 @@ def test_bfloat16_at_percentile_90_is_dense_where_dense_is_much_faster(name):
 )
 def test_kind_of_cpu(isa, native, amx, units_256_bits, float32, bfloat16):
     assert module._kinds(isa, native, amx, units_256_bits) == (float32, bfloat16)
-    assert float32 in module._FLOAT32 and bfloat16 in module._BFLOAT16
+    assert float32 in FLOAT32 and bfloat16 in BFLOAT16
 
 
 @pytest.mark.parametrize(
@@ -91,8 +93,8 @@ def test_zen4_is_told_by_its_family(vendor, family, expected, monkeypatch):
             raise FileNotFoundError
         return f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel name\t: A: B\n\nprocessor\t: 1\n"
 
-    monkeypatch.setattr(module.Path, "read_text", read)
-    assert module._has_256_bit_units() is expected
+    monkeypatch.setattr(machine.Path, "read_text", read)
+    assert machine.has_256_bit_units() is expected
 
 
 def test_limited_kernels_have_the_table_of_their_instruction_set(monkeypatch):

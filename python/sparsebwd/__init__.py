@@ -4,6 +4,7 @@
 __version__ = "0.1.0"
 
 from . import functional, fusion, grad, nn  # noqa: F401  fusion registers itself
+from .backends.break_even import use_calibration
 from .conversion import conversion_report, convert, revert
 from .functional import prune_gradient
 from .info import info
@@ -25,4 +26,5 @@ __all__ = [
     "nn",
     "prune_gradient",
     "revert",
+    "use_calibration",
 ]

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 import torch
 
 from . import backends
+from .backends import break_even
 
 _MOST_THREADS = 1024
 _SEEDS = 2**64
@@ -94,6 +95,6 @@ def check_seed(seed: int) -> int:
 
 
 def check_environment() -> None:
-    """Raises ValueError if a variable of the environment that sparsebwd reads has a value that it does not know."""
+    """Raises ValueError if a variable of the environment that sparsebwd reads has a value that it does not accept."""
     if backends.get_backend("cpu").available() is None:
-        torch.ops.sparsebwd_cpu.isa()
+        break_even.tables()

@@ -2,57 +2,38 @@
 """Densities up to which the sparse kernels for CPUs are faster than PyTorch's dense convolutions.
 
 They depend on the machine: on the instruction set of our kernels, on that of PyTorch's, and on how PyTorch computes in
-bfloat16. So there is a :class:`Table` for each kind of CPU; :func:`tables` says which are in force. docs/performance.md has the
-measurements. Those of contiguous tensors are not measured: they are those of channels_last, scaled.
+bfloat16. So there is a :class:`.break_even_tables.Table` for each kind of CPU; :func:`tables` says which are in force. A
+calibration, measured on this very machine, takes their place where one is asked for. docs/performance.md has the measurements.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache, lru_cache
-from pathlib import Path
-from typing import NamedTuple
+import os
+from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 
 from ..problem import ConvProblem
-from . import dense
+from . import calibration, dense, machine
+from .break_even_tables import BFLOAT16, CLASSES, FLOAT32, BreakEven, Table
 
+__all__ = [
+    "CLASSES",
+    "BreakEven",
+    "Table",
+    "break_even",
+    "classify",
+    "kind_of_cpu",
+    "tables",
+    "until_tables_change",
+    "use_calibration",
+    "why_dense",
+    "why_not_worth_it",
+]
 
-class BreakEven(NamedTuple):
-    """The densities up to which the sparse AGB and WGC are the faster ones, at most 1; 0 where they never are."""
-
-    agb: float
-    wgc: float
-
-
-@dataclass(frozen=True)
-class Table:
-    """Break-even densities of one dtype on one kind of CPU.
-
-    name: of the kind. origin: where the numbers of channels_last come from, in words.
-    channels_last, contiguous: by the class of a problem, see :func:`classify`; of tensors in that layout against dense
-        convolutions in the same. What a table does not have never runs sparse.
-    """
-
-    name: str
-    origin: str
-    channels_last: Mapping[str, BreakEven]
-    contiguous: Mapping[str, BreakEven]
-
-
-CLASSES = {
-    "first": "3x3 with up to 5 input channels, the first layer of a network",
-    "narrow": "kernel larger than 1x1, fewer than 32 input or output channels",
-    "kernel": "kernel from 1x2 to 3x3",
-    "large kernel": "kernel of more than 9 elements",
-    "1x1 narrow": "1x1, fewer than 32 input or output channels, or at most 64 on both sides",
-    "1x1 half narrow": "1x1, at most 64 channels on one side",
-    "1x1 strided": "1x1 with a stride",
-    "1x1": "any other 1x1",
-}
-"""The classes of problems, and what they are, in words. Problems that are in none always run dense."""
+VARIABLE = "SPARSEBWD_CALIBRATION"
+"""Of the environment: a file that ``python -m sparsebwd.calibrate`` wrote."""
 
 # Multiply-adds below which estimating the density takes longer than the sparse kernels could save.
 _FEWEST_MACS = 2**20
@@ -80,108 +61,68 @@ def classify(problem: ConvProblem) -> str | None:
     return "1x1 half narrow" if fewest <= 64 else "1x1"
 
 
-def _classes(*limits: tuple[float, float]) -> dict[str, BreakEven]:
-    """In the order of CLASSES."""
-    return {name: BreakEven(*pair) for name, pair in zip(CLASSES, limits, strict=True)}
+_caches = []
 
 
-_ZEN5 = "measured on a Zen 5 with AVX-512, one and two threads, on the cautious side"
-_ZEN3 = "measured on a Zen 3 with AVX2, two threads, on the cautious side"
+def until_tables_change(function: Callable) -> Callable:
+    """``lru_cache`` for what follows from the tables in force: forgotten when others are."""
+    cached = lru_cache(maxsize=4096)(function)
+    _caches.append(cached)
+    return cached
 
 
-def _table(name: str, origin: str, channels_last: dict[str, BreakEven], contiguous: float = 0.85) -> Table:
-    """contiguous: what is assumed to be left of a break-even density where tensors are contiguous."""
-    scaled = {kind: BreakEven(*(contiguous * limit for limit in limits)) for kind, limits in channels_last.items()}
-    return Table(name, origin, channels_last, scaled)
+_chosen: dict[torch.dtype, Table] | None = None
 
 
-# first, narrow, kernel, large kernel, 1x1 narrow, 1x1 half narrow, 1x1 strided, 1x1; (AGB, WGC) of each.
-_FLOAT32 = {
-    table.name: table
-    for table in (
-        _table(
-            "avx512",
-            _ZEN5 + "; large kernels and fewer than 32 channels: estimated",
-            _classes(
-                (0, 0.20), (0.15, 0.50), (0.53, 0.65), (0.53, 0.65), (0.10, 0.20), (0.48, 0.48), (0.60, 0.50), (0.46, 0.48)
-            ),
-        ),
-        _table(
-            "avx512, 256-bit units",
-            "estimated: dense loses more than the sparse kernels by narrower units (a trial on a Zen 4)",
-            _classes(
-                (0, 0.20), (0.15, 0.50), (0.56, 0.68), (0.56, 0.65), (0.10, 0.20), (0.48, 0.50), (0.60, 0.50), (0.50, 0.50)
-            ),
-        ),
-        _table(
-            "avx2",
-            _ZEN3,
-            _classes(
-                (0, 0.12), (0.18, 0.70), (0.47, 0.85), (0.75, 0.70), (0.05, 0.12), (0.48, 0.45), (0.75, 0.48), (0.45, 0.45)
-            ),
-        ),
-        _table(
-            "avx2 against avx512",
-            "estimated: half of what it is where both have the same vectors",
-            _classes((0, 0), (0, 0.20), (0.25, 0.35), (0.25, 0.30), (0, 0), (0.20, 0.20), (0.30, 0.20), (0.20, 0.20)),
-        ),
-        _table(
-            "baseline",
-            "measured on a Zen 3, the portable kernels against dense with AVX2; elsewhere estimated to be the same",
-            _classes((0, 0), (0, 0.08), (0.12, 0.30), (0.22, 0.20), (0, 0), (0, 0), (0, 0), (0.10, 0.10)),
-        ),
-    )
-}
+def use_calibration(path: str | os.PathLike | None) -> None:
+    """Take the break-even densities that ``python -m sparsebwd.calibrate`` measured on this machine.
 
-_BFLOAT16 = {
-    table.name: table
-    for table in (
-        _table(
-            "avx512_bf16",
-            _ZEN5 + "; without AVX512_BF16 estimated to be the same",
-            _classes((0, 0), (0, 0.20), (0.25, 0.38), (0.25, 0.35), (0, 0), (0, 0), (0.18, 0.10), (0.08, 0.17)),
-        ),
-        _table(
-            "amx",
-            "estimated: dense at least twice as fast as with AVX512_BF16",
-            _classes((0, 0), (0, 0), (0.08, 0.12), (0.08, 0.12), (0, 0), (0, 0), (0, 0), (0, 0)),
-        ),
-        _table(
-            "avx2 against avx512",
-            "estimated: dense has twice the vectors, and instructions for bfloat16",
-            _classes((0, 0), (0, 0), (0.08, 0.12), (0.08, 0.12), (0, 0), (0, 0), (0, 0), (0, 0)),
-        ),
-        _table(
-            "avx2, dense through float32",
-            _ZEN3,
-            _classes(
-                (0, 0.12), (0.70, 0.80), (0.55, 0.90), (0.75, 0.80), (0.70, 0.60), (0.70, 0.55), (0.85, 0.85), (0.58, 0.56)
-            ),
-        ),
-        Table(
-            "baseline, dense through float32",
-            "as baseline in float32",
-            _FLOAT32["baseline"].channels_last,
-            _FLOAT32["baseline"].contiguous,
-        ),
-    )
-}
+    From now on, in this process, ``backend="auto"`` runs AGB and WGC on the sparse kernels up to the densities in the file, and
+    ``where="faster"`` converts by them. The environment variable SPARSEBWD_CALIBRATION=FILE does the same from the start. Call
+    it before the first training step: results before and after may differ in their last bits, and compiled code keeps what was
+    decided when it was compiled.
 
+    Args:
+        path: the file. None: the densities of this kind of CPU, whatever the variable says.
 
-@cache
-def tables() -> dict[torch.dtype, Table]:
-    """The tables in force, for float32 and for bfloat16: those of the CPU that this process runs on, with the kernels that
-    SPARSEBWD_MAX_ISA allows and those that ONEDNN_MAX_CPU_ISA leaves to PyTorch.
-
-    Raises ValueError if SPARSEBWD_MAX_ISA names no instruction set.
+    Raises:
+        TypeError: ``path`` is no path.
+        ValueError: the file cannot be read, is not a calibration, or not one of this machine and these versions. What was in
+            force stays so.
+        RuntimeError: the CPU kernels do not run here.
     """
+    global _chosen
+    if path is not None and not isinstance(path, str | os.PathLike):
+        raise TypeError(f"calibration: got {path!r}; accepted: the path of a file, or None")
+    calibration.identity()
+    _chosen = kind_of_cpu() if path is None else calibration.read(path)
+    for cached in _caches:
+        cached.cache_clear()
+
+
+@until_tables_change
+def tables() -> dict[torch.dtype, Table]:
+    """The tables in force, for float32 and for bfloat16: those of the calibration that :func:`use_calibration` or else
+    SPARSEBWD_CALIBRATION names, or those of this kind of CPU.
+
+    Raises ValueError if that is no calibration of this machine, or if SPARSEBWD_MAX_ISA names no instruction set.
+    """
+    if _chosen is not None:
+        return _chosen
+    path = os.environ.get(VARIABLE)
+    return calibration.read(path) if path else kind_of_cpu()
+
+
+def kind_of_cpu() -> dict[torch.dtype, Table]:
+    """The tables of the CPU that this process runs on, with the kernels that SPARSEBWD_MAX_ISA allows and those that
+    ONEDNN_MAX_CPU_ISA leaves to PyTorch. Raises ValueError if SPARSEBWD_MAX_ISA names no instruction set."""
     float32, bfloat16 = _kinds(
         torch.ops.sparsebwd_cpu.isa(),
         dense.is_native(torch.bfloat16),
         torch.cpu._is_amx_tile_supported(),
-        _has_256_bit_units(),
+        machine.has_256_bit_units(),
     )
-    return {torch.float32: _FLOAT32[float32], torch.bfloat16: _BFLOAT16[bfloat16]}
+    return {torch.float32: FLOAT32[float32], torch.bfloat16: BFLOAT16[bfloat16]}
 
 
 def _kinds(isa: str, native: bool, amx: bool, units_256_bits: bool) -> tuple[str, str]:
@@ -197,17 +138,7 @@ def _kinds(isa: str, native: bool, amx: bool, units_256_bits: bool) -> tuple[str
     return isa, "avx2 against avx512" if native else f"{isa}, dense through float32"
 
 
-def _has_256_bit_units() -> bool:
-    """Whether this CPU, which has AVX-512, computes with half a vector at a time: a Zen 4."""
-    try:
-        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
-    except OSError:
-        return False
-    fields = dict(line.replace("\t", "").split(":", 1) for line in first.splitlines() if ":" in line)
-    return fields.get("vendor_id", "").strip() == "AuthenticAMD" and fields.get("cpu family", "").strip() == "25"
-
-
-@lru_cache(maxsize=4096)
+@until_tables_change
 def break_even(problem: ConvProblem, dtype: torch.dtype, channels_last: bool) -> BreakEven:
     """The densities of ``problem`` up to which sparse is faster. channels_last: the layout of its tensors; else contiguous."""
     table = tables()[dtype]

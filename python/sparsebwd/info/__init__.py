@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import sparsebwd
 from sparsebwd import backends
-from sparsebwd.backends import break_even
+from sparsebwd.backends import break_even, machine
 from sparsebwd.backends.cuda import why_not_loaded
 from sparsebwd.backends.dense import is_native
 
@@ -44,6 +43,7 @@ class Info(dict[str, Any]):
         for dtype, table in (cpu["break_even"] or {}).items():
             limits = (f"{kind} {agb:.2g}, {wgc:.2g}" for kind, (agb, wgc) in table["channels_last"].items())
             lines.append((f"{dtype}: sparse", f"up to these densities, AGB, WGC ({table['name']}): {'; '.join(limits)}"))
+            lines.append(("", table["origin"]))
         cuda = self["cuda"]
         built = f"for {', '.join(cuda['architectures'])}; CUDA: built with {cuda['version']}, driver {cuda['driver'] or 'none'}"
         lines.append(("CUDA kernels", f"none: {cuda['not_loaded']}" if cuda["not_loaded"] else built))
@@ -67,8 +67,9 @@ def info() -> Info:
             cpu: {name, cores (that this process may use), threads (of PyTorch's pool),
                 isa: {in_use (None if the C++ kernels do not run), supported: [...], limit (SPARSEBWD_MAX_ISA)},
                 dense: {"bfloat16", "float16": whether PyTorch has kernels for dense convolutions in it on this CPU},
-                break_even: the densities up to which "auto" takes the sparse kernels for CPUs, None if these do not run:
-                    {"float32", "bfloat16": {name, origin: of :class:`sparsebwd.backends.break_even.Table`,
+                break_even: the densities up to which "auto" takes the sparse kernels for CPUs, and where they come from,
+                    None if these do not run:
+                    {"float32", "bfloat16": {name, origin: of :class:`sparsebwd.backends.break_even_tables.Table`,
                     "channels_last", "contiguous": {class of convolutions: [AGB, WGC]}}}}.
             cuda: the CUDA kernels: {not_loaded: why they are not there, or None, architectures (that they are built for):
                 ["8.0", ...], version (of CUDA that they are built with), driver (the CUDA version that the driver runs;
@@ -79,12 +80,13 @@ def info() -> Info:
     """
     reasons = {name: backends.get_backend(name).available() for name in backends.registered_backends()}
     reasons = reasons | {name: reason for name, reason in backends.PLANNED.items() if name not in reasons}
-    in_use, supported = None, []
+    in_use, supported, tables = None, [], None
     if reasons["cpu"] is None:
         supported = list(torch.ops.sparsebwd_cpu.supported_isas())
         try:
             in_use = torch.ops.sparsebwd_cpu.isa()
-        except ValueError as error:  # SPARSEBWD_MAX_ISA names no instruction set
+            tables = _break_even()
+        except ValueError as error:  # SPARSEBWD_MAX_ISA names no instruction set, or SPARSEBWD_CALIBRATION no calibration
             reasons["cpu"] = str(error)
     gpus = [_gpu(i) for i in range(torch.cuda.device_count())]
     return Info(
@@ -93,7 +95,7 @@ def info() -> Info:
         python=platform.python_version(),
         platform=platform.platform(),
         cpu={
-            "name": _cpu_name(),
+            "name": machine.cpu_name(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "threads": torch.get_num_threads(),
             "isa": {
@@ -102,22 +104,13 @@ def info() -> Info:
                 "limit": os.environ.get("SPARSEBWD_MAX_ISA") or None,
             },
             "dense": {str(dtype).removeprefix("torch."): is_native(dtype) for dtype in (torch.bfloat16, torch.float16)},
-            "break_even": _break_even() if in_use else None,
+            "break_even": tables,
         },
         cuda=_cuda(),
         gpus=gpus,
         no_gpu=None if gpus else _why_no_gpu(),
         backends=reasons,
     )
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _break_even() -> dict[str, Any]:

@@ -364,6 +364,7 @@ class Trainer:
             "device": self.world.device.type,
             "cpu": here["cpu"]["name"],
             "isa": here["cpu"]["isa"]["in_use"],
+            "break_even": here["cpu"]["break_even"] and here["cpu"]["break_even"]["float32"]["name"],
             "threads": torch.get_num_threads(),
             "processes": self.world.size,
         }

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m sparsebwd.calibrate``: measure up to which densities sparse kernels are faster on this machine."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from sparsebwd.backends import break_even, calibration
+from sparsebwd.bench import terminal, training
+from sparsebwd.bench.calibration import DENSITIES, Found, Measured, densities, measure, steps
+from sparsebwd.commands import describe, one_line_errors
+from sparsebwd.data.files import write_text
+
+_LEAST_CHANGE = 0.02
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.command()
+def command(
+    output: Annotated[Path, typer.Option(help="The file to write, or to replace.", **terminal.FILE)] = Path(calibration.OUTPUT),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure and print, and write no file.")] = False,
+    threads: training.Threads = None,
+) -> None:
+    """Measure up to which densities of the gradient sparse convolutions are faster than dense ones on this machine.
+
+    It takes one to two minutes, on an otherwise idle machine. For each class of convolutions, in float32 and bfloat16, contiguous and
+    channels_last, sparse and dense kernels run in turns on cold operands; each result is checked before it is timed. Prints the densities
+    beside those in force, and writes a file.
+
+    The file is used only where it is asked for: by the environment variable SPARSEBWD_CALIBRATION=FILE, or
+    sparsebwd.use_calibration("FILE").
+    """
+    if not dry_run:
+        terminal.check_writable(output=output)
+    try:
+        in_force = _in_force()
+        calibration.identity()
+    except (RuntimeError, ValueError) as error:
+        terminal.fail(f"error: {describe(error)}", 2)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    threads = torch.get_num_threads()
+    with terminal.measuring():
+        measured = _measure(threads)
+    found = densities(measured)
+    chosen = {
+        dtype: {
+            layout: {
+                kind: tuple(map(_choose, getattr(in_force[calibration.DTYPES[dtype]], layout)[kind], pair))
+                for kind, pair in kinds.items()
+            }
+            for layout, kinds in layouts.items()
+        }
+        for dtype, layouts in found.items()
+    }
+    _table(in_force, found, chosen, threads).show(Console())
+    if dry_run:
+        return
+    record = calibration.record(chosen, threads, datetime.now(UTC).isoformat(timespec="seconds"))
+    try:
+        write_text(output, json.dumps(record, indent=1) + "\n")
+    except OSError as error:
+        terminal.fail(f"error: {describe(error)}")
+    typer.echo(f"\nwritten: {output}. To use it: SPARSEBWD_CALIBRATION={output.absolute()}, or sparsebwd.use_calibration({str(output)!r})")
+
+
+def _in_force() -> Mapping[torch.dtype, break_even.Table]:
+    """A calibration that is outdated is no reason not to make another one."""
+    usual = break_even.kind_of_cpu()
+    try:
+        return break_even.tables()
+    except ValueError as error:
+        terminal.warn(f"{describe(error)}. What is measured stands beside the densities of this kind of CPU")
+        return usual
+
+
+def _measure(threads: int) -> list[Measured]:
+    measured: list[Measured] = []
+    todo = steps(tuple(calibration.DTYPES), threads)
+    try:
+        with terminal.progress_bar() as progress, torch.no_grad():
+            task = progress.add_task("", total=len(todo))
+            for dtype, kind, problem in todo:
+                progress.update(task, description=f"{dtype} {kind}")
+                try:
+                    measured.extend(measure(dtype, kind, problem))
+                except AssertionError as error:
+                    terminal.fail(f"error: a result of {problem} in {dtype} is wrong, and nothing is written: {error}")
+                progress.advance(task)
+    except KeyboardInterrupt:
+        terminal.fail("interrupted: no file is written", status=130)
+    return measured
+
+
+def _choose(in_force: float, found: Found) -> float:
+    """What is measured, rounded down, unless chance explains the difference to what is in force."""
+    kept = abs(in_force - found.density) <= max(2 * found.noise, _LEAST_CHANGE)
+    beyond = found.density in (0, DENSITIES[-1]) and (in_force <= DENSITIES[0] if found.density == 0 else in_force >= DENSITIES[-1])
+    return in_force if kept or beyond else math.floor(100 * found.density) / 100
+
+
+def _table(
+    in_force: Mapping[torch.dtype, break_even.Table],
+    found: Mapping[str, Mapping[str, Mapping[str, tuple[Found, Found]]]],
+    chosen: calibration.Densities,
+    threads: int,
+) -> terminal.Table:
+    rows = []
+    changes = 0
+    for dtype, layouts in found.items():
+        for layout, kinds in layouts.items():
+            for kind, pair in kinds.items():
+                before, after = getattr(in_force[calibration.DTYPES[dtype]], layout)[kind], chosen[dtype][layout][kind]
+                changed = [
+                    f"{name} {old:.2g} to {new:.2g}" for name, old, new in zip(("AGB", "WGC"), before, after) if old != new
+                ]
+                changes += len(changed)
+                cells = (cell for old, new in zip(before, pair) for cell in (f"{old:.2g}", _text(new)))
+                rows.append((dtype, layout, kind, *cells, ", ".join(changed)))
+    names = " and ".join(dict.fromkeys(f"{table.name!r} ({table.origin})" for table in in_force.values()))
+    return terminal.Table(
+        f"Sparse is faster up to these densities; threads: {threads}",
+        ("dtype", "layout", "class", "AGB in force", "measured", "WGC in force", "measured", "change"),
+        rows,
+        ("dtype", "layout", "class", "change"),
+        (
+            f"in force: {names}",
+            "measured: the lowest of two or three layers of the class, with the standard deviation of medians; "
+            f"sparse and dense in turns at densities from {DENSITIES[0]} to {DENSITIES[-1]}",
+            f"{changes} densities would change; others differ by no more than chance explains",
+        ),
+    )
+
+
+def _text(found: Found) -> str:
+    if found.density == 0:
+        return f"< {DENSITIES[0]}"
+    return f"> {DENSITIES[-1]}" if found.density == DENSITIES[-1] else f"{found.density:.2f} ± {found.noise:.2f}"
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        app(prog_name="python -m sparsebwd.calibrate")

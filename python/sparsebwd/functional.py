@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,9 @@ from torch import Tensor
 from . import ops
 from .arguments import as_int, as_pair, check_choice
 from .backends.dense import conv2d
+from .problem import ConvProblem
 from .reference import SIGMA_HISTORY, PrunedGradient
-from .registration import transformed
+from .registration import plain, transformed
 from .settings import Pruning, check_percentile
 
 __all__ = ["PrunedGradient", "prune_gradient", "sparse_conv2d"]
@@ -228,40 +230,30 @@ def convolve(
     keep_in_step: bool = False,
 ) -> Tensor:
     """:func:`sparse_conv2d` with settings made before. keep_in_step: draw a key even where no gradients are recorded."""
-    check_operands(input=input, weight=weight, **({} if bias is None else {"bias": bias}))
+    stride, dilation, groups = as_pair(stride, "stride"), as_pair(dilation, "dilation"), as_int(groups, "groups")
+    if not isinstance(padding, str):
+        padding = as_pair(padding, "padding")
+    direct = plain(input, weight) if bias is None else plain(input, weight, bias)
+    problem, padding, extra = (_known if direct else _check)(input, weight, bias, stride, padding, dilation, groups)
     check_sigma_history(sigma_history, input)
     _check_generator(generator, input)
-    if input.dim() not in (3, 4):
-        raise ValueError(f"input: got shape {tuple(input.shape)}; accepted: (N, C, H, W) or (C, H, W)")
-    if weight.dim() != 4:
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}; accepted: (K, C/groups, R, S)")
-    traced = torch.jit.is_tracing()  # sizes are tensors then
-    if bias is not None and not traced and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"bias: got shape {tuple(bias.shape)}; accepted: ({weight.shape[0]},), one for each output channel"
-        )
-    stride, dilation, groups = as_pair(stride, "stride"), as_pair(dilation, "dilation"), as_int(groups, "groups")
     batched = input.dim() == 4
     if not batched:
         input = input.unsqueeze(0)
-    if isinstance(padding, str):
-        input, padding = _pad_as_named(input, weight, padding, stride, dilation)
-    else:
-        padding = as_pair(padding, "padding")
+    if extra is not None:
+        input = F.pad(input, extra)
     sparse = input.requires_grad or weight.requires_grad
-    if not traced and not torch.compiler.is_compiling():
-        # Raises if the sizes do not fit together.
-        problem = ops.problem_of(tuple(input.shape), tuple(weight.shape), stride, padding, dilation, groups)
-        # What is compiled or traced leaves this to the backward pass.
-        sparse = sparse and ops.may_be_faster(pruning, problem, input, _dtype(input))
+    if problem is not None:
+        sparse = sparse and ops.may_be_faster(pruning, problem, input, input.dtype if direct else _dtype(input))
 
-    if transformed(input, weight, bias):
+    if not direct and transformed(input, weight, bias):
         ops.log_unpruned()
         output = conv2d(input, weight, bias, stride, padding, dilation, groups)
     elif sparse and torch.is_grad_enabled():
         draws = pruning.active and (input.requires_grad or pruning.placement == "output")
         key = _key(input, weight, draws, generator)
-        output = ops.conv2d(
+        apply = ops.conv2d_directly if direct else torch.ops.sparsebwd.conv2d.default
+        output = apply(
             input,
             weight,
             bias,
@@ -283,20 +275,79 @@ def convolve(
     return output if batched else output.squeeze(0)
 
 
-def _pad_as_named(
-    input: Tensor, weight: Tensor, padding: str, stride: tuple[int, int], dilation: tuple[int, int]
-) -> tuple[Tensor, tuple[int, int]]:
-    """The input and the numeric padding that amount to "valid" or "same" padding of ``input``."""
+class _Checked(NamedTuple):
+    """problem: None where sizes are not numbers yet. padding: in numbers. extra: what F.pad is to add to the input first."""
+
+    problem: ConvProblem | None
+    padding: tuple[int, int]
+    extra: tuple[int, int, int, int] | None
+
+
+_checked: dict[tuple, _Checked] = {}
+_MOST_CHECKED = 4096
+
+
+def _known(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry) -> _Checked:
+    """:func:`_check`, which asks nothing again that it has asked of tensors of the same sizes, dtypes and devices."""
+    call = (
+        (input.shape, input.dtype, input.device),
+        (weight.shape, weight.dtype, weight.device),
+        None if bias is None else (bias.shape, bias.dtype, bias.device),
+        geometry,
+    )
+    found = _checked.get(call)
+    if found is None:
+        found = _check(input, weight, bias, *geometry)
+        if len(_checked) >= _MOST_CHECKED:
+            _checked.clear()
+        _checked[call] = found
+    return found
+
+
+def _check(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int] | str,
+    dilation: tuple[int, int],
+    groups: int,
+) -> _Checked:
+    """Raise unless the operands fit together."""
+    check_operands(input=input, weight=weight, **({} if bias is None else {"bias": bias}))
+    if input.dim() not in (3, 4):
+        raise ValueError(f"input: got shape {tuple(input.shape)}; accepted: (N, C, H, W) or (C, H, W)")
+    if weight.dim() != 4:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}; accepted: (K, C/groups, R, S)")
+    traced = torch.jit.is_tracing()  # sizes are tensors then
+    if bias is not None and not traced and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias: got shape {tuple(bias.shape)}; accepted: ({weight.shape[0]},), one for each output channel"
+        )
+    extra = None
+    if isinstance(padding, str):
+        padding, extra = _as_named(padding, weight, stride, dilation)
+    if traced or torch.compiler.is_compiling():
+        return _Checked(None, padding, extra)  # to be known in the backward pass
+    *leading, c, h, w = input.shape
+    _, right, _, below = extra or (0, 0, 0, 0)
+    size = (*(leading or (1,)), c, h + below, w + right)
+    return _Checked(ops.problem_of(size, tuple(weight.shape), stride, padding, dilation, groups), padding, extra)
+
+
+def _as_named(
+    padding: str, weight: Tensor, stride: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int, int, int] | None]:
+    """The numeric padding that "valid" or "same" is, and what F.pad is to add to the input before, if anything."""
     check_choice("padding", padding, ("valid", "same"))
     if padding == "valid":
-        return input, (0, 0)
+        return (0, 0), None
     if stride != (1, 1):
         raise ValueError(f"padding: got 'same' with stride {stride}; accepted: with stride 1")
     total = [d * (size - 1) for d, size in zip(dilation, _kernel_size(weight))]
     # What is odd goes to the bottom and to the right, as in PyTorch.
-    if any(amount % 2 for amount in total):
-        input = F.pad(input, (0, total[1] % 2, 0, total[0] % 2))
-    return input, (total[0] // 2, total[1] // 2)
+    odd = any(amount % 2 for amount in total)
+    return (total[0] // 2, total[1] // 2), (0, total[1] % 2, 0, total[0] % 2) if odd else None
 
 
 def _kernel_size(weight: Tensor) -> tuple[int, ...]:

@@ -393,13 +393,6 @@ def _setup_context(
     ctx.sigma_history = sigma_history
 
 
-def conv2d_backward(grad_output: Tensor, input: Tensor, weight: Tensor, *others) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator of this name, around the dispatcher where that would add nothing."""
-    direct = not torch.is_grad_enabled() and plain(grad_output, input, weight)
-    backward = _conv2d_backward if direct else torch.ops.sparsebwd.conv2d_backward.default
-    return backward(grad_output, input, weight, *others)
-
-
 @lru_cache(maxsize=1)
 def log_unpruned() -> None:
     """Once in a process."""
@@ -409,11 +402,14 @@ def log_unpruned() -> None:
 def _backward(ctx, grad_output: Tensor) -> tuple:
     input, weight, key = ctx.saved_tensors
     output_mask = ctx.needs_input_grad[:3]
-    if transformed(grad_output):  # several gradients at once, as torch.autograd.grad(is_grads_batched=True) has them
+    direct = not torch.is_grad_enabled() and plain(grad_output, input, weight)
+    # Several gradients at once, as torch.autograd.grad(is_grads_batched=True) has them.
+    if not direct and transformed(grad_output):
         log_unpruned()
         grads = gradients(_problem(input.shape, weight.shape, *ctx.geometry), grad_output, input, weight, output_mask[:2])
         return (*grads, grad_output.sum((0, 2, 3)) if output_mask[2] else None, None)
-    grads = conv2d_backward(grad_output, input, weight, *ctx.geometry, key, *ctx.pruning, output_mask, ctx.sigma_history)
+    backward = _conv2d_backward if direct else torch.ops.sparsebwd.conv2d_backward.default
+    grads = backward(grad_output, input, weight, *ctx.geometry, key, *ctx.pruning, output_mask, ctx.sigma_history)
     wanted = (grad if want else None for grad, want in zip(grads, output_mask))
     return (*wanted, None)
 
@@ -429,16 +425,14 @@ _Conv2d = register_autograd("conv2d", _conv2d, _backward, _setup_context, compos
 register_autocast("conv2d", cast=True)
 
 
-def conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, *others) -> Tensor:
-    """The operator ``conv2d``, with all its arguments, for tensors of which one needs a gradient. Where nothing listens it is
-    not called through the dispatcher, which would take longer than a small convolution."""
-    if plain(input, weight) and (bias is None or plain(bias)):
-        return _Conv2d.apply(input, weight, bias, (None, others))
-    return torch.ops.sparsebwd.conv2d.default(input, weight, bias, *others)
+def conv2d_directly(input: Tensor, weight: Tensor, bias: Tensor | None, *others) -> Tensor:
+    """The operator ``conv2d``, with all its arguments, for tensors that are :func:`plain` and of which one needs a gradient.
+    It is not called through the dispatcher, which would take longer than a small convolution."""
+    return _Conv2d.apply(input, weight, bias, (None, others))
 
 
 def draw_key(input: Tensor, weight: Tensor | None) -> Tensor:
-    """The operator ``draw_key``, likewise."""
+    """The operator ``draw_key``, around the dispatcher where that would add nothing."""
     if plain(input):
         return _draw_key(input, weight)
     return torch.ops.sparsebwd.draw_key.default(input, weight)

@@ -60,6 +60,9 @@ class ConvProblem:
         if max(self.p, self.q) > MOST:
             raise ValueError(f"padding: got {self.padding}; accepted: what makes the output at most 2^63 - 1 high and wide")
 
+    def __hash__(self) -> int:
+        return hash(self._text)  # strings keep their hash, tuples do not
+
     @property
     def p(self) -> int:
         """Output height."""
@@ -156,6 +159,10 @@ class ConvProblem:
         return cls(**fields)
 
     def __str__(self) -> str:
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
         def pair(value: Pair) -> str:
             return str(value[0]) if value[0] == value[1] else f"{value[0]}x{value[1]}"
 

@@ -50,11 +50,18 @@ def transformed(*tensors: Tensor | None) -> bool:
 
 def plain(*tensors: Tensor) -> bool:
     """Whether the dispatcher would go straight to autograd and the implementation, so that a call need not go through it:
-    ordinary tensors on a CPU or a CUDA device, and no mode, transform, tracer, autocast or profiler that listens."""
+    ordinary dense tensors on a CPU or a CUDA device, and no mode, transform, tracer, autocast or profiler that listens."""
     if torch.compiler.is_compiling():
         return False
     for tensor in tensors:
-        if type(tensor) not in _PLAIN_TYPES or tensor.is_neg() or not (tensor.is_cpu or tensor.is_cuda):
+        if (
+            type(tensor) not in _PLAIN_TYPES
+            or tensor.is_neg()
+            or not (tensor.is_cpu or tensor.is_cuda)
+            or tensor.layout is not torch.strided
+            or tensor.is_nested
+            or _is_batched(tensor)
+        ):
             return False
     return not (
         torch._C._len_torch_dispatch_stack()

@@ -122,6 +122,14 @@ class Backend(ABC):
     def conv2d_weight(self, problem: ConvProblem, input: Tensor, grad_output: Tensor) -> Tensor:
         """WGC: the gradient (K, C/groups, R, S) of the weight."""
 
+    def gradients(
+        self, problem: ConvProblem, grad_output: Tensor, input: Tensor, weight: Tensor, output_mask: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Those of AGB and WGC that ``output_mask`` wants, None for the others."""
+        grad_input = self.conv2d_input(problem, weight, grad_output) if output_mask[0] else None
+        grad_weight = self.conv2d_weight(problem, input, grad_output) if output_mask[1] else None
+        return grad_input, grad_weight
+
     def conv2d_backward(
         self,
         problem: ConvProblem,
@@ -140,13 +148,9 @@ class Backend(ABC):
         gradient, tau, sigma, density = grad_output, None, None, None
         if pruning.prunes_output:
             gradient, tau, sigma, density = self.prune(grad_output, key, pruning, sigma_history)
-        grad_input = grad_weight = None
-        if output_mask[0]:
-            grad_input = self.conv2d_input(problem, weight, gradient)
-            if pruning.prunes_input:
-                grad_input, tau, sigma, _ = self.prune(grad_input, key, pruning, sigma_history)
-        if output_mask[1]:
-            grad_weight = self.conv2d_weight(problem, input, gradient)
+        grad_input, grad_weight = self.gradients(problem, gradient, input, weight, output_mask)
+        if grad_input is not None and pruning.prunes_input:
+            grad_input, tau, sigma, _ = self.prune(grad_input, key, pruning, sigma_history)
         return BackwardResult(grad_input, grad_weight, tau, sigma, density, self.name)
 
 

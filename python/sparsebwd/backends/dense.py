@@ -20,6 +20,8 @@ from .. import reference
 from ..problem import ConvProblem
 from .base import Backend, empty
 
+_convolution_backward = torch.ops.aten.convolution_backward.default
+
 
 class DenseBackend(Backend):
     name = "dense"
@@ -40,6 +42,11 @@ class DenseBackend(Backend):
         weight = empty(problem.weight_size, input, reference.memory_format(input))
         return gradients(problem, grad_output, input, weight, (False, True))[1]
 
+    def gradients(
+        self, problem: ConvProblem, grad_output: Tensor, input: Tensor, weight: Tensor, output_mask: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return gradients(problem, grad_output, input, weight, output_mask)
+
 
 def convolution_backward(
     problem: ConvProblem,
@@ -50,7 +57,7 @@ def convolution_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """PyTorch's gradients of the input and of the weight, None where the mask says False; as it computes them, which
     may be slow or wrong, see :func:`gradients`."""
-    grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
+    grad_input, grad_weight, _ = _convolution_backward(
         grad_output,
         input,
         weight,

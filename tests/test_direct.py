@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What calls of a layer save: checks already made, the dispatcher, hashes, calls of PyTorch."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from sparsebwd import Pruning, SparseConv2d, functional
+from sparsebwd.backends import dense
+from sparsebwd.functional import sparse_conv2d
+from sparsebwd.problem import ConvProblem
+from sparsebwd.registration import plain
+
+INPUT, WEIGHT, BIAS = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3, requires_grad=True), torch.randn(4)
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    """The arguments of each check that is made, of nothing known before."""
+    made, check = [], functional._check
+    monkeypatch.setattr(functional, "_check", lambda *args: made.append(args) or check(*args))
+    monkeypatch.setattr(functional, "_checked", {})
+    return made
+
+
+def test_the_same_is_checked_once(checks):
+    layer = nn.Sequential(SparseConv2d(3, 4, 3, padding="same"), nn.ReLU())
+    for _ in range(3):
+        layer(torch.randn(2, 3, 5, 5))
+    assert len(checks) == 1
+
+
+@pytest.mark.parametrize(
+    "changed, error, message",
+    [
+        ({"input": INPUT.double()}, TypeError, "weight: got torch.float32; accepted: torch.float64"),
+        ({"input": INPUT.int()}, TypeError, "input: got torch.int32"),
+        ({"input": INPUT.to_sparse()}, TypeError, "input: got a tensor with the layout"),
+        ({"input": INPUT[0, 0]}, ValueError, "input: got shape"),
+        ({"input": INPUT[:, :2]}, ValueError, "weight: got shape .* input has 2"),
+        ({"weight": WEIGHT.bfloat16()}, TypeError, "weight: got torch.bfloat16"),
+        ({"bias": BIAS.bfloat16()}, TypeError, "bias: got torch.bfloat16"),
+        ({"bias": BIAS[:3]}, ValueError, "bias: got shape"),
+        ({"bias": BIAS.to("meta")}, ValueError, "bias: got device meta"),
+        ({"groups": 3}, ValueError, "weight: got shape .* with groups=3"),
+        ({"stride": "1"}, TypeError, "stride: got '1'"),
+        ({"padding": "most"}, ValueError, "padding: got 'most'"),
+        ({"generator": 1}, TypeError, "generator: got int"),
+        ({"sigma_history": torch.zeros(3)}, TypeError, "sigma_history: got torch.float32"),
+    ],
+)
+def test_what_differs_is_checked_again(checks, changed, error, message):
+    good = {"input": INPUT, "weight": WEIGHT, "bias": BIAS}
+    sparse_conv2d(**good)
+    with pytest.raises(error, match=message):
+        sparse_conv2d(**{**good, **changed})
+    sparse_conv2d(**good)
+
+
+def test_no_more_is_remembered_than_some(checks, monkeypatch):
+    monkeypatch.setattr(functional, "_MOST_CHECKED", 2)
+    for size in (5, 6, 7, 8, 5):
+        sparse_conv2d(torch.randn(1, 3, size, size), WEIGHT)
+        assert len(functional._checked) <= 2
+    assert len(checks) == 5
+
+
+def test_what_is_not_plain():
+    assert plain(INPUT, WEIGHT, nn.Parameter(BIAS))
+    for tensor in (None, INPUT.to_sparse(), INPUT.to("meta"), torch._neg_view(INPUT), torch.nested.nested_tensor([INPUT, INPUT])):
+        assert not plain(tensor)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not plain(INPUT)
+    seen = []
+    torch.vmap(lambda tensor: seen.append(plain(tensor)) or tensor)(INPUT)
+    output = (INPUT * WEIGHT.sum()).sum((1, 2, 3))
+    output.register_hook(lambda gradient: seen.append(plain(gradient)))
+    torch.autograd.grad(output, WEIGHT, torch.eye(2), is_grads_batched=True)
+    assert seen == [False, False]
+
+
+def test_both_dense_gradients_are_one_call(monkeypatch):
+    masks, backward = [], dense.convolution_backward
+    monkeypatch.setattr(dense, "convolution_backward", lambda *args: masks.append(args[-1]) or backward(*args))
+    layer = SparseConv2d(3, 4, 3, backend="dense")
+    layer(INPUT.clone().requires_grad_()).sum().backward()
+    assert masks == [(True, True)]
+
+
+@pytest.mark.parametrize("value", [Pruning(95.0, where="faster"), ConvProblem.parse("n2c4h5w5k8r3s3")])
+def test_equal_values_have_equal_hashes_also_from_elsewhere(value):
+    other = pickle.loads(pickle.dumps(value))
+    assert other is not value and other == value and hash(other) == hash(value)
+    different = value.replace(percentile=80) if isinstance(value, Pruning) else ConvProblem.parse("n2c4h5w5k8r3s1")
+    assert different != value and value != str(value)
+
+
+def test_nothing_known_is_of_other_settings(checks):
+    """Sizes were checked for another backend, which can run them."""
+    weight = WEIGHT.detach().double().requires_grad_()
+    sparse_conv2d(INPUT.double(), weight)
+    with pytest.raises(RuntimeError, match="'dense' cannot run"):
+        sparse_conv2d(INPUT.double(), weight, backend="dense")

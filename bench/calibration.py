@@ -40,6 +40,9 @@ _MOST_IMAGES = 256
 _LEAST_CACHE, _MOST_CACHE = 16 * 2**20, 128 * 2**20
 _UNKNOWN_CACHE = 32 * 2**20
 
+# Standard deviation of a speed-up above which it is measured again, and how often at most.
+_MOST_NOISE, _TRIES = 0.1, 3
+
 # Of the median of n independent samples: its standard deviation / (interquartile range / sqrt(n)), for normal ones.
 _MEDIAN = 0.93
 
@@ -47,9 +50,9 @@ _MEDIAN = 0.93
 @dataclass(frozen=True)
 class Found:
     """A break-even density, 0 where sparse was slower at the lowest of DENSITIES, and what chance may have done to it: a
-    standard deviation."""
+    standard deviation. density is None where times varied too much to tell."""
 
-    density: float
+    density: float | None
     noise: float
 
 
@@ -113,8 +116,11 @@ def measure(dtype: str, kind: str, problem: ConvProblem, sample: Sampler | None 
             "sparse": Call(partial(operation.candidate, sparse), inputs[density].rotating(layout, operation.used)),
             "dense": Call(partial(operation.candidate, dense), inputs[density].rotating(layout, operation.used, True)),
         }
-        times = interleave(calls, REPEATS, 1, sample)
-        noise = _MEDIAN * math.hypot(*(found.spread for found in times.values())) / math.sqrt(REPEATS)
+        for _ in range(_TRIES):
+            times = interleave(calls, REPEATS, 1, sample)
+            noise = _MEDIAN * math.hypot(*(found.spread for found in times.values())) / math.sqrt(REPEATS)
+            if noise <= _MOST_NOISE:
+                break
         return times["dense"].seconds / times["sparse"].seconds, noise
 
     for operation in (_Agb(), _Wgc()):
@@ -132,6 +138,8 @@ def break_even(speedup: Callable[[float], tuple[float, float]]) -> Found:
     middle = len(DENSITIES) // 2
     while high - low > 1:
         known[middle] = speedup(DENSITIES[middle])
+        if known[middle][1] > _MOST_NOISE:
+            return Found(None, math.inf)
         low, high = (middle, high) if known[middle][0] >= 1 else (low, middle)
         middle = (low + high) // 2
     if low < 0:
@@ -145,7 +153,8 @@ def break_even(speedup: Callable[[float], tuple[float, float]]) -> Found:
 
 
 def densities(measured: Sequence[Measured]) -> dict[str, dict[str, dict[str, tuple[Found, Found]]]]:
-    """By dtype, layout and class: the lowest of its problems for AGB and for WGC, 0 where there is none."""
+    """By dtype, layout and class: the lowest of its problems for AGB and for WGC, 0 where there is none, None where that of
+    one is not known."""
     result: dict[str, dict[str, dict[str, tuple[Found, Found]]]] = {}
     for dtype in dict.fromkeys(row.dtype for row in measured):
         for layout in LAYOUTS:
@@ -153,8 +162,11 @@ def densities(measured: Sequence[Measured]) -> dict[str, dict[str, dict[str, tup
             for kind in CLASSES:
                 rows = [row for row in measured if (row.dtype, row.layout, row.kind) == (dtype, layout, kind)]
                 of_layout[kind] = tuple(
-                    min((row.found for row in rows if row.operation == name), key=lambda found: found.density, default=Found(0.0, 0.0))
-                    for name in (Agb.name, Wgc.name)
+                    _lowest([row.found for row in rows if row.operation == name]) for name in (Agb.name, Wgc.name)
                 )
     return result
 
+
+def _lowest(found: Sequence[Found]) -> Found:
+    unknown = next((each for each in found if each.density is None), None)
+    return unknown or min(found, key=lambda each: each.density, default=Found(0.0, 0.0))

@@ -215,6 +215,33 @@ def test_break_even_is_where_the_speedup_falls_to_1(at, expected):
     assert found.noise == (pytest.approx(0.02 / 0.8 * expected) if 0 < expected < 0.85 else 0)
 
 
+def test_what_varies_too_much_is_measured_again_and_then_left(clock, monkeypatch, tmp_path):
+    calls = []
+
+    def interleave(timed, repeats, warmup, sample):
+        calls.append(timed)
+        spread = 0.01 if len(calls) % 3 == 0 and quiet else 2.0
+        return {name: timing.Times(1.0 if name == "dense" else 0.9, spread) for name in timed}
+
+    monkeypatch.setattr(measurement, "interleave", interleave)
+    problem = measurement.problems("first", 1)[0]
+    quiet = True
+    assert {row.found.density for row in measurement.measure("float32", "first", problem)} == {0.85}
+    assert len(calls) == 2 * 3 * 3  # two layouts, three densities, three times each
+    quiet = False
+    assert {row.found.density for row in measurement.measure("float32", "first", problem)} == {None}
+    result = _run("--output", str(tmp_path / "file.json"))
+    assert result.exit_code == 0 and "too noisy" in result.output and "0 densities would change" in result.output
+    # One for AGB of the first layer less, in two dtypes and layouts; classes without problems are measured as 0.
+    assert "12 were not measured, as times varied too much" in result.output
+
+
+def test_lowest_of_a_class_is_unknown_where_one_is():
+    low, high, unknown = measurement.Found(0.3, 0.1), measurement.Found(0.4, 0.0), measurement.Found(None, 1.0)
+    assert measurement._lowest([high, low]) == low and measurement._lowest([low, unknown]) == unknown
+    assert measurement._lowest([]) == measurement.Found(0.0, 0.0)
+
+
 def test_problems_are_of_the_class_they_stand_for():
     for kind in CLASSES:
         for threads in (1, 2, 64):
@@ -316,6 +343,7 @@ def test_refused(tmp_path, monkeypatch):
         (0.3, 0.0, 0.0, 0.0),
         (0.9, 0.85, 0.0, 0.9),
         (0.7, 0.85, 0.0, 0.85),
+        (0.5, None, 0.0, 0.5),
     ],
 )
 def test_what_chance_explains_is_left_as_it_is(in_force, density, noise, chosen):

@@ -109,6 +109,8 @@ def _measure(threads: int) -> list[Measured]:
 
 def _choose(in_force: float, found: Found) -> float:
     """What is measured, rounded down, unless chance explains the difference to what is in force."""
+    if found.density is None:
+        return in_force
     kept = abs(in_force - found.density) <= max(2 * found.noise, _LEAST_CHANGE)
     beyond = found.density in (0, DENSITIES[-1]) and (in_force <= DENSITIES[0] if found.density == 0 else in_force >= DENSITIES[-1])
     return in_force if kept or beyond else math.floor(100 * found.density) / 100
@@ -121,7 +123,7 @@ def _table(
     threads: int,
 ) -> terminal.Table:
     rows = []
-    changes = 0
+    changes = noisy = 0
     for dtype, layouts in found.items():
         for layout, kinds in layouts.items():
             for kind, pair in kinds.items():
@@ -130,6 +132,7 @@ def _table(
                     f"{name} {old:.2g} to {new:.2g}" for name, old, new in zip(("AGB", "WGC"), before, after) if old != new
                 ]
                 changes += len(changed)
+                noisy += sum(new.density is None for new in pair)
                 cells = (cell for old, new in zip(before, pair) for cell in (f"{old:.2g}", _text(new)))
                 rows.append((dtype, layout, kind, *cells, ", ".join(changed)))
     names = " and ".join(dict.fromkeys(f"{table.name!r} ({table.origin})" for table in in_force.values()))
@@ -143,11 +146,14 @@ def _table(
             "measured: the lowest of two or three layers of the class, with the standard deviation of medians; "
             f"sparse and dense in turns at densities from {DENSITIES[0]} to {DENSITIES[-1]}",
             f"{changes} densities would change; others differ by no more than chance explains",
+            *([f"{noisy} were not measured, as times varied too much: measure on an idle machine"] if noisy else []),
         ),
     )
 
 
 def _text(found: Found) -> str:
+    if found.density is None:
+        return "too noisy"
     if found.density == 0:
         return f"< {DENSITIES[0]}"
     return f"> {DENSITIES[-1]}" if found.density == DENSITIES[-1] else f"{found.density:.2f} ± {found.noise:.2f}"

@@ -231,7 +231,9 @@ def test_what_varies_too_much_is_measured_again_and_then_left(clock, monkeypatch
     quiet = False
     assert {row.found.density for row in measurement.measure("float32", "first", problem)} == {None}
     result = _run("--output", str(tmp_path / "file.json"))
-    assert result.exit_code == 0 and "too noisy" in result.output and "0 densities would change" in result.output
+    assert result.exit_code == 0 and "too noisy" in result.output
+    usual = break_even.kind_of_cpu()[torch.float32]
+    assert calibration.read(tmp_path / "file.json")[torch.float32].contiguous["kernel"] == usual.contiguous["kernel"]
     # One for AGB of the first layer less, in two dtypes and layouts; classes without problems are measured as 0.
     assert "12 were not measured, as times varied too much" in result.output
 

@@ -21,6 +21,7 @@ constexpr int64_t kChain = 256;
 
 struct Workspace {
   Buffer<float> sums;     // of grad_weight, [group of images][channel block][vector][multiple][tap][lane]
+  Buffer<float> weights;  // [channel block][vector][multiple][tap][lane]
   Buffer<float> scratch;  // of each worker
 };
 
@@ -44,7 +45,7 @@ class Backward {
         pool_(pool),
         call_(call),
         problem_(call.problem),
-        plan_(call.problem, kernels.lanes),
+        plan_(call.problem, kernels.lanes, reads_in_place(call)),
         agb_(call.grad_input.data != nullptr),
         wgc_(call.grad_weight != nullptr),
         run_(agb_ && wgc_ ? kernels.both : agb_ ? kernels.agb : kernels.wgc),
@@ -59,6 +60,10 @@ class Backward {
     workspace_.scratch.reserve(scratch_stride_ * pool_.threads);
     std::vector<char> cleared(pool_.threads, 0);
     const int64_t tasks = problem_.n > 0 ? plan_.groups * plan_.blocks : 0;
+    if (agb_ && tasks) {
+      workspace_.weights.reserve(plan_.blocks * plan_.block_floats());
+      parallel_tasks(pool_, plan_.blocks, [&](int64_t block, int) { pack_weights(block, weights(block)); });
+    }
     parallel_tasks(pool_, tasks, [&](int64_t task, int worker) {
       float* const scratch = workspace_.scratch.data() + worker * scratch_stride_;
       // What no task writes: the columns beside the gradient are zero.
@@ -71,46 +76,68 @@ class Backward {
   }
 
  private:
+  static bool reads_in_place(const DepthwiseBackward& call) {
+    return call.dtype == DType::kFloat32 && !call.input.planes && !call.grad_input.planes;
+  }
+
   float* sums(int64_t group, int64_t block) const {
     return workspace_.sums.data() + (group * plan_.blocks + block) * plan_.block_floats();
   }
-  int64_t vectors(int64_t block) const {
-    const int64_t channels = std::min(plan_.channels, problem_.c - block * plan_.channels);
-    return ceil_div(channels, kernels_.lanes);
+  float* weights(int64_t block) const {
+    return workspace_.weights.data() + block * plan_.block_floats();
   }
+  int64_t channels(int64_t block) const {
+    return std::min(plan_.channels, problem_.c - block * plan_.channels);
+  }
+  int64_t vectors(int64_t block) const { return ceil_div(channels(block), kernels_.lanes); }
 
-  // `rows` rows from the first one on of an image, and every step-th of its channels.
+  // `rows` rows from the first one on of an image, and every step-th of its channels, from vector v of
+  // the block on.
   DepthwisePixels pixels(const Activation& from, int64_t image, int64_t all_channels, int64_t height,
                          int64_t width, int64_t first, int64_t rows, int64_t channel, int64_t step,
-                         int64_t block) const {
+                         int64_t block, int64_t v = 0) const {
     DepthwisePixels result;
     const int64_t pixel = from.planes ? 1 : all_channels;
     const int64_t plane = from.planes ? height * width : 1;
+    channel += v * kernels_.lanes * step;
     const int64_t start = image * all_channels * height * width + first * width * pixel + channel * plane;
     result.data = static_cast<char*>(from.data) + start * dtype_size(call_.dtype);
     result.dtype = call_.dtype;
     result.pixel_stride = pixel;
     result.channel_stride = plane * step;
     result.pixels = rows * width;
-    result.channels = std::min(plan_.channels, problem_.c - block * plan_.channels);
+    result.channels = channels(block) - v * kernels_.lanes;
     return result;
   }
 
+  // Where a kernel finds vector v of the input or of its gradient, from row `first` of the chunk's phase on.
+  struct Place {
+    float* data;
+    int64_t step, pitch;
+  };
+  Place place(const Activation& tensor, bool in_place, float* tile, const DepthwiseChunk& chunk,
+              int64_t image, int64_t first, int64_t block, int64_t v) const {
+    if (!in_place || !tensor.data)
+      return {tile + v * plan_.x_stride + chunk.x_offset, plan_.lanes, plan_.x_pitch};
+    const int64_t row = image * problem_.h + first * problem_.stride_h + chunk.row_phase;
+    const int64_t pixel = row * problem_.w + chunk.column_phase;
+    const int64_t channel = block * plan_.channels + v * plan_.lanes;
+    return {static_cast<float*>(tensor.data) + pixel * problem_.c + channel, problem_.stride_w * problem_.c,
+            problem_.stride_h * problem_.w * problem_.c};
+  }
+
   void run_task(int64_t group, int64_t block, float* scratch) {
-    float* const weights = scratch + plan_.g_floats() + 2 * plan_.x_floats();
     if (wgc_) std::fill_n(sums(group, block), plan_.block_floats(), 0.0f);
-    if (agb_) pack_weights(block, weights);
     const int64_t begin = problem_.n * group / plan_.groups;
     const int64_t end = problem_.n * (group + 1) / plan_.groups;
     for (int64_t image = begin; image < end; ++image)
       for (int64_t first = 0; first < plan_.rows.positions; first += plan_.band)
-        run_band(group, block, image, first, scratch, weights);
+        run_band(group, block, image, first, scratch);
     kernels_.finish_stores();
   }
 
   // Rows first .. first + band of every phase.
-  void run_band(int64_t group, int64_t block, int64_t image, int64_t first, float* scratch,
-                const float* weights) {
+  void run_band(int64_t group, int64_t block, int64_t image, int64_t first, float* scratch) {
     const int64_t channel = block * plan_.channels;
     const int64_t multiple = plan_.multiple;
     const int64_t band = std::min(plan_.band, plan_.rows.positions - first);
@@ -124,11 +151,13 @@ class Backward {
     float* const g = scratch;
     float* const x = g + plan_.g_floats();
     float* const dx = x + plan_.x_floats();
-    const DepthwiseTile x_tile = {x, plan_.x_offsets.data(), plan_.x_stride};
-    const DepthwiseTile dx_tile = {dx, plan_.x_offsets.data(), plan_.x_stride};
-    if (wgc_)
+    // Vectors that the kernels find in the tensors; the others are in the tiles.
+    const int64_t whole = plan_.in_place ? channels(block) / kernels_.lanes : 0;
+    const DepthwiseTile x_tile = {x + whole * plan_.x_stride, plan_.x_offsets.data(), plan_.x_stride};
+    const DepthwiseTile dx_tile = {dx + whole * plan_.x_stride, plan_.x_offsets.data(), plan_.x_stride};
+    if (wgc_ && whole < vectors(block))
       kernels_.gather(pixels(call_.input, image, problem_.c, problem_.h, problem_.w, row, rows,
-                             channel, 1, block),
+                             channel, 1, block, whole),
                       x_tile);
     for (int64_t i = 0; i < multiple; ++i) {
       const int64_t above = g_begin - top;  // rows of the tile
@@ -141,18 +170,19 @@ class Backward {
       for (int64_t v = 0; v < vectors(block); ++v) {
         const int64_t taps = (v * multiple + i) * plan_.vector_taps();
         for (const DepthwiseChunk& chunk : plan_.chunks)
-          run_chunk(chunk, first, band, i == 0 && chunk.first, g + v * plan_.g_stride, x + v * plan_.x_stride,
-                    dx + v * plan_.x_stride, weights + taps,
-                    wgc_ ? sums(group, block) + taps : nullptr);
+          run_chunk(chunk, first, band, i == 0 && chunk.first, g + v * plan_.g_stride,
+                    place(call_.input, v < whole, x, chunk, image, first, block, v),
+                    place(call_.grad_input, v < whole, dx, chunk, image, first, block, v),
+                    agb_ ? weights(block) + taps : nullptr, wgc_ ? sums(group, block) + taps : nullptr);
       }
     }
-    if (agb_) {
+    if (agb_ && whole < vectors(block)) {
       const bool stream =
           problem_.n * problem_.c * problem_.h * problem_.w * dtype_size(call_.dtype) >= kStreamedBytes;
       kernels_.scatter(dx_tile,
                        pixels(call_.grad_input, image, problem_.c, problem_.h, problem_.w, row, rows,
-                              channel, 1, block),
-                       stream);
+                              channel, 1, block, whole),
+                       stream && whole == 0);
     }
   }
 
@@ -164,22 +194,25 @@ class Backward {
 
   // Rows first .. first + band of the phase.
   void run_chunk(const DepthwiseChunk& chunk, int64_t first, int64_t band, bool overwrite,
-                 const float* g, const float* x, float* dx, const float* weights, float* sums) const {
+                 const float* g, const Place& x, const Place& dx, const float* weights, float* sums) const {
     DepthwiseRun run;
     run.offsets = chunk.offsets;
     run.g_pitch = plan_.g_pitch;
-    run.pitch = plan_.x_pitch;
+    run.x_step = x.step;
+    run.x_pitch = x.pitch;
+    run.dx_step = dx.step;
+    run.dx_pitch = dx.pitch;
     run.accumulate = !overwrite;
-    run.weight = weights + chunk.first_tap * kernels_.lanes;
+    run.weight = weights ? weights + chunk.first_tap * kernels_.lanes : nullptr;
     run.grad_weight = sums ? sums + chunk.first_tap * kernels_.lanes : nullptr;
-    x += chunk.x_offset;
-    dx += chunk.x_offset;
     // Rows that meet the gradient at all.
     const int64_t rows = std::min(band, chunk.rows - first);
     const int64_t begin = std::max<int64_t>(0, -chunk.most - first);
     const int64_t end = chunk.taps ? std::min(rows, problem_.p() - chunk.least - first) : 0;
     if (overwrite && agb_ && (begin > 0 || end < rows)) {
-      if (rows > 0) std::fill_n(dx, rows * run.pitch, 0.0f);
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t column = 0; column < chunk.columns; ++column)
+          std::fill_n(dx.data + row * dx.pitch + column * dx.step, kernels_.lanes, 0.0f);
       run.accumulate = true;
     }
     // Short sums: rounding errors grow with the length of a chain of additions.
@@ -190,8 +223,8 @@ class Backward {
         run.rows = std::min(most_rows, end - row);
         run.columns = std::min(most_columns, chunk.columns - column);
         run.g = g + row * run.g_pitch + column * kernels_.lanes;
-        run.x = x + row * run.pitch + column * kernels_.lanes;
-        run.dx = dx + row * run.pitch + column * kernels_.lanes;
+        run.x = x.data + row * x.pitch + column * x.step;
+        run.dx = dx.data + row * dx.pitch + column * dx.step;
         run_[chunk.taps - 1](run);
       }
   }

@@ -16,14 +16,16 @@ namespace sparsebwd {
 constexpr int kMostTaps = 9;
 
 // A rectangle of pixels of the input. The gradient of the output that meets pixel i through tap t is
-// at g + offsets[t] + i * lanes, with rows that are g_pitch apart; those of x and dx are pitch apart.
+// at g + offsets[t] + i * lanes, with rows that are g_pitch apart. x and dx are in tiles, or in tensors:
+// their pixels are a step apart, their rows a pitch.
 struct DepthwiseRun {
   const float* g;
   const int32_t* offsets;  // in floats, one for each tap
   int64_t g_pitch;
   const float* x;
+  int64_t x_step, x_pitch;
   float* dx;
-  int64_t pitch;
+  int64_t dx_step, dx_pitch;
   int64_t rows, columns;
   bool accumulate;      // dx is added to, not only written
   const float* weight;  // [tap][lanes]

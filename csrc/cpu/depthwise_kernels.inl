@@ -27,8 +27,8 @@ struct Depthwise {
                                                          Vec (&sums)[Taps]) {
     Vec values[Pixels], results[Pixels];
     for (int i = 0; i < Pixels; ++i) {
-      if (Wgc) values[i] = Vec::load(x + i * kLanes);
-      if (Agb) results[i] = run.accumulate ? Vec::load(dx + i * kLanes) : Vec::zero();
+      if (Wgc) values[i] = Vec::load(x + i * run.x_step);
+      if (Agb) results[i] = run.accumulate ? Vec::load(dx + i * run.dx_step) : Vec::zero();
     }
     for (int t = 0; t < Taps; ++t) {
       const float* from = g + run.offsets[t];
@@ -41,7 +41,7 @@ struct Depthwise {
       }
     }
     if (Agb)
-      for (int i = 0; i < Pixels; ++i) results[i].store(dx + i * kLanes);
+      for (int i = 0; i < Pixels; ++i) results[i].store(dx + i * run.dx_step);
   }
 
   static void run(const DepthwiseRun& run) {
@@ -50,14 +50,14 @@ struct Depthwise {
     for (int t = 0; t < Taps; ++t) sums[t] = Vec::zero();
     for (int64_t row = 0; row < run.rows; ++row) {
       const float* g = run.g + row * run.g_pitch;
-      const float* x = Wgc ? run.x + row * run.pitch : nullptr;
-      float* dx = Agb ? run.dx + row * run.pitch : nullptr;
+      const float* x = Wgc ? run.x + row * run.x_pitch : nullptr;
+      float* dx = Agb ? run.dx + row * run.dx_pitch : nullptr;
       int64_t left = run.columns;
       auto advance = [&](auto pixels) __attribute__((always_inline)) {
         step<decltype(pixels)::value>(run, g, x, dx, sums);
         g += pixels * kLanes;
-        if (Wgc) x += pixels * kLanes;
-        if (Agb) dx += pixels * kLanes;
+        if (Wgc) x += pixels * run.x_step;
+        if (Agb) dx += pixels * run.dx_step;
         left -= pixels;
       };
       while (left >= kPixels) advance(std::integral_constant<int, kPixels>());

@@ -14,6 +14,10 @@ constexpr int64_t kLineFloats = 16;
 // whole images takes more channels, up to the other size. Both in floats.
 constexpr int64_t kLargestTile = 40 * 1024;
 constexpr int64_t kPreferredTile = 12 * 1024;
+// The same where only the gradient of the output is in a tile, with what it meets in the tensors.
+constexpr int64_t kInPlaceTile = 64 * 1024;
+constexpr int64_t kMostInPlaceChannels = 512;
+constexpr int64_t kTallBand = 4;
 constexpr int64_t kMostChannels = 64;
 // The tile of one row, in floats: offsets in tiles have 32 bits, and each worker has a tile.
 constexpr double kLargestRow = 1 << 22;
@@ -60,8 +64,9 @@ DepthwiseAxis::DepthwiseAxis(int64_t size, int64_t kernel, int64_t stride, int64
   }
 }
 
-DepthwisePlan::DepthwisePlan(const ConvProblem& problem, int lanes)
+DepthwisePlan::DepthwisePlan(const ConvProblem& problem, int lanes, bool in_place)
     : lanes(lanes),
+      in_place(in_place),
       rows(problem.h, problem.r, problem.stride_h, problem.pad_h, problem.dil_h),
       columns(problem.w, problem.s, problem.stride_w, problem.pad_w, problem.dil_w),
       multiple(problem.k / problem.c),
@@ -72,7 +77,7 @@ DepthwisePlan::DepthwisePlan(const ConvProblem& problem, int lanes)
 }
 
 int64_t DepthwisePlan::scratch_floats() const {
-  return odd_lines(g_floats() + 2 * x_floats() + block_floats());
+  return odd_lines(g_floats() + 2 * x_floats());
 }
 
 void DepthwisePlan::cut_into_blocks(const ConvProblem& problem) {
@@ -81,14 +86,26 @@ void DepthwisePlan::cut_into_blocks(const ConvProblem& problem) {
   auto channel_floats = [&](int64_t band) {
     return (band + rows.span()) * g_columns + 2 * band * x_columns;
   };
-  band = rows.positions;
-  if (kLineFloats * channel_floats(band) > kLargestTile) {
-    const int64_t room = kLargestTile / kLineFloats - rows.span() * g_columns;
+  // The most rows of `lines` cache lines of channels that fit, in bands of the same height.
+  auto fitting_band = [&](int64_t lines, int64_t floats) {
+    const int64_t room = floats / (lines * kLineFloats) - rows.span() * g_columns;
     const int64_t most = std::max<int64_t>(1, room / (g_columns + 2 * x_columns));
-    band = ceil_div(rows.positions, ceil_div(rows.positions, most));
+    return ceil_div(rows.positions, ceil_div(rows.positions, most));
+  };
+  int64_t lines;
+  if (in_place) {
+    // Wide pieces of pixels, for the memory's sake, but not so wide that there are few tasks, or that bands are
+    // so low that much is gathered twice.
+    const int64_t most = std::clamp(problem.n * ceil_div(problem.c, kLineFloats) / kTasks,
+                                    kMostChannels / kLineFloats, kMostInPlaceChannels / kLineFloats);
+    const int64_t low = kLineFloats * channel_floats(std::min(rows.positions, kTallBand));
+    lines = std::clamp<int64_t>(kInPlaceTile / low, 1, most);
+    band = fitting_band(lines, kInPlaceTile);
+  } else {
+    band = fitting_band(1, kLargestTile);
+    lines = std::clamp<int64_t>(kPreferredTile / (kLineFloats * channel_floats(band)), 1,
+                                kMostChannels / kLineFloats);
   }
-  const int64_t lines = std::clamp<int64_t>(kPreferredTile / (kLineFloats * channel_floats(band)), 1,
-                                            kMostChannels / kLineFloats);
   blocks = ceil_div(problem.c, lines * kLineFloats);
   channels = round_up(ceil_div(problem.c, blocks), kLineFloats);
   blocks = ceil_div(problem.c, channels);
@@ -111,6 +128,8 @@ void DepthwisePlan::list_chunks(const ConvProblem& problem) {
       chunk.first_tap = static_cast<int64_t>(order.size());
       chunk.rows = rows.positions_of(a);
       chunk.columns = columns.positions_of(b);
+      chunk.row_phase = a;
+      chunk.column_phase = b;
       chunk.x_offset = (a * columns.stride + b) * band * x_pitch;
       chunk.first = true;
       const int64_t width = std::min<int64_t>(across.size(), kMostTaps);

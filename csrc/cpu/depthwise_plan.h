@@ -38,6 +38,7 @@ struct DepthwiseChunk {
   int64_t first_tap;      // its number in DepthwisePlan::order
   int64_t least, most;    // shifts of rows
   int64_t rows, columns;  // positions of the phase
+  int64_t row_phase, column_phase;
   int64_t x_offset;       // of the phase in the tile, in floats
   bool first;             // of the phase
 };
@@ -45,8 +46,10 @@ struct DepthwiseChunk {
 // The tile of a block of channels, vector by vector, holds the gradient that a band of rows of each
 // phase meets, with zeros where there is none, the band of the input, and that of its gradient:
 //   g[vector][row][column][lane], x[vector][row phase][column phase][row][column][lane], dx as x.
+// in_place: kernels read the input and write its gradient where these are, and have tiles of them only for
+// what does not fill a vector.
 struct DepthwisePlan {
-  DepthwisePlan(const ConvProblem& problem, int lanes);
+  DepthwisePlan(const ConvProblem& problem, int lanes, bool in_place);
 
   int64_t vectors() const { return channels / lanes; }
   int64_t g_floats() const { return vectors() * g_stride; }
@@ -57,6 +60,7 @@ struct DepthwisePlan {
   int64_t scratch_floats() const;
 
   int64_t lanes;
+  bool in_place;
   DepthwiseAxis rows, columns;
   int64_t multiple;          // output channels of each input channel
   int64_t taps;              // elements of a filter

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from sparsebwd.data.files import atomic_write, write_text
+from sparsebwd.data.files import atomic_write, json_text, write_text
 
 from .terminal import Table, machine
 
@@ -302,11 +301,11 @@ def _visible(rows: Sequence[Row]) -> tuple[list[Column], str]:
 def write_json(path: Path, environment: dict[str, Any], rows: Sequence[Row]) -> None:
     record = {
         "environment": environment,
-        "rows": [_finite(asdict(row)) for row in rows],
+        "rows": [asdict(row) for row in rows],
         "summary": summarize(rows),
         "break_even": break_even(rows),
     }
-    write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    write_text(path, json_text(record) + "\n")
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
@@ -335,10 +334,3 @@ def write_markdown(path: Path, environment: dict[str, Any], rows: Sequence[Row])
 
 def _markdown_line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
-
-
-def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN and no infinity."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
-    }

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from sparsebwd import keep_memory
-from sparsebwd.data.files import write_text
+from sparsebwd.data.files import write_json, write_text
 
 from .environment import OtherProcesses, environment
 
@@ -150,7 +149,7 @@ def report(tables: Sequence[Table], record: dict[str, Any], json: Path | None, m
         table.show(console)
     try:
         if json:
-            write_text(json, json_format.dumps(record, indent=1, allow_nan=False) + "\n")
+            write_json(json, record)
         if markdown:
             heading = f"{machine(record['environment'])}\n\n`{record['setting']['command']}`\n\n"
             write_text(markdown, heading + "\n".join(table.markdown() for table in tables))

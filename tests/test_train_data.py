@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -151,11 +152,19 @@ def test_unreadable_on_the_way_can_be_left_out(folder, tmp_path, capsys, monkeyp
     monkeypatch.setattr(trainer.Trainer, "train_step", spoil)
     options = ["--stream", "--workers", "0"]
     assert run(folder, tmp_path / "run", *options) == 1
-    path.write_bytes(whole)
     assert run(folder, tmp_path / "run", *options, "--resume", "--skip-unreadable") == 0
     assert saved_state(tmp_path / "run")["step"] == 10
     shown = capsys.readouterr().out
     assert shown.count("1 image cannot be read and is left out: ") == 1
+
+
+@pytest.mark.parametrize("path", ["train/cat/3.png", "test/dog/1.png"])
+def test_images_broken_from_the_start_in_one_line(folder, tmp_path, capfd, path):
+    (folder / path).write_bytes(b"\x89PNG")
+    with contextlib.suppress(SystemExit):
+        run(folder, tmp_path / "run", "--stream", "--workers", "1")
+    *_, last = capfd.readouterr().err.splitlines()
+    assert "error: " in last and f"{folder / path}: truncated, corrupt or no image: " in last
 
 
 def test_what_is_ignored_is_said_once(folder, tmp_path, capsys):

@@ -20,7 +20,7 @@ from training import DRIVER, SMALL, assert_same_run, interrupt, refused, saved_s
 
 from sparsebwd import commands, data
 from sparsebwd.data import records
-from sparsebwd.train import checkpoint, cli, lock, stop, trainer
+from sparsebwd.train import checkpoint, cli, lock, measure, stop, trainer
 
 
 @pytest.fixture
@@ -86,6 +86,11 @@ def with_nan(tensor):
     return tensor
 
 
+def absurd(tensor):
+    """Finite, and what no run can have."""
+    return tensor.fill_(1e38)
+
+
 WRONG = {
     "config": ([1, 2], "config: got list, accepted is dict"),
     "config/seed": ([0], "config.seed: got list"),
@@ -121,6 +126,21 @@ WRONG = {
     "state/twins/sparse/tally/loss": (float("nan"), "sparse.tally.loss: got nan, accepted are finite numbers"),
     "state/twins/sparse/tally/step": ("abc", "sparse.tally.step: got str, accepted is list"),
     "state/twins/sparse/tally/layers": ({"0": {"density": [1.0]}}, "sparse.tally.layers.0.density: got 1 numbers"),
+    "state/twins/sparse/model/0.weight#large": (absurd, "sparse.model.0.weight has 1e+38; accepted are magnitudes up to 1.84e+19"),
+    "state/twins/sparse/model/1.running_var#large": (absurd, "sparse.model.1.running_var has 1e+38"),
+    "state/twins/sparse/momenta/0.weight#large": (absurd, "sparse.momenta.0.weight has 1e+38"),
+    "state/twins/sparse/tally/loss#negative": (-1.0, "sparse.tally.loss: got -1.0, accepted are finite numbers from 0"),
+    "state/twins/sparse/tally/step#negative": ([-0.1], "sparse.tally.step: got -0.1"),
+    "state/twins/sparse/tally/correct": (17.0, "sparse.tally.correct: got 17.0 of 16.0 images"),
+    "state/twins/sparse/tally/layers#negative": ({"0": {"sigma": [-1.0, 1]}}, "tally.layers.0.sigma: got -1.0"),
+    "state/twins/sparse/tally/layers#none": ({"0": {"sigma": [1.0, 0]}}, "layers.0.sigma: got the sum 1.0 of 0 values"),
+    "state/twins/sparse/tally/layers#share": ({"0": {"density": [3.0, 2]}}, "density: got the sum 3.0 of 2 values"),
+    "state/history/0/epoch": (-1, "history[0].epoch: got -1"),
+    "state/history/0/learning_rate": (-0.1, "history[0].learning_rate: got -0.1"),
+    "state/history/0/variants/sparse/density": (1.5, "history[0].sparse.density: got 1.5, accepted are numbers from 0 to 1"),
+    "state/history/0/variants/sparse/test_accuracy": (2.0, "history[0].sparse.test_accuracy: got 2.0"),
+    "state/history/0/variants/sparse/train_loss": (float("inf"), "history[0].sparse.train_loss: got inf"),
+    "state/history/0/variants/sparse/layers": ({"0": {"tau": -1.0}}, "history[0].sparse.layers.0.tau: got -1.0"),
     "state/environment": (None, "environment: got NoneType"),
     "state/environment/threads": (torch.zeros(3), "environment.threads: got Tensor"),
 }  # fmt: skip
@@ -161,7 +181,13 @@ def test_wrong_histories_of_predicted_thresholds_are_refused(tmp_path, capsys):
     path = tmp_path / checkpoint.FILE
     record = records.load_record(path)
     history = record["state"]["twins"]["sparse"]["sigma_histories"]["3.sigma_history"]
-    for place, value, message in ((0, -1, "is negative"), (1, 0x7FC00000, "is not finite")):
+    negative, large = (int(torch.tensor(value).view(torch.int32)) for value in (-1.0, 1e38))
+    for place, value, message in (
+        (0, -1, "is negative"),
+        (1, 0x7FC00000, "is not finite"),
+        (2, negative, "is negative"),
+        (3, large, "has 1e+38"),
+    ):
         before = int(history[place])
         history[place] = value
         records.save_record(path, record)
@@ -190,6 +216,31 @@ def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path, monkey
     assert cli.main([*SMALL, "--output", str(tmp_path), "--resume", "--max-steps", "3"]) == 1
     assert "in the sparse model after step 3, 9.bias is not finite: try a lower" in capsys.readouterr().err
     assert (tmp_path / checkpoint.FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_log_is_json_whatever_was_measured(tmp_path, monkeypatch, loss):
+    """A model whose weights are finite may still have no finite loss on the test images; the run goes on."""
+    evaluate = trainer.Trainer._evaluate
+    monkeypatch.setattr(trainer.Trainer, "_evaluate", lambda self, twin: {**evaluate(self, twin), "test_loss": loss})
+    train(tmp_path, "--max-steps", "7")
+    train(tmp_path, "--resume")
+
+    def no_json(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    log = json.loads((tmp_path / "log.json").read_text(), parse_constant=no_json)
+    rows = [*log["epochs"], log["summary"]]
+    assert len(rows) == 3 and all(row["variants"]["sparse"]["test_loss"] is None for row in rows)
+    assert all(row["variants"]["sparse"]["test_accuracy"] is not None for row in rows)
+
+
+def test_overflown_gradients_do_not_spoil_a_checkpoint():
+    """A scaler skips such a step, so that weights stay finite; the statistics of layers have to."""
+    tally = measure.EpochTally()
+    for sigma in (1.0, float("inf"), float("nan"), 3.0):
+        tally.add_densities({"total": {"density": 0.5, "sigma": sigma, "tau": None}, "layers": {}})
+    assert tally.layers[""] == {"density": [2.0, 4], "sigma": [4.0, 2]}
 
 
 # the folder

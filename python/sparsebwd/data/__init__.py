@@ -12,7 +12,7 @@ from .augment import CROPS
 from .batches import Batches, Normalize, ordered_batches
 from .dataset import DataError, ImageData
 from .decode import shown
-from .files import atomic_write, remove_leftovers, write_text
+from .files import atomic_write, remove_leftovers, write_json, write_text
 from .streaming import available_cores
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "names",
     "ordered_batches",
     "remove_leftovers",
+    "write_json",
     "write_text",
 ]
 

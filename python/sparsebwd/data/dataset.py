@@ -81,12 +81,19 @@ class ImageData:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of all labels, the classes and some of the images: tells one data set from another."""
+        """Hash of all labels, the classes and some of the images: tells one data set from another.
+
+        Of images that stay in files it is that of all names, for which no file is read: one that can no longer be read
+        leaves the data set what it is.
+        """
         digest = hashlib.blake2b(repr((self.description, self.classes)).encode(), digest_size=16)
         for images, labels in ((self.train_images, self.train_labels), (self.test_images, self.test_labels)):
             digest.update(labels.tobytes())
-            some, _ = _spread(images, labels, _FINGERPRINT_IMAGES)
-            digest.update(np.ascontiguousarray(some, np.uint8).tobytes())
+            if isinstance(images, np.ndarray):
+                images, _ = _spread(images, labels, _FINGERPRINT_IMAGES)
+                digest.update(np.ascontiguousarray(images, np.uint8).tobytes())
+            else:
+                digest.update(images.names.tobytes())
         return digest.hexdigest()
 
     @cached_property

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import re
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # What locking a file fails with on a file system that has no locks.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -52,6 +55,24 @@ def write_text(path: Path, text: str) -> None:
     """Write the file by `atomic_write`, in UTF-8."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def json_text(record: Any) -> str:
+    """``record`` as JSON, which has neither NaN nor infinities: they become null."""
+    return json.dumps(_finite(record), indent=1, allow_nan=False)
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Write the file by `atomic_write`, as `json_text`."""
+    write_text(path, json_text(record) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def remove_leftovers(folder: Path, names: Iterable[str]) -> None:

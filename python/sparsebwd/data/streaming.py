@@ -54,6 +54,11 @@ class ImageFiles:
     def shape(self) -> tuple[int, int, int, int]:
         return len(self), self._size, self._size, 3
 
+    @property
+    def names(self) -> np.ndarray:
+        """Paths below the folder, bytes [N]."""
+        return self._names
+
     def __getitem__(self, selection: slice | np.ndarray) -> ImageFiles:
         part = object.__new__(ImageFiles)
         part.__dict__.update(self.__dict__, _names=self._names[selection], _labels=self._labels[selection])

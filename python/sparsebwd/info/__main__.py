@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from sparsebwd.commands import one_line_errors
+from sparsebwd.data.files import json_text
 from sparsebwd.info import info
 
 
@@ -18,7 +18,7 @@ def main() -> None:
     as_json = parser.parse_args().json
     with one_line_errors():
         found = info()
-        print(json.dumps(found, indent=2) if as_json else found)
+        print(json_text(found) if as_json else found)
 
 
 if __name__ == "__main__":

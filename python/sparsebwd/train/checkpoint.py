@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import shown
 from ..data.records import RecordError, load_record, save_record
 from .config import TrainConfig
 from .measure import EpochTally, speedups
@@ -23,6 +24,8 @@ from .measure import EpochTally, speedups
 FILE = "checkpoint.pt"
 _FORMAT = 2
 _KEYS = ("format", "config", "fingerprint", "state")
+_ONE = 1.001  # of means, which are rounded
+_SHARES = ("train_accuracy", "test_accuracy", "density")
 
 
 class CheckpointError(ValueError):
@@ -85,11 +88,20 @@ def load(
     return record["state"]
 
 
+# Beyond, squares overflow float32: with such weights, statistics or gradients no run learns anything.
+_LARGEST = math.sqrt(torch.finfo(torch.float32).max)
+
+
 def require_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError naming the first that is not finite."""
+    """Raises ValueError naming the first that is not finite, or absurdly large."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if not tensor.is_floating_point() or tensor.numel() == 0:
+            continue
+        largest = float(tensor.detach().abs().max())  # NaN if one is
+        if not math.isfinite(largest):
             raise _Wrong(f"{name} is not finite")
+        if largest > _LARGEST:
+            raise _Wrong(f"{name} has {largest:.3g}; accepted are magnitudes up to {_LARGEST:.3g}")
 
 
 def _check_state(
@@ -128,11 +140,11 @@ def _check_tensors(where: str, got: Any, expected: Mapping[str, Tensor]) -> None
             if found != wanted:
                 raise _Wrong(f"{where}.{name}: got {quantity} {_plain(found)}, this run has {_plain(wanted)}")
         require_finite({f"{where}.{name}": tensor})
-        if name.endswith("sigma_history"):
-            require_finite({f"{where}.{name}": tensor[1:].view(torch.float32)})  # behind the count, bits of floats
-        # Integers are counts.
+        # Integers are counts, and bits of positive floats.
         if (name.endswith("running_var") or not tensor.is_floating_point()) and (tensor < 0).any():
             raise _Wrong(f"{where}.{name} is negative")
+        if name.endswith("sigma_history"):
+            require_finite({f"{where}.{name}": tensor[1:].view(torch.float32)})  # behind the count
 
 
 def _check_tally(where: str, tally: Any) -> None:
@@ -141,11 +153,22 @@ def _check_tally(where: str, tally: Any) -> None:
     for name, empty in like.items():
         at, value = f"{where}.{name}", tally[name]
         if name == "layers":
-            _check_layers(at, value, lambda at, entry: _check_numbers(at, entry, 2))
+            _check_layers(at, value, _check_sum)
         elif isinstance(empty, list):
             _check_numbers(at, value)
         else:
             _check_number(at, value)
+    if tally["correct"] > tally["images"]:
+        raise _Wrong(f"{where}.correct: got {tally['correct']} of {tally['images']} images")
+
+
+def _check_sum(where: str, got: Any) -> None:
+    """[sum, count] of a quantity of layers."""
+    _check_numbers(where, got, 2)
+    total, count = got
+    _check_type(where, count, int)
+    if count < 1 or where.endswith(".density") and total > _ONE * count:
+        raise _Wrong(f"{where}: got the sum {total} of {count} values")
 
 
 def _check_history(history: Any, step: int, twins: Iterable[str]) -> None:
@@ -156,6 +179,7 @@ def _check_history(history: Any, step: int, twins: Iterable[str]) -> None:
         at = f"history[{index}]"
         _check_keys(at, entry, ("epoch", "global_step", "complete", "learning_rate", "variants", "speedup"))
         _check_type(f"{at}.epoch", entry["epoch"], int)
+        _check_number(f"{at}.epoch", entry["epoch"])
         _check_type(f"{at}.global_step", entry["global_step"], int)
         _check_type(f"{at}.complete", entry["complete"], bool)
         _check_number(f"{at}.learning_rate", entry["learning_rate"])
@@ -168,8 +192,11 @@ def _check_history(history: Any, step: int, twins: Iterable[str]) -> None:
             for key, value in row.items():
                 if key == "layers":
                     _check_layers(f"{at}.{name}.layers", value, _check_number)
-                elif value is not None and not isinstance(value, float | int):
-                    raise _Wrong(f"{at}.{name}.{key}: got {type(value).__name__}, accepted are numbers and None")
+                elif value is not None:
+                    # The loss of a test may be infinite, or NaN: it is only reported.
+                    _check_number(f"{at}.{name}.{key}", value, finite=key != "test_loss")
+                    if key in _SHARES and value > _ONE:
+                        raise _Wrong(f"{at}.{name}.{key}: got {value}, accepted are numbers from 0 to 1")
         _check_keys(f"{at}.speedup", entry["speedup"], speedups({}))
         for key, value in entry["speedup"].items():
             if value is not None:
@@ -208,10 +235,12 @@ def _check_plain(where: str, got: Any) -> None:
             raise _Wrong(f"{where}.{name}: got {type(value).__name__}, accepted are strings, numbers and None")
 
 
-def _check_number(where: str, got: Any) -> None:
-    if isinstance(got, bool) or not isinstance(got, float | int) or not math.isfinite(got):
-        text = repr(got) if isinstance(got, float) else type(got).__name__
-        raise _Wrong(f"{where}: got {text}, accepted are finite numbers")
+def _check_number(where: str, got: Any, finite: bool = True) -> None:
+    """All that is measured is positive, or 0."""
+    number = isinstance(got, float | int) and not isinstance(got, bool)
+    if not number or got < 0 or finite and not got < math.inf:
+        text = shown(got) if number else type(got).__name__
+        raise _Wrong(f"{where}: got {text}, accepted are {'finite ' if finite else ''}numbers from 0")
 
 
 def _check_numbers(where: str, got: Any, length: int | None = None) -> None:

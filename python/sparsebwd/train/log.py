@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..data import atomic_write, write_text
+from ..data import atomic_write, write_json, write_text
 
 CSV_FILE, JSON_FILE, STEPS_FILE = "epochs.csv", "log.json", "steps.csv"
 
@@ -66,7 +65,7 @@ class RunLog:
                     complete = int(entry["complete"])
                     writer.writerow({**entry, **row, "variant": variant, "complete": complete})
         record = {"format": 1, **self._header, "epochs": history, "summary": summary}
-        write_text(self.folder / JSON_FILE, json.dumps(record, indent=1) + "\n")
+        write_json(self.folder / JSON_FILE, record)
 
 
 class StepLog:
@@ -92,7 +91,7 @@ class StepLog:
                 next(file, None)
                 for line in file:
                     number, _, rest = line.partition(",")
-                    key = int(number) if number.isdecimal() else 0, rest.partition(",")[0]
+                    key = int(number) if number.isdecimal() and len(number) < 20 else 0, rest.partition(",")[0]
                     if 0 < key[0] <= step and key[1] in variants and line.count(",") == len(STEP_COLUMNS) - 1:
                         kept[key] = line
         write_text(self.path, "".join([",".join(STEP_COLUMNS) + "\n", *kept.values()]))

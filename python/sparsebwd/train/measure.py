@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -77,7 +78,8 @@ class EpochTally:
         for name, values in [("", record["total"]), *record["layers"].items()]:
             sums = self.layers.setdefault(name, {})
             for quantity in ("density", "sigma", "tau"):
-                if values[quantity] is not None:
+                # Where gradients overflow, and a scaler skips the step, sigma is infinite.
+                if values[quantity] is not None and math.isfinite(values[quantity]):
                     entry = sums.setdefault(quantity, [0.0, 0])
                     entry[0] += values[quantity]
                     entry[1] += 1

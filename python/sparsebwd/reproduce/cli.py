@@ -20,6 +20,7 @@ from . import claims, estimate, report, results, runs, timing
 from .paper import DENSE, PERCENTILES, TABLES
 from .sweep import Outcome, Sweep
 
+_WIDTH = 160  # of tables in a file or pipe
 _FIGURE = "figure3"
 _FIGURE_MODELS = ("alexnet", "resnet18")
 _ESTIMATORS = {"corrected": ("corrected",), "as_printed": ("as_printed",), "both": ("corrected", "as_printed")}
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table = TABLES["table1" if options.what == _FIGURE else options.what]
         name = options.data if options.data not in (None, "imagefolder") else table.data
         output = Path(options.output or f"runs/{options.what}")
-        console = Console()
+        console = Console(width=None if sys.stdout.isatty() else _WIDTH)
         try:
             check_environment()
             planned = _plan(options, table, name, output)
@@ -51,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _collect(options, table, name, output, planned, console)
         except ValueError as error:
             parser.error(describe(error))
+        except KeyboardInterrupt as error:
+            print(f"{error}" or "interrupted", "the same command goes on from here", sep="; ", file=sys.stderr)
+            return getattr(error, "status", 130)
     for run, text in outcome.failed.items():
         print(f"error: {run}: {text}", file=sys.stderr)
     for run, who in outcome.elsewhere.items():
@@ -95,11 +99,11 @@ def _sweep(options: argparse.Namespace, planned: Sequence[runs.Run], console: Co
 
 
 def _collect(options, table, name: str, output: Path, planned: Sequence[runs.Run], console: Console) -> None:
-    found = [result for result in results.read(output) if not options.models or result.config["model"] in options.models]
+    found = [
+        result for result in results.read(output) if not options.models or result.config["model"] in options.models
+    ]
     if options.what == _FIGURE:
-        from . import figures  # matplotlib is needed for nothing else
-
-        written = figures.losses(output / _FIGURE, found)
+        written = _figures().losses(output / _FIGURE, found)
     else:
         rows = results.rows(found, table, name)
         if rows:
@@ -108,28 +112,42 @@ def _collect(options, table, name: str, output: Path, planned: Sequence[runs.Run
             console.print(f"no finished run on {name} in {output}", highlight=False)
         written = report.write(output / options.what, table, name, rows)
         if any(row.step_speedup for row in rows):
-            from . import figures
-
             here = [result for result in found if result.data == name]
-            written += figures.accuracy_against_time(output / f"{options.what}-time", here)
+            written += _figures().accuracy_against_time(output / f"{options.what}-time", here)
     missing = [run.name for run in planned if not run.done()]
     if missing:
         console.print(f"{len(missing)} of {len(planned)} runs are missing: --dry-run lists them", highlight=False)
     console.print(f"Written: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
 
 
+def _figures():
+    """matplotlib is needed for nothing else.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        from . import figures
+    except ModuleNotFoundError as error:
+        raise ValueError(f"figures need {error.name}: pip install matplotlib") from error
+    return figures
+
+
 def _show_plan(console: Console, planned: Sequence[runs.Run]) -> None:
     view = RichTable()
     for column in ("run", "state", "steps", "time left"):
         view.add_column(column, justify="left" if column in ("run", "state") else "right", no_wrap=column == "run")
-    total, measured = 0.0, True
+    estimates = estimate.Estimates(planned)
+    total = 0.0
     for run in planned:
-        left = estimate.remaining(run, planned)
+        left = estimates.left(run)
         total += left
-        measured = measured and (run.done() or estimate.step_seconds(run, planned)[1])
         view.add_row(run.name, _state(run), str(run.steps()), estimate.duration(left) if left else "")
+    measured = all(run.done() or estimates.measured(run) for run in planned)
     console.print(view)
-    source = "by the steps of runs that are there" if measured else "roughly, by multiply-adds where no run is there yet"
+    source = (
+        "by the steps of runs that are there" if measured else "roughly, by multiply-adds where no run is there yet"
+    )
     console.print(f"{len(planned)} runs, {estimate.duration(total)} on this machine ({source})", highlight=False)
 
 
@@ -173,7 +191,9 @@ def _parser() -> argparse.ArgumentParser:
     text = f"{', '.join(RECIPES)} (default: the paper's)"
     group.add_argument("--recipe", choices=RECIPES, metavar="NAME", help=text)
     group.add_argument("--epochs", type=_positive, metavar="N", help="default: the recipe's")
-    group.add_argument("--width", type=_positive, metavar="N", help="channels of the first layer (default: as published)")
+    group.add_argument(
+        "--width", type=_positive, metavar="N", help="channels of the first layer (default: as published)"
+    )
     group.add_argument("--subset", type=_positive, metavar="N", help="train and test on N images only")
     group.add_argument("--also", nargs="+", default=(), metavar="KEY=VALUE", help="other options of sparsebwd.train")
     group = parser.add_argument_group("data")
@@ -184,7 +204,9 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("what to do")
     group.add_argument("--output", metavar="DIR", help="a directory for each run, and the results (default: runs/WHAT)")
     group.add_argument("--dry-run", action="store_true", help="list the runs, their state and the time they would take")
-    group.add_argument("--collect", action="store_true", help="show and write the results of what is there, run nothing")
+    group.add_argument(
+        "--collect", action="store_true", help="show and write the results of what is there, run nothing"
+    )
     group.add_argument("--time", action="store_true", help="train nothing, time all runs that are done (again)")
     text = f"steps, dense and sparse in turns, that are timed after a run (default: {timing.STEPS}; 0: none)"
     group.add_argument("--timing-steps", type=int, default=timing.STEPS, metavar="N", help=text)

@@ -17,36 +17,37 @@ from .runs import Run
 _OVERHEAD = 1.15  # optimiser, test, batches
 
 
-def seconds(run: Run, others: Sequence[Run] = ()) -> float:
-    """Of a whole run."""
-    return run.steps() * step_seconds(run, others)[0]
+class Estimates:
+    """What the runs of a sweep will take, by what is known of them now."""
 
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self._known: dict[tuple, dict[bool, list[float]]] = {}
+        for run in runs:
+            for entry in (run.log() or {}).get("epochs", ()):
+                for row in entry["variants"].values():
+                    if row["step_ms"]:
+                        times = self._known.setdefault(_key(run), {}).setdefault(run.config.dense, [])
+                        times.append(_OVERHEAD * row["step_ms"] / 1e3)
 
-def remaining(run: Run, others: Sequence[Run] = ()) -> float:
-    """Of what is left of a run."""
-    if run.done():
-        return 0.0
-    return max(0, run.steps() - run.steps_done()) * step_seconds(run, others)[0]
+    def measured(self, run: Run) -> bool:
+        """Whether a run like this one has been there."""
+        return _key(run) in self._known
 
+    def step(self, run: Run) -> float:
+        """Seconds of a step."""
+        if known := self._known.get(_key(run)):
+            return median(known.get(run.config.dense) or [time for times in known.values() for time in times])
+        config = run.config
+        work = sum(multiply_adds(config.model, config.network_form, config.width, config.image_size).values())
+        return 3 * _OVERHEAD * work * config.batch_size / _rate()
 
-def step_seconds(run: Run, others: Sequence[Run] = ()) -> tuple[float, bool]:
-    """Of a step, and whether that was measured in a run of the sweep like this one."""
-    known = {}
-    for other in (run, *others):
-        record = other.log() if _alike(run, other) else None
-        times = [
-            row["step_ms"]
-            for entry in (record or {}).get("epochs", ())
-            for row in entry["variants"].values()
-            if row["step_ms"]
-        ]
-        if times:
-            known[other.config.dense] = _OVERHEAD * median(times) / 1e3
-    if known:
-        return known.get(run.config.dense, median(known.values())), True
-    config = run.config
-    work = sum(multiply_adds(config.model, config.network_form, config.width, config.image_size).values())
-    return 3 * _OVERHEAD * work * config.batch_size / _rate(), False
+    def whole(self, run: Run) -> float:
+        """Seconds of a run."""
+        return run.steps() * self.step(run)
+
+    def left(self, run: Run) -> float:
+        """Seconds of what is left of it."""
+        return 0.0 if run.done() else max(0, run.steps() - run.steps_done()) * self.step(run)
 
 
 def duration(value: float) -> str:
@@ -79,9 +80,10 @@ def multiply_adds(model: str, form: str, width: int | None, image_size: int) -> 
     return result
 
 
-def _alike(one: Run, other: Run) -> bool:
+def _key(run: Run) -> tuple:
+    """Equal in runs whose steps take about as long."""
     names = ("model", "width", "batch_size", "image_size", "dtype", "data", "network_form")
-    return all(getattr(one.config, name) == getattr(other.config, name) for name in names)
+    return tuple(getattr(run.config, name) for name in names)
 
 
 @cache

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from ..data import atomic_write
 from ..train import log
 from .paper import DENSE
-from .results import Result
+from .results import Result, varying
 from .runs import read_json
 
 FORMATS = ("png", "svg")
@@ -29,12 +29,13 @@ def losses(stem: Path, results: Sequence[Result]) -> list[Path]:
     Raises:
         ValueError: no run has logged its steps.
     """
+
     def draw(axes: Axes, group: Sequence[Result]) -> bool:
         drawn = False
-        for kind, runs in _by_kind(group).items():
+        for label, runs in _lines(group).items():
             curves = [curve for run in runs if (curve := _loss(run)) is not None]
             for index, (steps, values) in enumerate(curves):
-                axes.plot(steps, values, color=_colour(kind), lw=1.1, label=_label(kind) if index == 0 else None)
+                axes.plot(steps, values, lw=1.1, label=label if index == 0 else None, **_style(runs[0]))
             drawn = drawn or bool(curves)
         axes.set(xlabel="step", ylabel="training loss, smoothed", yscale="log")
         return drawn
@@ -49,20 +50,22 @@ def accuracy_against_time(stem: Path, results: Sequence[Result]) -> list[Path]:
     Raises:
         ValueError: no run was timed.
     """
+
     def draw(axes: Axes, group: Sequence[Result]) -> bool:
         times = [run.timing for run in group if run.timing is not None and run.timing["speedup"]["step"]]
         if not times:
             return False
         dense_ms = median(entry["variants"]["dense"]["step_ms"] for entry in times)
-        for kind, runs in _by_kind(group).items():
+        for label, runs in _lines(group).items():
             speedups = [run.timing["speedup"]["step"] for run in runs if run.timing]
-            if kind != DENSE and not speedups:
+            dense = runs[0].kind == DENSE
+            if not dense and not speedups:
                 continue
-            step_ms = dense_ms if kind == DENSE else dense_ms / median(speedups)
+            step_ms = dense_ms if dense else dense_ms / median(speedups)
             for index, run in enumerate(runs):
                 steps, values = _accuracies(run)
                 hours = np.asarray(steps) * step_ms / 3.6e6
-                axes.plot(hours, values, color=_colour(kind), lw=1.2, label=_label(kind) if index == 0 else None)
+                axes.plot(hours, values, lw=1.2, label=label if index == 0 else None, **_style(run))
         axes.set(xlabel="hours of training, steps x time of a step", ylabel="test accuracy, %")
         return True
 
@@ -72,20 +75,22 @@ def accuracy_against_time(stem: Path, results: Sequence[Result]) -> list[Path]:
 def _panels(
     stem: Path, results: Sequence[Result], draw: Callable[[Axes, Sequence[Result]], bool], empty: str
 ) -> list[Path]:
-    groups: dict[tuple[str, str], list[Result]] = {}
+    groups: dict[tuple, list[Result]] = {}
     for result in results:
-        groups.setdefault((result.config["model"], result.data), []).append(result)
+        common = tuple(pair for pair in result.settings if pair[0] not in ("epochs", "max_steps", "data"))
+        groups.setdefault((result.config["model"], result.data, common), []).append(result)
+    shown = {data: varying([key[2] for key in groups if key[1] == data]) for _, data, _ in groups}
     columns = min(3, max(1, len(groups)))
     lines = max(1, -(-len(groups) // columns))
     figure = Figure(figsize=(5 * columns, 3.8 * lines), layout="constrained")
     grid = list(figure.subplots(lines, columns, squeeze=False).flat)
     drawn = False
-    for axes, ((model, data), group) in zip(grid, sorted(groups.items())):
+    for axes, ((model, data, common), group) in zip(grid, sorted(groups.items(), key=lambda item: str(item[0]))):
         if not draw(axes, group):
             axes.remove()
             continue
         drawn = True
-        axes.set_title(f"{model}, {data}")
+        axes.set_title(", ".join([model, data, *(f"{name}={value}" for name, value in common if name in shown[data])]))
         axes.grid(alpha=0.3)
         axes.legend()
     for unused in grid[len(groups) :]:
@@ -99,17 +104,23 @@ def _panels(
     return paths
 
 
-def _by_kind(group: Sequence[Result]) -> dict[str, list[Result]]:
-    """Dense first, then by percentile."""
-    kinds = sorted({run.kind for run in group}, key=lambda kind: float(kind) if kind[0].isdigit() else 0.0)
-    return {kind: [run for run in group if run.kind == kind] for kind in kinds}
+def _lines(group: Sequence[Result]) -> dict[str, list[Result]]:
+    """Runs by what they are called: dense first, then by percentile."""
+    lines: dict[str, list[Result]] = {}
+    for run in sorted(group, key=lambda run: (float(run.kind) if run.kind[0].isdigit() else 0.0, run.label, run.name)):
+        lines.setdefault(run.label, []).append(run)
+    return lines
 
 
 def _loss(run: Result) -> tuple[np.ndarray, np.ndarray] | None:
     variant = DENSE if run.kind == DENSE else "sparse"
     try:
         with open(run.folder / log.STEPS_FILE, newline="", encoding="utf-8") as file:
-            pairs = [(int(row["global_step"]), float(row["loss"])) for row in csv.DictReader(file) if row["variant"] == variant]
+            pairs = [
+                (int(row["global_step"]), float(row["loss"]))
+                for row in csv.DictReader(file)
+                if row["variant"] == variant
+            ]
     except (OSError, KeyError, TypeError, ValueError):
         return None
     pairs = [pair for pair in pairs if np.isfinite(pair[1])]
@@ -126,13 +137,14 @@ def _loss(run: Result) -> tuple[np.ndarray, np.ndarray] | None:
 def _accuracies(run: Result) -> tuple[list[int], list[float]]:
     variant = DENSE if run.kind == DENSE else "sparse"
     entries = (read_json(run.folder / log.JSON_FILE) or {"epochs": []})["epochs"]
-    return [entry["global_step"] for entry in entries], [100 * entry["variants"][variant]["test_accuracy"] for entry in entries]
+    return [entry["global_step"] for entry in entries], [
+        100 * entry["variants"][variant]["test_accuracy"] for entry in entries
+    ]
 
 
-def _label(kind: str) -> str:
-    return {DENSE: "dense", "none": "zeros skipped only"}.get(kind, f"p = {kind}")
-
-
-def _colour(kind: str) -> str:
+def _style(run: Result) -> dict[str, str]:
     known = {DENSE: "black", "none": "grey", "85": "C0", "90": "C2", "95": "C1", "99.5": "C3"}
-    return known.get(kind, f"C{sum(map(ord, kind)) % 6 + 4}")
+    return {
+        "color": known.get(run.kind, f"C{sum(map(ord, run.kind)) % 6 + 4}"),
+        "linestyle": "--" if run.sparsity else "-",
+    }

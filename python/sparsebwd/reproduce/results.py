@@ -54,6 +54,12 @@ class Result:
         return tuple(sorted((name, value) for name, value in self.config.items() if name not in ignored))
 
     @property
+    def label(self) -> str:
+        """Of a line in a figure."""
+        name = {DENSE: "dense", "none": "zeros skipped only"}.get(self.kind, f"p = {self.kind}")
+        return ", ".join([name, *(f"{key}={value}" for key, value in self.sparsity)])
+
+    @property
     def sparsity(self) -> tuple[tuple[str, Any], ...]:
         """What is not the default of what tells sparse runs apart, but for the percentile."""
         if self.kind == DENSE:
@@ -118,7 +124,7 @@ def rows(results: Sequence[Result], table: Table, data: str) -> list[Row]:
             key = (result.settings, result.config["model"], result.kind, result.sparsity)
             groups.setdefault(key, []).append(result)
     order = {name: place for place, name in enumerate(table.rows)}
-    shown = _varying(list(groups))
+    shown = varying([key[0] for key in groups])
     keys = sorted(groups, key=lambda key: (str(key[0]), order.get(key[1], 99), key[1], _place(key[2]), str(key[3])))
     result = []
     for key in keys:
@@ -245,11 +251,11 @@ def _collapsed(result: Result, reference: float | None) -> bool:
     return reference is not None and result.test_accuracy < reference - COLLAPSED
 
 
-def _varying(keys: list[tuple]) -> set[str]:
-    """Settings that not all rows share."""
+def varying(settings: Sequence[tuple[tuple[str, Any], ...]]) -> set[str]:
+    """Names of the settings that not all have in common."""
     values: dict[str, set[str]] = {}
-    for key in keys:
-        for name, value in key[0]:
+    for entry in settings:
+        for name, value in entry:
             values.setdefault(name, set()).add(json.dumps(value))
     return {name for name, found in values.items() if len(found) > 1}
 

@@ -7,7 +7,6 @@ import json
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,7 @@ class Run:
     def log(self) -> dict[str, Any] | None:
         return read_json(self.folder / log.JSON_FILE)
 
-    @cached_property
+    @property
     def other(self) -> str | None:
         """How what is in the directory differs from this run; None where it does not."""
         record = self.log()
@@ -153,7 +152,7 @@ _SPARSITY = ("placement", "sigma_estimator", "threshold", "backend", "where")
 def _differing(config: TrainConfig, also: dict[str, Any]) -> str:
     """What of `also` changes a result, for the name."""
     parts = [
-        f"-{name.replace('_', '.')}={value}"
+        f"-{name}={value}"
         for name, value in also.items()
         if config.differences(asdict(replace(config, **{name: value})))
     ]
@@ -185,7 +184,9 @@ def parse_also(texts: Iterable[str]) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         name = key.replace("-", "_")
         if not equals or name not in kinds:
-            raise ValueError(f"also: got {text!r}; accepted: KEY=VALUE with an option of sparsebwd.train, as threshold=predicted")
+            raise ValueError(
+                f"also: got {text!r}; accepted: KEY=VALUE with an option of sparsebwd.train, as threshold=predicted"
+            )
         result[name] = _value(text, kinds[name], value)
     return result
 

@@ -24,7 +24,8 @@ from . import claims, estimate, timing
 from .runs import FAILED_FILE, OUTPUT_FILE, Run
 
 _NOT_FINITE = re.compile(r"became (nan|-?inf)|is not finite")
-_POLL = 2.0
+_POLL, _WAIT, _REFRESH = 2.0, 10.0, 60.0
+"""Seconds between looks at the child, at what others have, and at all runs."""
 _PATIENCE = 300.0
 """Seconds that an ended child gets for its checkpoint."""
 
@@ -58,9 +59,16 @@ class Sweep:
         stale: float = claims.STALE,
     ) -> None:
         self.runs, self.console = runs, console
-        self._timing_steps, self._checkpoint_steps, self._wait, self._stale = timing_steps, checkpoint_steps, wait, stale
+        self._timing_steps, self._checkpoint_steps, self._wait, self._stale = (
+            timing_steps,
+            checkpoint_steps,
+            wait,
+            stale,
+        )
         self._outcome = Outcome()
         self._progress: Progress | None = None
+        self._estimates: estimate.Estimates | None = None
+        self._refresh = 0.0
 
     def run(self) -> Outcome:
         """Make what is missing. A signal ends it after the child's checkpoint; the same call goes on from there."""
@@ -72,13 +80,12 @@ class Sweep:
                 self._outcome.elsewhere = {}
                 worked = False
                 for run in pending:
-                    self._show()
                     worked |= self._try(run)
                 if not worked:
                     if not self._wait or not self._outcome.elsewhere:
                         break
-                    time.sleep(_POLL)
-            self._show()
+                    self._show()
+                    time.sleep(_WAIT)
         return self._outcome
 
     def time_again(self) -> Outcome:
@@ -127,7 +134,7 @@ class Sweep:
             checkpoints = ["--checkpoint-steps", str(run.config.checkpoint_steps or self._checkpoint_steps)]
             self.console.print(Text(f"{run.name}: {'resumed' if run.has_checkpoint() else 'begun'}"), soft_wrap=True)
             begin = time.monotonic()
-            status = self._child(["train", *run.arguments(), *checkpoints, again], run.folder, lost)
+            status = self._child(["train", *run.arguments(), *checkpoints, again], run, lost)
             last = _last_line(run.folder / OUTPUT_FILE)
             if lost.is_set():
                 self.console.print(Text(f"{run.name}: taken over by another process"), soft_wrap=True)
@@ -141,26 +148,27 @@ class Sweep:
                     self._fail(run, last or f"exit status {status}")
                 return
             self._outcome.ran.append(run.name)
+            self._refresh = 0.0
             self.console.print(Text(f"{run.name}: done, {estimate.duration(time.monotonic() - begin)}"), soft_wrap=True)
         if self._timing_steps and not run.timed() and run.has_checkpoint():
             self._time(run, lost)
 
     def _time(self, run: Run, lost: threading.Event) -> None:
         arguments = ["timing", str(run.folder), str(self._timing_steps)]
-        if self._child(arguments, run.folder, lost):
+        if self._child(arguments, run, lost):
             self._fail(run, f"its times: {_last_line(run.folder / OUTPUT_FILE)}")
 
-    def _child(self, arguments: Sequence[str], folder: Path, lost: threading.Event) -> int:
+    def _child(self, arguments: Sequence[str], run: Run, lost: threading.Event) -> int:
         """Run a command to its end, or to that of the claim, and return its exit status."""
         command = [sys.executable, "-m", "sparsebwd.reproduce.child", *arguments]
-        with open(folder / OUTPUT_FILE, "ab") as output:
+        with open(run.folder / OUTPUT_FILE, "ab") as output:
             # In a session of its own: a signal from the terminal reaches it once, by way of this process.
             child = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
             try:
                 while (status := _wait(child, _POLL)) is None:
-                    self._show()
+                    self._show(run)
                     if lost.is_set():
                         child.send_signal(signal.SIGTERM)
                         return child.wait()
@@ -178,17 +186,21 @@ class Sweep:
         self._outcome.failed[run.name] = text
         self.console.print(Text(f"{run.name}: {text}", "red"), soft_wrap=True)
 
-    def _show(self) -> None:
+    def _show(self, running: Run | None = None) -> None:
+        """Progress: of the run at hand each time, of all others once in a while."""
         if self._progress is None or self._progress.disable:
             return
-        left = [run for run in self.runs if self._is_pending(run)]
-        total = sum(estimate.seconds(run, self.runs) for run in self.runs) or 1.0
-        todo = sum(estimate.remaining(run, self.runs) for run in left)
-        self._progress.update(
-            self._task,
-            completed=1.0 - todo / total,
-            description=f"{len(self.runs) - len(left)} of {len(self.runs)} runs, {estimate.duration(todo)} of work left",
-        )
+        if self._estimates is None or time.monotonic() > self._refresh:
+            self._estimates, self._refresh = estimate.Estimates(self.runs), time.monotonic() + _REFRESH
+            self._whole = sum(self._estimates.whole(run) for run in self.runs) or 1.0
+            pending = [run for run in self.runs if self._is_pending(run)]
+            self._pending = {run.name: self._estimates.left(run) for run in pending}
+        if running is not None and running.name in self._pending:
+            self._pending[running.name] = self._estimates.left(running)
+        left = sum(self._pending.values())
+        done = len(self.runs) - len(self._pending)
+        text = f"{done} of {len(self.runs)} runs, {estimate.duration(left)} of work left"
+        self._progress.update(self._task, completed=1.0 - left / self._whole, description=text)
 
 
 def _wait(child: subprocess.Popen, seconds: float) -> int | None:

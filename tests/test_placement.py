@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 
 import pytest
 import torch
@@ -245,3 +246,19 @@ def test_skip_init_and_quantization():
     layer = nn.utils.skip_init(SparseConv2d, 3, 8, 3)
     with pytest.warns(UserWarning, match="revert"):
         layer.qconfig = object()
+
+
+def test_input_placement_before_a_normalisation_warns():
+    """Nothing that such a layer consumes is pruned: density 1, nothing gained."""
+
+    def net(norm):
+        return nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU())
+
+    expected = r"output gradients of 1 convolutions \(the first is followed by BatchNorm2d '1'\) are dense"
+    with pytest.warns(UserWarning, match=expected):
+        convert(net(nn.BatchNorm2d(4)), placement="input", where="everywhere")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(net(nn.BatchNorm2d(4)), where="everywhere")
+        convert(net(nn.BatchNorm2d(4)), percentile=None, placement="input", where="everywhere")
+        convert(net(nn.Identity()), placement="input", where="everywhere")

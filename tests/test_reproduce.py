@@ -10,20 +10,23 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from images import write_classes
 from rich.console import Console
 
-from sparsebwd.reproduce import claims, cli, estimate, paper, runs, sweep, timing
+from sparsebwd.data import cifar
+from sparsebwd.reproduce import child, claims, cli, estimate, paper, runs, sweep, timing
 from sparsebwd.train import cli as train_cli
 from sparsebwd.train import log
 from sparsebwd.train.config import TrainConfig
 from sparsebwd.train.lock import locked
 
-SMALL = ["--recipe", "short", "--models", "resnet18", "--width", "4", "--seeds", "0"]
+SMALL = ["--recipe", "short", "--models", "resnet18", "--width", "8", "--seeds", "0"]
 
 
 def planned(output, **changes):
@@ -36,7 +39,7 @@ def planned(output, **changes):
         "data_set": "cifar10",
         "also": {},
         "data": "digits",
-        "width": 4,
+        "width": 8,
     }
     return runs.plan(output, **{**options, **changes})
 
@@ -61,7 +64,7 @@ def test_names_say_what_a_run_is(tmp_path):
         epochs=2,
         seeds=[3],
     )
-    start = "resnet18-cifar10-w4-short-e2-n500-"
+    start = "resnet18-cifar10-w8-short-e2-n500-"
     assert [run.name for run in made] == [
         f"{start}dense-batch_size=64-s3",
         f"{start}pnone-threshold=predicted-batch_size=64-s3",
@@ -212,7 +215,7 @@ class Recorded(sweep.Sweep):
             return 0
         (run.folder / runs.OUTPUT_FILE).write_text(self.says.get(run.name, "well\n"))
         if run.name in self.says:
-            return 1
+            return {"nothing\n": 0, "crash\n": -11}.get(self.says[run.name], 1)
         fake(run)
         (run.folder / "checkpoint.pt").touch()
         return 0
@@ -234,8 +237,46 @@ def test_what_is_done_is_kept_and_what_was_begun_goes_on(tmp_path):
     second = Recorded([dense, pruned, begun])
     assert not second.run().ran and not second.started
     again = Recorded([dense, pruned, begun])
-    again.time_again()
+    again.measure()
     assert [entry[:2] for entry in again.started] == [("timing", pruned.name), ("timing", begun.name)]
+
+
+def test_what_others_made_is_timed_too(tmp_path):
+    for run in planned(tmp_path, kinds=["dense", "90", "95"]):
+        fake(replace(run, folder=tmp_path / f"by-hand-{run.config.percentile}{run.config.dense}"))
+    fake(replace(run, folder=tmp_path / "both"), compare=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / log.JSON_FILE).write_text('{"config": {"unknown": 1}}')
+    for folder in tmp_path.iterdir():
+        (folder / "checkpoint.pt").touch()
+    work = Recorded(runs.found(tmp_path))
+    work.measure()
+    assert [entry[:2] for entry in work.started] == [
+        ("timing", "by-hand-90.0False"),
+        ("timing", "by-hand-95.0False"),
+    ]
+
+
+def test_dense_at_equal_time_is_planned_from_the_times(tmp_path):
+    made = planned(tmp_path, kinds=["dense", "90"], seeds=[0, 1, 2], epochs=10)
+    assert runs.at_equal_time(made) == []
+    for run, speedup in zip([run for run in made if not run.config.dense], (1.2, 1.25, 1.6)):
+        fake(run)
+        (run.folder / timing.FILE).write_text(json.dumps({"speedup": {"step": speedup}}))
+    equal = runs.at_equal_time(made)
+    assert [run.name for run in equal] == [f"dense-as-resnet18-cifar10-w8-short-e10-p90-s{seed}" for seed in range(3)]
+    steps = round(made[3].steps() / 1.25)
+    assert [(run.config.dense, run.config.seed, run.steps()) for run in equal] == [
+        (True, seed, steps) for seed in range(3)
+    ]
+    assert replace(equal[1].config, max_steps=None) == made[2].config
+    fake(equal[0], max_steps=7)  # begun after other measurements
+    assert [run.steps() for run in runs.at_equal_time(made)] == [7, steps, steps]
+    (paper_run,) = planned(tmp_path, kinds=["90"], recipe="paper-cifar")
+    paper_run.folder.mkdir()
+    (paper_run.folder / timing.FILE).write_text('{"speedup": {"step": 1.5}}')
+    (equal_paper,) = runs.at_equal_time([paper_run])
+    assert (equal_paper.config.epochs, equal_paper.config.decay_epochs, equal_paper.config.max_steps) == (200, 67, None)
 
 
 def test_runs_of_others_are_left_alone(tmp_path):
@@ -252,14 +293,21 @@ def test_runs_of_others_are_left_alone(tmp_path):
 
 
 def test_failures_end_nothing_and_what_is_not_finite_is_a_result(tmp_path):
-    first, second, third = planned(tmp_path, kinds=["dense", "90", "95"])
-    work = Recorded([first, second, third])
+    first, second, third, odd, crash = planned(tmp_path, kinds=["dense", "90", "95", "99.5", "none"])
+    work = Recorded([first, second, third, odd, crash])
     work.says = {
+        odd.name: "nothing\n",
+        crash.name: "crash\n",
         first.name: "error: no space left on device\n",
         second.name: "error: the loss of the sparse model became nan in step 7: try\n",
     }
     outcome = work.run()
-    assert outcome.failed == {first.name: "error: no space left on device"} and outcome.ran == [second.name, third.name]
+    assert outcome.failed == {
+        first.name: "error: no space left on device",
+        odd.name: "ended without results: nothing",
+        crash.name: "ended by SIGSEGV: crash",
+    }
+    assert outcome.ran == [second.name, third.name]
     assert second.done() and not first.done()
     again = Recorded([first, second, third])
     again.run()
@@ -270,12 +318,12 @@ def test_a_killed_sweep_leaves_a_checkpoint_and_no_process(tmp_path):
     """kill -9: the child notices, writes what it has, and ends; the run can be taken at once."""
     (run,) = planned(tmp_path, kinds=["90"], epochs=200, train_subset=128, test_subset=10)
     command = [sys.executable, "-m", "sparsebwd.reproduce", "table1", *SMALL, "--data", "digits", "--subset", "128"]
-    command += ["--epochs", "200", "--percentiles", "90", "--output", str(tmp_path)]
+    command += ["--epochs", "200", "--percentiles", "90", "--output", str(tmp_path), "--also", "threads=1"]
     with open(tmp_path / "printed", "wb") as printed:
         process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT)
-    (found,) = [tmp_path / "resnet18-digits-w4-short-e200-n128-p90-s0"]
+    (found,) = [tmp_path / "resnet18-digits-w8-short-e200-n128-p90-s0"]
     run = replace(run, folder=found)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while run.steps_done() < 3:
         assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "printed").read_text()
         time.sleep(0.02)
@@ -288,7 +336,42 @@ def test_a_killed_sweep_leaves_a_checkpoint_and_no_process(tmp_path):
     assert run.has_checkpoint() and not run.done() and claims.take(found)
 
 
-def test_a_small_table_from_beginning_to_end(tmp_path, capsys):
+@pytest.fixture
+def inside(monkeypatch):
+    """Runs are trained in this process, which saves the start of others."""
+
+    def run_here(self, arguments, run, lost):
+        with open(run.folder / runs.OUTPUT_FILE, "w") as output, redirect_stdout(output):
+            return child.COMMANDS[arguments[0]](arguments[1:])
+
+    monkeypatch.setattr(sweep.Sweep, "_child", run_here)
+
+
+def test_cifar100_from_its_binary_files(tmp_path, capsys, monkeypatch, inside):
+    """Made-up images."""
+    small = replace(cifar.ARCHIVES["cifar100"], train_records=32, test_records=8)
+    monkeypatch.setitem(cifar.ARCHIVES, "cifar100", small)
+    folder = tmp_path / small.folder
+    folder.mkdir()
+    draws = np.random.default_rng(0)
+    for file, count in ((small.train_files[0], 32), (small.test_file, 8)):
+        records = draws.integers(0, 256, (count, 2 + 3072), dtype=np.uint8)
+        records[:, :2] %= np.array((20, 100), np.uint8)
+        (folder / file).write_bytes(records.tobytes())
+    (folder / small.names_file).write_text("\n".join(f"class {number}" for number in range(100)))
+
+    command = ["table2", *SMALL, "--epochs", "1", "--percentiles", "dense", "95", "--sigma-estimator", "as_printed"]
+    command += ["--data-dir", str(folder), "--output", str(tmp_path / "out"), "--timing-steps", "2", "--equal-time"]
+    assert cli.main([*command, "--also", "batch_size=8", "measure_every=2", "threads=1"]) == 0
+    shown = capsys.readouterr().out
+    assert "Table 2: CIFAR-100" in shown and "76.44" in shown and "0.37" in shown
+    assert (tmp_path / "out" / "dense-as-resnet18-cifar100-w8-short-e1-p95-printed-batch_size=8-s0").is_dir()
+    record = json.loads((tmp_path / "out" / "table2.json").read_text())
+    assert [row["kind"] for row in record["rows"]][:2] == ["dense", "95"]
+    assert "sigma_estimator=as_printed" in record["rows"][1]["settings"]
+
+
+def test_a_small_table_from_beginning_to_end(tmp_path, capsys, inside):
     """Images in folders, dense and pruned, timed, collected; a second call finds all of it done."""
     images = write_classes(
         tmp_path / "images", train=50, test=5, size=(32, 32), classes=[f"class{number}" for number in range(10)]
@@ -304,7 +387,7 @@ def test_a_small_table_from_beginning_to_end(tmp_path, capsys):
         str(tmp_path / "cache"),
     ]
     command += ["--subset", "500", "--epochs", "1", "--percentiles", "dense", "90", "--output", str(tmp_path / "out")]
-    command += ["--timing-steps", "4", "--also", "measure_every=2"]
+    command += ["--timing-steps", "4", "--also", "measure_every=2", "threads=1"]
     assert cli.main(command) == 0
     shown = capsys.readouterr().out
     assert "95.04" in shown and "0.35" in shown and "Table 1: CIFAR-10" in shown

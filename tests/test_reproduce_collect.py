@@ -129,6 +129,27 @@ def test_data_sets_and_settings_are_kept_apart(output):
     assert hundred.paper_accuracy is None  # table 1 has none for it
 
 
+def test_dense_at_equal_time(output):
+    """Two dense epochs take as long as three at p = 85; their row says so, and what is lost against all of them."""
+    fabricate(
+        output, "p85", (0.4, 0.5, 0.94), densities=(0.5, 0.4, 0.3), percentile=85.0, width=8, speedup=1.5, epochs=3
+    )
+    fabricate(output, "dense", (0.4, 0.5, 0.95), dense=True, width=8, epochs=3)
+    fabricate(output, "shorter", (0.4, 0.93), dense=True, width=8, epochs=3, max_steps=20)
+    fabricate(output, "shortest", (0.3,), dense=True, width=8, epochs=3, max_steps=10)
+    found = [row for row in table(output) if "width=8" in row.settings]
+    assert [(row.kind, row.steps, row.as_long_as) for row in found] == [
+        ("dense", 30, ""),
+        ("85", 30, ""),
+        ("dense", 20, "85"),
+        ("dense", 10, ""),
+    ]
+    assert [row.difference for row in found] == [None, *map(pytest.approx, (-1, -2, -65))]
+    assert [row.hours for row in found] == [pytest.approx(steps * 0.2 / 3600) for steps in (30, 20, 20, 10)]
+    assert found[2].note == "dense at the time of p = 85" and "max_steps=20" in found[2].settings
+    assert found[3].note == "COLLAPSED: 1 of 1"
+
+
 @pytest.mark.parametrize("what", ["table1", "table2", "figure3"])
 def test_collect(output, what, capsys):
     """Files in each form, of what was found, though the runs that the paper has are missing."""

@@ -240,6 +240,8 @@ def convert(
         )
     if left and converted < total * _FEW:
         _warn_of_few(left, converted / total, where)
+    if placement == "input" and pruning.active:
+        _warn_of_dense(model)
     if depthwise and pruning.active and (where == "everywhere" or backend != "auto"):
         warnings.warn(
             f"the model has depthwise convolutions ({len(depthwise)}, the first is {depthwise[0]!r}). With pruned "
@@ -249,6 +251,21 @@ def convert(
             stacklevel=2,
         )
     return model
+
+
+def _warn_of_dense(model: nn.Module) -> None:
+    """Of layers that consume a gradient nobody has pruned, since a normalisation mixes what the next layer pruned."""
+    reasons = [
+        reason
+        for name, (_, reason) in decide_placements(model).items()
+        if "Norm" in reason and isinstance(model.get_submodule(name), SparseConv2d)
+    ]
+    if reasons:
+        warnings.warn(
+            f'placement="input": the output gradients of {len(reasons)} convolutions (the first is {reasons[0]}) are dense and '
+            'stay so, so that their backward passes have no zeros to skip; placement="auto" prunes what they consume',
+            stacklevel=3,
+        )
 
 
 # Of all weights of convolutions. Less than this hardly shows in the time of a step.

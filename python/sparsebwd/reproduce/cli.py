@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +21,7 @@ from . import claims, estimate, report, results, runs, timing
 from .paper import DENSE, PERCENTILES, TABLES
 from .sweep import Outcome, Sweep
 
-_WIDTH = 160  # of tables in a file or pipe
+_WIDTH = 200  # of tables in a file or pipe
 _FIGURE = "figure3"
 _FIGURE_MODELS = ("alexnet", "resnet18")
 _ESTIMATORS = {"corrected": ("corrected",), "as_printed": ("as_printed",), "both": ("corrected", "as_printed")}
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             outcome = Outcome()
             if not options.collect:
                 with Signals().handled():
-                    outcome = _sweep(options, planned, console)
+                    outcome = _sweep(options, planned, output, console)
             _collect(options, table, name, output, planned, console)
         except ValueError as error:
             parser.error(describe(error))
@@ -84,7 +85,11 @@ def _plan(options: argparse.Namespace, table, name: str, output: Path) -> list[r
     )
 
 
-def _sweep(options: argparse.Namespace, planned: Sequence[runs.Run], console: Console) -> Outcome:
+def _sweep(options: argparse.Namespace, planned: Sequence[runs.Run], output: Path, console: Console) -> Outcome:
+    if options.time:
+        return Sweep(
+            _to_time(options, output), console, timing_steps=options.timing_steps, stale=options.stale
+        ).measure()
     sweep = Sweep(
         planned,
         console,
@@ -93,9 +98,22 @@ def _sweep(options: argparse.Namespace, planned: Sequence[runs.Run], console: Co
         wait=not options.no_wait,
         stale=options.stale,
     )
-    if options.time:
-        return sweep.time_again()
-    return sweep.run()
+    outcome = sweep.run()
+    if options.equal_time and not (outcome.failed or outcome.elsewhere):
+        sweep.runs = runs.at_equal_time(planned)
+        outcome = sweep.run()
+    return outcome
+
+
+def _to_time(options: argparse.Namespace, output: Path) -> list[runs.Run]:
+    """All that is there, planned or not, but for what the options leave out."""
+    return [
+        run
+        for run in runs.found(output)
+        if (not options.models or run.config.model in options.models)
+        and (options.seeds is None or run.config.seed in options.seeds)
+        and results.kind_of(asdict(run.config), "sparse") in options.percentiles
+    ]
 
 
 def _collect(options, table, name: str, output: Path, planned: Sequence[runs.Run], console: Console) -> None:
@@ -207,7 +225,10 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--collect", action="store_true", help="show and write the results of what is there, run nothing"
     )
-    group.add_argument("--time", action="store_true", help="train nothing, time all runs that are done (again)")
+    text = "train nothing, time (again) what is done in the output folder, by whatever command"
+    group.add_argument("--time", action="store_true", help=text)
+    text = "then train dense for as long as each sparse run takes by its measured steps, schedule compressed to match"
+    group.add_argument("--equal-time", action="store_true", help=text)
     text = f"steps, dense and sparse in turns, that are timed after a run (default: {timing.STEPS}; 0: none)"
     group.add_argument("--timing-steps", type=int, default=timing.STEPS, metavar="N", help=text)
     text = "a checkpoint every N steps, besides those after each epoch (default: 200)"

@@ -6,7 +6,6 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 from ..data import atomic_write
 from ..train import log
 from .paper import DENSE
-from .results import Result, varying
+from .results import Result, dense_step_ms, place, step_ms, varying
 from .runs import read_json
 
 FORMATS = ("png", "svg")
@@ -33,9 +32,10 @@ def losses(stem: Path, results: Sequence[Result]) -> list[Path]:
     def draw(axes: Axes, group: Sequence[Result]) -> bool:
         drawn = False
         for label, runs in _lines(group).items():
+            style = _style(runs[0], group)
             curves = [curve for run in runs if (curve := _loss(run)) is not None]
             for index, (steps, values) in enumerate(curves):
-                axes.plot(steps, values, lw=1.1, label=label if index == 0 else None, **_style(runs[0]))
+                axes.plot(steps, values, lw=1.1, label=label if index == 0 else None, **style)
             drawn = drawn or bool(curves)
         axes.set(xlabel="step", ylabel="training loss, smoothed", yscale="log")
         return drawn
@@ -52,20 +52,17 @@ def accuracy_against_time(stem: Path, results: Sequence[Result]) -> list[Path]:
     """
 
     def draw(axes: Axes, group: Sequence[Result]) -> bool:
-        times = [run.timing for run in group if run.timing is not None and run.timing["speedup"]["step"]]
-        if not times:
+        dense_ms = dense_step_ms(group)
+        if dense_ms is None:
             return False
-        dense_ms = median(entry["variants"]["dense"]["step_ms"] for entry in times)
         for label, runs in _lines(group).items():
-            speedups = [run.timing["speedup"]["step"] for run in runs if run.timing]
-            dense = runs[0].kind == DENSE
-            if not dense and not speedups:
+            if (time := step_ms(runs, dense_ms)) is None:
                 continue
-            step_ms = dense_ms if dense else dense_ms / median(speedups)
+            style = _style(runs[0], group)
             for index, run in enumerate(runs):
                 steps, values = _accuracies(run)
-                hours = np.asarray(steps) * step_ms / 3.6e6
-                axes.plot(hours, values, lw=1.2, label=label if index == 0 else None, **_style(run))
+                hours = np.asarray(steps) * time / 3.6e6
+                axes.plot(hours, values, label=label if index == 0 else None, marker=".", **style)
         axes.set(xlabel="hours of training, steps x time of a step", ylabel="test accuracy, %")
         return True
 
@@ -77,7 +74,7 @@ def _panels(
 ) -> list[Path]:
     groups: dict[tuple, list[Result]] = {}
     for result in results:
-        common = tuple(pair for pair in result.settings if pair[0] not in ("epochs", "max_steps", "data"))
+        common = tuple(pair for pair in result.settings if pair[0] != "data")
         groups.setdefault((result.config["model"], result.data, common), []).append(result)
     shown = {data: varying([key[2] for key in groups if key[1] == data]) for _, data, _ in groups}
     columns = min(3, max(1, len(groups)))
@@ -105,10 +102,12 @@ def _panels(
 
 
 def _lines(group: Sequence[Result]) -> dict[str, list[Result]]:
-    """Runs by what they are called: dense first, then by percentile."""
+    """Runs by what they are called: dense first, then by percentile, and shorter ones behind those of full length."""
+    whole = max(run.steps for run in group)
     lines: dict[str, list[Result]] = {}
-    for run in sorted(group, key=lambda run: (float(run.kind) if run.kind[0].isdigit() else 0.0, run.label, run.name)):
-        lines.setdefault(run.label, []).append(run)
+    for run in sorted(group, key=lambda run: (place(run.kind), -run.steps, run.label, run.name)):
+        label = run.label if run.steps == whole else f"{run.label}, {run.steps} steps"
+        lines.setdefault(label, []).append(run)
     return lines
 
 
@@ -142,9 +141,10 @@ def _accuracies(run: Result) -> tuple[list[int], list[float]]:
     ]
 
 
-def _style(run: Result) -> dict[str, str]:
+def _style(run: Result, group: Sequence[Result]) -> dict[str, str]:
     known = {DENSE: "black", "none": "grey", "85": "C0", "90": "C2", "95": "C1", "99.5": "C3"}
+    shorter = run.steps < max(other.steps for other in group)
     return {
         "color": known.get(run.kind, f"C{sum(map(ord, run.kind)) % 6 + 4}"),
-        "linestyle": "--" if run.sparsity else "-",
+        "linestyle": ":" if shorter else "--" if run.sparsity else "-",
     }

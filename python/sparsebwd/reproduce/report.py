@@ -20,8 +20,8 @@ NOTES = (
     "Accuracy in %, mean ± standard deviation over the seeds; training accuracy is over the last epoch, as it trained.",
     "Density: non-zeros of the gradients that the convolutions consume, over the whole run: of all elements, as the paper "
     "counts, and weighted by multiply-adds.",
-    "Speed-ups: of steps timed dense and sparse in turns from the weights at the end of the run. How long runs took beside "
-    "other work is no evidence.",
+    "Speed-ups: of the whole backward pass and of whole steps timed dense and sparse in turns from the weights at the end of the run. Hours: "
+    "steps by the median time of one. How long runs took beside other work is no evidence.",
     "Collapsed: 20 points below dense or more, or a loss that is not finite.",
 )
 
@@ -50,6 +50,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "paper's": lambda row: _number(".2f")(row.paper_density),
     "backward": lambda row: _times(row.backward_speedup),
     "step": lambda row: _times(row.step_speedup),
+    "hours": lambda row: _number(".2f")(row.hours),
     "note": lambda row: row.note,
 }
 
@@ -63,7 +64,8 @@ def show(console: Console, table: Table, data: str, rows: Sequence[Row]) -> None
     names = _shown(rows)
     view = RichTable(title=_title(table, data), title_justify="left")
     for name in names:
-        view.add_column(name, justify="left" if name in ("model", "settings", "note") else "right")
+        text = name in ("model", "settings", "note")
+        view.add_column(name, justify="left" if text else "right", no_wrap=not text)
     for row, after in zip(rows, [*rows[1:], None]):
         view.add_row(
             *(_COLUMNS[name](row) for name in names), style="red" if row.collapsed else None,

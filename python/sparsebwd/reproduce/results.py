@@ -15,7 +15,7 @@ from ..train import log
 from ..train.config import TrainConfig
 from . import estimate, timing
 from .paper import DENSE, Table
-from .runs import FAILED_FILE, read_json
+from .runs import FAILED_FILE, LENGTH, OF_SPARSE, read_json
 
 COLLAPSED = 20.0
 """Percentage points below dense from which on a run is called collapsed."""
@@ -25,7 +25,8 @@ _NO_SETTING = {
     "seed", "data_dir", "cache_dir", "workers", "skip_unreadable", "checkpoint_steps", "measure_every", "threads",
     "device", "recipe", "form", "stream", "compare",
 }  # fmt: skip
-_OF_SPARSE = ("percentile", "placement", "sigma_estimator", "threshold", "backend", "where")
+_AS_LONG = 0.05
+"""A dense run is at equal time with a sparse one if its time is within this share of it."""
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Result:
     classes: int
     image_size: int
     kind: str  # dense, none, or the percentile as text
-    epochs_done: int
+    steps: int
     finite: bool
     test_accuracy: float | None
     train_accuracy: float | None
@@ -49,13 +50,17 @@ class Result:
 
     @property
     def settings(self) -> tuple[tuple[str, Any], ...]:
-        """All that a dense run and its sparse ones have in common."""
-        ignored = _NO_SETTING | set(_OF_SPARSE) | {"dense", "model"}
+        """All that a dense run and its sparse ones have in common, but for the length."""
+        ignored = _NO_SETTING | OF_SPARSE | set(LENGTH) | {"dense", "model"}
         return tuple(sorted((name, value) for name, value in self.config.items() if name not in ignored))
 
     @property
+    def length(self) -> tuple[tuple[str, Any], ...]:
+        return tuple((name, self.config[name]) for name in LENGTH)
+
+    @property
     def label(self) -> str:
-        """Of a line in a figure."""
+        """Of a line in a figure, but for the length."""
         name = {DENSE: "dense", "none": "zeros skipped only"}.get(self.kind, f"p = {self.kind}")
         return ", ".join([name, *(f"{key}={value}" for key, value in self.sparsity)])
 
@@ -65,7 +70,8 @@ class Result:
         if self.kind == DENSE:
             return ()
         defaults = asdict(TrainConfig())
-        return tuple((name, self.config[name]) for name in _OF_SPARSE[1:] if self.config[name] != defaults[name])
+        names = sorted(OF_SPARSE - {"percentile"})
+        return tuple((name, self.config[name]) for name in names if self.config[name] != defaults[name])
 
 
 @dataclass
@@ -78,6 +84,9 @@ class Row:
     settings: str
     runs: int
     not_finite: int
+    steps: int
+    hours: float | None  # steps by the median time of a step, measured dense and sparse in turns
+    as_long_as: str  # of a dense row: the percentiles whose rows take as long
     test_accuracy: float | None
     test_spread: float | None
     difference: float | None  # to the dense row with the same settings, in points
@@ -98,6 +107,8 @@ class Row:
     @property
     def note(self) -> str:
         notes = []
+        if self.as_long_as:
+            notes.append(f"dense at the time of p = {self.as_long_as}")
         if self.not_finite:
             notes.append(f"{self.not_finite} of {self.runs} runs ended: loss not finite")
         if self.collapsed:
@@ -117,20 +128,45 @@ def read(output: Path) -> list[Result]:
 
 
 def rows(results: Sequence[Result], table: Table, data: str) -> list[Row]:
-    """Those of one data set, by settings, model and percentile."""
-    groups: dict[tuple, list[Result]] = {}
+    """Those of one data set, by settings, model and percentile; shorter dense ones, as long as sparse ones take, come last."""
+    families: dict[tuple, list[Result]] = {}
     for result in results:
         if result.data == data:
-            key = (result.settings, result.config["model"], result.kind, result.sparsity)
-            groups.setdefault(key, []).append(result)
+            families.setdefault((result.settings, result.config["model"]), []).append(result)
     order = {name: place for place, name in enumerate(table.rows)}
-    shown = varying([key[0] for key in groups])
-    keys = sorted(groups, key=lambda key: (str(key[0]), order.get(key[1], 99), key[1], _place(key[2]), str(key[3])))
-    result = []
-    for key in keys:
-        dense = groups.get((key[0], key[1], DENSE, ()), [])
-        result.append(_row(groups[key], dense, table if data == table.data else None, shown))
-    return result
+    shown = varying([key[0] for key in families])
+    found = []
+    for key in sorted(families, key=lambda key: (str(key[0]), order.get(key[1], len(order)), key[1])):
+        found += _family(families[key], table if data == table.data else None, shown)
+    return found
+
+
+def _family(family: list[Result], table: Table | None, shown: set[str]) -> list[Row]:
+    """Rows of one model with the same settings, whose dense runs all others are compared with."""
+    groups: dict[tuple, list[Result]] = {}
+    for result in family:
+        groups.setdefault((result.length, result.kind, result.sparsity), []).append(result)
+    whole = max(result.steps for result in family)
+    shown = shown | varying([key[0] for key in groups])
+    dense_ms = dense_step_ms(family)
+
+    def order(key: tuple) -> tuple:
+        steps = max(result.steps for result in groups[key])
+        return key[1] == DENSE and steps < whole, place(key[1]), -steps, str(key)
+
+    longest = max((key for key in groups if key[1] == DENSE), key=lambda key: groups[key][0].steps, default=None)
+    found = []
+    for key in sorted(groups, key=order):
+        same = (key[0], DENSE, ())
+        dense = groups.get(longest if key[1] == DENSE or same not in groups else same, [])
+        found.append(_row(groups[key], dense, table, shown, dense_ms))
+    for row in found:
+        if row.kind == DENSE and row.steps < whole and row.hours:
+            near = [other for other in found if other.kind != DENSE and other.hours]
+            row.as_long_as = ", ".join(
+                other.kind for other in near if abs(other.hours - row.hours) <= _AS_LONG * other.hours
+            )
+    return found
 
 
 def data_of(record: dict[str, Any]) -> str:
@@ -173,7 +209,7 @@ def _read(folder: Path) -> list[Result]:
                 record["data"]["classes"],
                 record["data"]["image_size"],
                 kind_of(config, variant),
-                len(entries),
+                entries[-1]["global_step"] if entries else 0,
                 not failed,
                 _percent(last.get("test_accuracy")),
                 _percent(last.get("train_accuracy")),
@@ -202,22 +238,41 @@ def _weighted(layers: dict[str, dict[str, float]] | None, config: dict[str, Any]
     densities = {name: values["density"] for name, values in (layers or {}).items() if "density" in values}
     if not densities:
         return None
-    trained = TrainConfig(**{**config, "device": "auto", "backend": "auto"})
+    trained = TrainConfig(**{name: config[name] for name in ("model", "form", "width", "image_size")})
     work = estimate.multiply_adds(trained.model, trained.network_form, trained.width, trained.image_size)
     weights = {name: value * (1 if index == 0 else 2) for index, (name, value) in enumerate(work.items())}
     return sum(weight * densities.get(name, 1.0) for name, weight in weights.items()) / sum(weights.values())
 
 
-def _row(group: list[Result], dense: list[Result], table: Table | None, shown: set[str]) -> Row:
+def dense_step_ms(group: Sequence[Result]) -> float | None:
+    """Median over the measurements beside sparse runs."""
+    return _median([entry["variants"]["dense"]["step_ms"] for entry in _times(group)])
+
+
+def step_ms(group: Sequence[Result], dense_ms: float | None) -> float | None:
+    """Of runs of one kind: the dense time, divided by their own speed-up, since the two were measured in turns."""
+    if group[0].kind == DENSE or dense_ms is None:
+        return dense_ms
+    speedup = _median([entry["speedup"]["step"] for entry in _times(group)])
+    return dense_ms / speedup if speedup else None
+
+
+def _times(group: Sequence[Result]) -> list[dict[str, Any]]:
+    """Measurements; those beside other work only where there are no others."""
+    times = [result.timing for result in group if result.timing is not None]
+    return [entry for entry in times if entry["quiet"] is not False] or times
+
+
+def _row(group: list[Result], dense: list[Result], table: Table | None, shown: set[str], dense_ms: float | None) -> Row:
     first = group[0]
     reference = _mean([result.test_accuracy for result in dense])
     accuracy = _mean([result.test_accuracy for result in group])
-    times = [result.timing for result in group if result.timing is not None]
-    quiet = [entry for entry in times if entry["quiet"] is not False]
-    times = quiet or times  # those beside other work only where there are no others
+    times = _times(group)
+    steps = max(result.steps for result in group)
+    time = step_ms(group, dense_ms)
     collapsed = sum(_collapsed(result, reference) for result in group)
     paper = table.figures(first.config["model"], first.kind) if table else None
-    described = [f"{name}={value}" for name, value in first.settings if name in shown]
+    described = [f"{name}={value}" for name, value in (*first.settings, *first.length) if name in shown]
     described += [f"{name}={value}" for name, value in first.sparsity]
     return Row(
         model=first.config["model"],
@@ -226,6 +281,9 @@ def _row(group: list[Result], dense: list[Result], table: Table | None, shown: s
         settings=" ".join(described),
         runs=len(group),
         not_finite=sum(not result.finite for result in group),
+        steps=steps,
+        hours=steps * time / 3.6e6 if time else None,
+        as_long_as="",
         test_accuracy=accuracy,
         test_spread=_spread([result.test_accuracy for result in group]),
         difference=accuracy - reference if accuracy is not None and reference is not None and dense != group else None,
@@ -260,7 +318,7 @@ def varying(settings: Sequence[tuple[tuple[str, Any], ...]]) -> set[str]:
     return {name for name, found in values.items() if len(found) > 1}
 
 
-def _place(kind: str) -> float:
+def place(kind: str) -> float:
     """Dense first, then by percentile."""
     return {DENSE: -2.0, "none": -1.0}.get(kind) or float(kind)
 

@@ -6,11 +6,14 @@ from __future__ import annotations
 import json
 import typing
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+from ..settings import Pruning
 from ..train import checkpoint, log
 from ..train.config import TrainConfig
 from ..train.recipes import RECIPES
@@ -21,6 +24,11 @@ OUTPUT_FILE = "output.txt"
 """What the training command printed."""
 FAILED_FILE = "not-finite.json"
 """There where the loss, or a weight, became infinite or no number: the run ends there each time."""
+
+OF_SPARSE = {field.name for field in fields(Pruning)} & {field.name for field in fields(TrainConfig)}
+"""Options that mean nothing to a dense run."""
+LENGTH = ("epochs", "max_steps", "decay_epochs")
+"""Options in which dense runs at equal time differ from others."""
 
 _SHORT = {"paper-cifar": "paper", "paper-imagenet": "paper"}
 _IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "imagenet": 1_281_167, "digits": 1_540}
@@ -33,6 +41,7 @@ class Run:
     name: str
     config: TrainConfig
     folder: Path
+    data_set: str = ""  # the paper's name for it, where that is known
 
     def arguments(self) -> list[str]:
         """Of the training command."""
@@ -66,11 +75,10 @@ class Run:
         return "; ".join(text.replace("in the checkpoint", "there") for text in differences) or None
 
     def done(self) -> bool:
-        """Whether nothing is left to train: the run is at its end, or it cannot get there."""
-        if (self.folder / FAILED_FILE).exists():
-            return True
-        record = self.log()
-        return record is not None and record.get("summary") is not None
+        """Whether nothing is left to train: this run, and no other, is at its end, or it cannot get there."""
+        if self.other:
+            return False
+        return (self.folder / FAILED_FILE).exists() or (self.log() or {}).get("summary") is not None
 
     def timed(self) -> bool:
         """Whether its times were measured, or there is nothing to measure."""
@@ -84,8 +92,7 @@ class Run:
         record = self.log()
         if record is not None:
             return record["data"]["train_images"]
-        data = data_name(self.name)
-        return min(_IMAGES.get(data, _IMAGES["cifar10"]), self.config.train_subset or 10**9)
+        return min(_IMAGES.get(self.data_set, _IMAGES["cifar10"]), self.config.train_subset or 10**9)
 
     def steps(self) -> int:
         """Of the whole run."""
@@ -101,11 +108,6 @@ class Run:
             return 0
         numbers = [int(line.partition(b",")[0]) for line in lines[1:] if line.partition(b",")[0].isdigit()]
         return max(numbers, default=0)
-
-
-def data_name(name: str) -> str:
-    """The data set in the name of a run."""
-    return name.split("-")[1]
 
 
 def plan(
@@ -140,13 +142,50 @@ def plan(
         if kind not in (DENSE, "none"):  # nothing is estimated
             given["sigma_estimator"] = estimator
         config = TrainConfig.from_recipe(recipe, **given)
-        wanted = {name: value for name, value in also.items() if not (dense and name in _SPARSITY)}
+        wanted = {name: value for name, value in also.items() if not (dense and name in OF_SPARSE)}
         name = f"{_name(config, data_set, kind)}{_differing(config, wanted)}-s{seed}"
-        runs[name] = Run(name, replace(config, **wanted), output / name)
+        runs[name] = Run(name, replace(config, **wanted), output / name, data_set)
     return list(runs.values())
 
 
-_SPARSITY = ("placement", "sigma_estimator", "threshold", "backend", "where")
+def found(output: Path) -> list[Run]:
+    """What is in a folder, whoever made it, as far as it can be read; a run beside its dense twin is no run of a sweep."""
+    result = []
+    for path in sorted(output.glob(f"*/{log.JSON_FILE}")):
+        with suppress(TypeError, ValueError, RuntimeError, KeyError):
+            config = TrainConfig(**(read_json(path) or {})["config"])
+            if not config.compare:
+                result.append(Run(path.parent.name, config, path.parent))
+    return result
+
+
+def at_equal_time(planned: Sequence[Run]) -> list[Run]:
+    """For each sparse run, the dense one of the same seed that is as long as it takes: fewer steps, by the median speed-up
+    of a step over the seeds, and the schedule compressed to match. Those that are begun keep their length."""
+    groups: dict[str, list[Run]] = {}
+    for run in planned:
+        if not run.config.dense:
+            groups.setdefault(run.name.rpartition("-s")[0], []).append(run)
+    result = []
+    for group in groups.values():
+        times = [read_json(run.folder / timing.FILE) for run in group]
+        speedups = [entry["speedup"]["step"] for entry in times if entry and entry["speedup"]["step"]]
+        if speedups:
+            result += [_at_equal_time(run, median(speedups)) for run in group]
+    return result
+
+
+def _at_equal_time(run: Run, speedup: float) -> Run:
+    name = f"dense-as-{run.name}"
+    folder = run.folder.with_name(name)
+    ours = {name: getattr(TrainConfig, name) for name in OF_SPARSE}
+    if begun := read_json(folder / log.JSON_FILE):
+        length = {name: begun["config"][name] for name in LENGTH}
+    elif run.config.schedule == "step":
+        length = {name: max(1, round(getattr(run.config, name) / speedup)) for name in ("epochs", "decay_epochs")}
+    else:
+        length = {"max_steps": max(1, round(run.steps() / speedup))}
+    return Run(name, replace(run.config, **{**ours, **length, "dense": True}), folder, run.data_set)
 
 
 def _differing(config: TrainConfig, also: dict[str, Any]) -> str:

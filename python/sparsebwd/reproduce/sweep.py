@@ -73,6 +73,7 @@ class Sweep:
     def run(self) -> Outcome:
         """Make what is missing. A signal ends it after the child's checkpoint; the same call goes on from there."""
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        self._outcome, self._estimates = Outcome(), None
         self._progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         with self._progress:
             self._task = self._progress.add_task("all runs", total=1.0)
@@ -88,7 +89,7 @@ class Sweep:
                     time.sleep(_WAIT)
         return self._outcome
 
-    def time_again(self) -> Outcome:
+    def measure(self) -> Outcome:
         """Measure all sparse runs that are done and still have their checkpoint; others are left as they are."""
         for run in self.runs:
             if run.config.dense or not run.done() or not run.has_checkpoint():
@@ -145,7 +146,10 @@ class Sweep:
                     self.console.print(Text(f"{run.name}: {last}"), soft_wrap=True)
                     self._outcome.ran.append(run.name)
                 else:
-                    self._fail(run, last or f"exit status {status}")
+                    self._fail(run, _failure(status, last))
+                return
+            if not run.done():
+                self._fail(run, f"ended without results: {last}")
                 return
             self._outcome.ran.append(run.name)
             self._refresh = 0.0
@@ -155,8 +159,8 @@ class Sweep:
 
     def _time(self, run: Run, lost: threading.Event) -> None:
         arguments = ["timing", str(run.folder), str(self._timing_steps)]
-        if self._child(arguments, run, lost):
-            self._fail(run, f"its times: {_last_line(run.folder / OUTPUT_FILE)}")
+        if (status := self._child(arguments, run, lost)) and not lost.is_set():
+            self._fail(run, f"its times: {_failure(status, _last_line(run.folder / OUTPUT_FILE))}")
 
     def _child(self, arguments: Sequence[str], run: Run, lost: threading.Event) -> int:
         """Run a command to its end, or to that of the claim, and return its exit status."""
@@ -208,6 +212,13 @@ def _wait(child: subprocess.Popen, seconds: float) -> int | None:
         return child.wait(seconds)
     except subprocess.TimeoutExpired:
         return None
+
+
+def _failure(status: int, last: str) -> str:
+    """Why a child ended, by its exit status and the last line that it printed."""
+    if status < 0:
+        return f"ended by {signal.Signals(-status).name}: {last}"
+    return last or f"exit status {status}"
 
 
 def _last_line(path: Path) -> str:

@@ -260,6 +260,9 @@ def test_what_others_made_is_timed_too(tmp_path):
 def test_dense_at_equal_time_is_planned_from_the_times(tmp_path):
     made = planned(tmp_path, kinds=["dense", "90"], seeds=[0, 1, 2], epochs=10)
     assert runs.at_equal_time(made) == []
+    (made[1].folder).mkdir()
+    (made[1].folder / timing.FILE).write_text('{"speedup": {"step": 0.9}}')
+    assert runs.at_equal_time(made) == []
     for run, speedup in zip([run for run in made if not run.config.dense], (1.2, 1.25, 1.6)):
         fake(run)
         (run.folder / timing.FILE).write_text(json.dumps({"speedup": {"step": speedup}}))
@@ -360,6 +363,12 @@ def test_cifar100_from_its_binary_files(tmp_path, capsys, monkeypatch, inside):
         (folder / file).write_bytes(records.tobytes())
     (folder / small.names_file).write_text("\n".join(f"class {number}" for number in range(100)))
 
+    measure = timing.measure
+
+    def twice_as_fast(*arguments):
+        return {**(measured := measure(*arguments)), "speedup": {**measured["speedup"], "step": 2.0}}
+
+    monkeypatch.setattr(timing, "measure", twice_as_fast)
     command = ["table2", *SMALL, "--epochs", "1", "--percentiles", "dense", "95", "--sigma-estimator", "as_printed"]
     command += ["--data-dir", str(folder), "--output", str(tmp_path / "out"), "--timing-steps", "2", "--equal-time"]
     assert cli.main([*command, "--also", "batch_size=8", "measure_every=2", "threads=1"]) == 0
@@ -367,7 +376,11 @@ def test_cifar100_from_its_binary_files(tmp_path, capsys, monkeypatch, inside):
     assert "Table 2: CIFAR-100" in shown and "76.44" in shown and "0.37" in shown
     assert (tmp_path / "out" / "dense-as-resnet18-cifar100-w8-short-e1-p95-printed-batch_size=8-s0").is_dir()
     record = json.loads((tmp_path / "out" / "table2.json").read_text())
-    assert [row["kind"] for row in record["rows"]][:2] == ["dense", "95"]
+    assert [(row["kind"], row["steps"], row["as_long_as"]) for row in record["rows"]] == [
+        ("dense", 4, ""),
+        ("95", 4, ""),
+        ("dense", 2, "95"),
+    ]
     assert "sigma_estimator=as_printed" in record["rows"][1]["settings"]
 
 

@@ -170,7 +170,7 @@ def at_equal_time(planned: Sequence[Run]) -> list[Run]:
     for group in groups.values():
         times = [read_json(run.folder / timing.FILE) for run in group]
         speedups = [entry["speedup"]["step"] for entry in times if entry and entry["speedup"]["step"]]
-        if speedups:
+        if speedups and median(speedups) > 1:  # otherwise the dense run takes no longer as it is
             result += [_at_equal_time(run, median(speedups)) for run in group]
     return result
 

@@ -59,7 +59,7 @@ sass: $(CUDA)  ## compile the CUDA kernels, no GPU needed, and show registers, s
 	@$(BIN)/python tools/sass.py
 
 lint: $(LINTER)  ## check the Python sources with ruff
-	@$(BIN)/ruff check python bench tests tools setup.py
+	@$(BIN)/ruff check python bench examples tests tools setup.py
 
 clean:  ## remove build outputs and caches (not .venv)
 	rm -rf build dist python/*.egg-info .pytest_cache .hypothesis .ruff_cache $(BUILT)

@@ -50,6 +50,6 @@ with sparsebwd.DensityMonitor(model) as monitor:
         if rank == 0:
             print(f"step {step + 1}: loss {loss.item():.3f}")
 
-# Of this process; `all_gather_object` would collect the others'.
-print(f"process {rank} of {processes}: {monitor.as_dict()['total']['density']:.1%} of its gradients were not zero")
+if rank == 0:
+    print(f"the gradients of one process of {processes}:\n{monitor}")
 dist.destroy_process_group()

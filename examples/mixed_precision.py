@@ -44,5 +44,4 @@ with sparsebwd.DensityMonitor(model) as monitor:
         scaler.update()
         print(f"step {step + 1}: loss {loss.item():.3f}")
 
-total = monitor.as_dict()["total"]
-print(f"{total['density']:.1%} of the gradients were not zero; convolutions by {', '.join(total['implementations'])}")
+print(monitor)

@@ -20,12 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 SOURCES = [
     path
-    for folder in ("csrc", "python", "bench", "tests", "tools", ".ci")
+    for folder in ("csrc", "python", "bench", "examples", "tests", "tools", ".ci")
     for path in sorted((ROOT / folder).rglob("*"))
     if path.suffix in (".py", ".sh", ".h", ".hpp", ".c", ".cpp", ".inl", ".cu", ".cuh") or path == ROOT / ".ci" / "run"
 ] + [ROOT / "setup.py"]
 REQUIREMENTS = ["requirements.txt", "requirements-cuda.txt", "requirements-lint.txt"]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def relative(path: Path) -> str:
@@ -175,7 +175,8 @@ def test_the_source_distribution_is_complete(tmp_path):
     (archive,) = tmp_path.glob("sparsebwd-*.tar.gz")
     with tarfile.open(archive) as files:
         packed = {name.partition("/")[2] for name in files.getnames()}
-    wanted = [path for path in [*SOURCES, *PAGES, *map(ROOT.joinpath, REQUIREMENTS)] if path.parent.name != ".ci"]
+    results = (ROOT / "bench" / "results").iterdir()  # which pages link to
+    wanted = [path for path in [*SOURCES, *PAGES, *results, *map(ROOT.joinpath, REQUIREMENTS)] if path.parent.name != ".ci"]
     assert not {relative(path) for path in wanted} - packed
     assert not [name for name in packed if name.endswith((".so", ".o", ".pyc"))]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsebwd.backends import available_backends, cpu
+from sparsebwd.backends import available_backends, cpu, depthwise
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import fuzz  # noqa: E402
@@ -39,6 +39,7 @@ def test_cases_are_functions_of_seed_and_number():
     assert {case.dtype for case in cases} == {torch.float32, torch.bfloat16}
     assert len({case.formats for case in cases}) == 8
     assert any(case.problem.groups > 1 for case in cases)
+    assert any(case.problem.groups == case.problem.c > 1 for case in cases)  # depthwise
 
 
 def test_what_fails_can_be_run_alone(capsys, monkeypatch):
@@ -50,7 +51,21 @@ def test_what_fails_can_be_run_alone(capsys, monkeypatch):
             result.grad_weight.view(-1)[-1] += 64
         return result
 
-    monkeypatch.setattr(cpu.CpuBackend, "conv2d_backward", wrong)
+    _fails_alone(capsys, monkeypatch, cpu.CpuBackend, "conv2d_backward", wrong)
+
+
+def test_depthwise_kernels_are_in_it(capsys, monkeypatch):
+    right = depthwise.gradients
+
+    def wrong(problem, *args):
+        grad_input, grad_weight = right(problem, *args)
+        return grad_input + 1, grad_weight
+
+    _fails_alone(capsys, monkeypatch, depthwise, "gradients", wrong)
+
+
+def _fails_alone(capsys, monkeypatch, owner, name, wrong):
+    monkeypatch.setattr(owner, name, wrong)
     monkeypatch.setattr(sys, "argv", ["fuzz.py", "-n", "20"])
     assert fuzz.main() == 1
     *lines, last = capsys.readouterr().out.splitlines()

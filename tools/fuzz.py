@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from sparsebwd import reference
-from sparsebwd.backends import dense, get_backend
+from sparsebwd.backends import dense, depthwise, get_backend
 from sparsebwd.problem import ConvProblem
 from sparsebwd.settings import Pruning
 from sparsebwd.testing import assert_bit_equal, fenced, poisoned_memory, random_tensor
@@ -52,10 +52,12 @@ def draw(seed: int, number: int) -> Case:
         return rng.randint(1, rng.choice([2, 8, most]))
 
     while True:
-        groups = rng.choice([1, 1, 1, 1, 2, 3, 8])
+        separable = rng.randrange(6) == 0
+        groups = size(80) if separable else rng.choice([1, 1, 1, 1, 2, 3, 8])
+        c, k = groups * (1 if separable else size(80 // groups)), groups * size(140 // groups)
         try:
             problem = ConvProblem(
-                n=rng.randint(0, 5), c=groups * size(80 // groups), h=size(40), w=size(40), k=groups * size(140 // groups),
+                n=rng.randint(0, 5), c=c, h=size(40), w=size(40), k=k,
                 r=size(7), s=size(7), stride=(size(4), size(4)), padding=(size(7) - 1, size(7) - 1),
                 dilation=(size(3), size(3)), groups=groups,
             )  # fmt: skip
@@ -108,7 +110,8 @@ def check_dense(case: Case) -> None:
 
 
 def check(case: Case) -> None:
-    """Raise AssertionError unless pruning, AGB and WGC are right to the bit.
+    """Raise AssertionError unless pruning, AGB and WGC are right to the bit, and those of the depthwise kernels where they
+    take the problem.
 
     To keep sums exact the reference convolves what the backend pruned, and that is compared by itself: it is the same
     whatever computes sigma.
@@ -124,13 +127,22 @@ def check(case: Case) -> None:
         result = backend.prune(gradient, key, pruning)
         pruned = reference.prune_at(gradient, key, result.tau.to(dtype))
         assert_bit_equal(result.values, pruned, "pruned gradient")
+    grad_input = None
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(case.threads)
         with poisoned_memory():
             result = backend.conv2d_backward(problem, gradient, input, weight, key, pruning, (True, True))
+            if depthwise.refusal(problem) is None:
+                grad_input, grad_weight = depthwise.gradients(problem, gradient, input, weight, (True, True))
     finally:
         torch.set_num_threads(threads)
+    if grad_input is not None:
+        for name, actual, expected in (
+            ("AGB, depthwise", grad_input, reference.conv2d_input(problem, weight, gradient)),
+            ("WGC, depthwise", grad_weight, reference.conv2d_weight(problem, input, gradient)),
+        ):
+            assert_bit_equal(actual + 0, expected.to(dtype) + 0, name)
     for name, actual, expected in (
         ("AGB", result.grad_input, reference.conv2d_input(problem, weight, pruned)),
         ("WGC", result.grad_weight, reference.conv2d_weight(problem, input, pruned)),

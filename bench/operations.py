@@ -265,7 +265,7 @@ class Convolution(Operation):
     def candidate(self, case: Case, operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
         """As the backward pass of a layer: grad_input, grad_weight and nothing, those that are not wanted empty."""
         device = operands.grad_output.device
-        return ops.conv2d_backward(
+        return ops.conv2d_backward_directly(
             *operands,
             *_geometry(case.layer.problem),
             key_on(device),

@@ -344,10 +344,10 @@ def test_maths_of_a_gpu(tmp_path, gpu):
     class Watched(DenseBackend):
         name = "watched"
 
-        def conv2d_weight(self, *arguments):
+        def gradients(self, *arguments):
             seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
             assert torch.backends.cudnn.benchmark
-            return super().conv2d_weight(*arguments)
+            return super().gradients(*arguments)
 
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
     backends.register(Watched())
@@ -599,7 +599,13 @@ def test_skewed_and_iid_rows_are_summed_up_apart(tmp_path):
     ]
 
 
-def test_results_are_checked_in_parts(monkeypatch):
+@pytest.fixture
+def each_by_itself(monkeypatch):
+    """The dense backend computes AGB by conv2d_input and WGC by conv2d_weight, which a test can replace."""
+    monkeypatch.setattr(DenseBackend, "gradients", backends.Backend.gradients)
+
+
+def test_results_are_checked_in_parts(monkeypatch, each_by_itself):
     """As in one piece; an error in the last image is found."""
     problem = ConvProblem.parse("n5c4h6w5k8r3s3u2p1d1g2")
     (backward,) = operations.named("backward")
@@ -627,7 +633,7 @@ def test_results_are_checked_in_parts(monkeypatch):
 
 
 @pytest.mark.parametrize("op", ["agb", "wgc", "backward", "prune", "prune-predicted"])
-def test_wrong_results_get_no_speedup(tmp_path, monkeypatch, op):
+def test_wrong_results_get_no_speedup(tmp_path, monkeypatch, each_by_itself, op):
     def off_by_little(method):
         original = getattr(DenseBackend, method)
 
@@ -651,7 +657,7 @@ def test_wrong_results_get_no_speedup(tmp_path, monkeypatch, op):
     assert json.loads(path.read_text())["summary"][0]["geometric_mean"] is None
 
 
-def test_not_a_number_is_wrong_and_json_stays_json(tmp_path, monkeypatch):
+def test_not_a_number_is_wrong_and_json_stays_json(tmp_path, monkeypatch, each_by_itself):
     monkeypatch.setattr(
         DenseBackend, "conv2d_input", lambda self, problem, *_: torch.full(problem.input_size, torch.nan)
     )
@@ -666,7 +672,7 @@ def test_threads_are_restored():
     assert torch.get_num_threads() == before
 
 
-def test_interrupted_runs_write_nothing(tmp_path, monkeypatch):
+def test_interrupted_runs_write_nothing(tmp_path, monkeypatch, each_by_itself):
     def interrupt(*_):
         raise KeyboardInterrupt
 

@@ -393,6 +393,10 @@ def _setup_context(
     ctx.sigma_history = sigma_history
 
 
+conv2d_backward_directly = _conv2d_backward
+"""The operator ``conv2d_backward`` for plain tensors where gradients are off, as :func:`conv2d_directly`."""
+
+
 @lru_cache(maxsize=1)
 def log_unpruned() -> None:
     """Once in a process."""

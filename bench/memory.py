@@ -61,7 +61,9 @@ def backward_peaks(
     return json.loads(done.stdout)
 
 
-def peak_on_cuda(loss: Callable[[tuple[Tensor, Tensor]], Tensor], batch: tuple[Tensor, Tensor]) -> dict[str, int | None]:
+def peak_on_cuda(
+    loss: Callable[[tuple[Tensor, Tensor]], Tensor], batch: tuple[Tensor, Tensor]
+) -> dict[str, int | None]:
     """The same of a model on PyTorch's current CUDA device, by its allocator there; the host's memory is not looked at."""
     loss(batch).backward()  # what is set up once is not counted
     value = loss(batch)

@@ -26,6 +26,8 @@ SIDES = ("dense", "sparse")
 
 MB = 1e6
 
+_CPU = torch.device("cpu")
+
 _OFFSET_BYTES = 2  # of a non-zero in a compressed gradient, beside its value
 
 Batch = tuple[Tensor, Tensor]
@@ -64,7 +66,7 @@ class Side:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         loss: Callable[[nn.Module, Batch], Tensor],
-        device: torch.device = torch.device("cpu"),
+        device: torch.device = _CPU,
     ) -> None:
         self.model, self.optimizer = copy.deepcopy((model, optimizer))
         if name == "dense":

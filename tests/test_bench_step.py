@@ -362,7 +362,9 @@ def test_peak_on_a_gpu(monkeypatch):
         "synchronize": None, "memory_allocated": lambda: next(allocated), "max_memory_allocated": lambda: 1700,
         "reset_peak_memory_stats": None,
     }.items():  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name, value=value: calls.append(name) or (value and value()))
+        monkeypatch.setattr(
+            torch.cuda, name, lambda *_, name=name, value=value: calls.append(name) or (value and value())
+        )
 
     def loss(batch):
         calls.append("forward")
@@ -373,7 +375,9 @@ def test_peak_on_a_gpu(monkeypatch):
     assert memory.peak_on_cuda(loss, ()) == {"allocated_bytes": 700, "resident_bytes": None}
     assert calls[:4] == ["forward", "backward", "forward", "synchronize"]
     order = [calls.index(name) for name in ("memory_allocated", "reset_peak_memory_stats", "max_memory_allocated")]
-    assert order == sorted(order) and calls.index("max_memory_allocated") > len(calls) - 1 - calls[::-1].index("backward")
+    assert order == sorted(order) and calls.index("max_memory_allocated") > len(calls) - 1 - calls[::-1].index(
+        "backward"
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

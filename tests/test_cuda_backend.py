@@ -153,7 +153,13 @@ def _layer_backward(
     sigma_history=None,
 ):
     input, weight, grad_output = operands
-    config = (KEY, Pruning(percentile=percentile, placement=placement, backend=backend).text, layer_id, mask, sigma_history)
+    config = (
+        KEY,
+        Pruning(percentile=percentile, placement=placement, backend=backend).text,
+        layer_id,
+        mask,
+        sigma_history,
+    )
     with poisoned_memory():
         return torch.ops.sparsebwd.conv2d_backward(grad_output, input, weight, *_geometry(problem), *config)
 
@@ -372,7 +378,12 @@ def test_sparse_kernels_need_channels_last(generator, spy):
 @pytest.mark.parametrize("percentile", [None, 90.0])
 @pytest.mark.parametrize(
     "text, sparse",
-    [("n2c6h7w8k6r3s3p1g6", ()), ("n2c4h9w9k4r7s7p3", ()), ("n2c3h6w6k8r3s3p1", ("agb",)), ("n2c8h6w6k8r3s3p0", ("wgc",))],
+    [
+        ("n2c6h7w8k6r3s3p1g6", ()),
+        ("n2c4h9w9k4r7s7p3", ()),
+        ("n2c3h6w6k8r3s3p1", ("agb",)),
+        ("n2c8h6w6k8r3s3p0", ("wgc",)),
+    ],
 )
 def test_what_sparse_kernels_refuse_is_dense(text, sparse, percentile, generator, spy, stats):
     """Each of AGB and WGC, never by the plain kernels, on the gradient that the other one has."""

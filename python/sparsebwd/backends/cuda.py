@@ -345,7 +345,9 @@ class AdaptiveCudaBackend(CudaBackend):
         agb_refusal, wgc_refusal = _refusals(self.operators, problem, dtype)
         return not agb_refusal, not wgc_refusal
 
-    def why_not_faster(self, problem: ConvProblem, dtype: torch.dtype, channels_last: bool, pruning: Pruning) -> str | None:
+    def why_not_faster(
+        self, problem: ConvProblem, dtype: torch.dtype, channels_last: bool, pruning: Pruning
+    ) -> str | None:
         if not any(self._may_pay(problem, dtype)):
             return _NEVER
         highest = _break_even(problem, dtype, channels_last)

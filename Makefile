@@ -19,7 +19,7 @@ VECTOR_FLAGS = $(shell grep -qw avx2 /proc/cpuinfo && echo -mavx2 -mfma -mbmi -m
 SOURCES   := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check build bench fuzz sanitize gpu-check ceilings sass lint clean
+.PHONY: help demo test check build bench fuzz sanitize gpu-check gpu-modules ceilings sass lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -46,9 +46,12 @@ fuzz: $(BUILT)  ## random convolutions through the CPU kernels, against the refe
 sanitize: $(BUILT)  ## the CPU kernels compiled with AddressSanitizer and UBSan, through their tests and the fuzz (ARGS= for pytest)
 	@$(BIN)/python tools/sanitize.py $(ARGS)
 
-# With the Python that has PyTorch with CUDA, not that of .venv. PARTS is some of: build tests sanitizer bench counters.
+# With the Python that has PyTorch with CUDA, not that of .venv. ARGS="--tier first" is what to do in the first minutes.
 gpu-check:  ## on a machine with a GPU: build, test, sanitize, measure and profile the CUDA kernels (PARTS=, ARGS=)
-	@'$(PYTHON)' tools/gpu_check.py $(if $(PARTS),--parts $(PARTS)) $(ARGS)
+	@PYTHONPATH=tools '$(PYTHON)' -m gpu_check $(if $(PARTS),--parts $(PARTS)) $(ARGS)
+
+gpu-modules: $(BUILT) $(CUDA)  ## compile for a GPU that is elsewhere, where the package cannot be built: build/gpu-modules
+	@$(BIN)/python tools/gpu_modules.py $(ARGS)
 
 ceilings:  ## measure how fast the inner loops of the CPU kernels could be at best
 	@mkdir -p build

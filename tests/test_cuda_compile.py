@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import cuda_toolkit
+import gpu_modules
 import pytest
 import sass
 from sass import Kernel
@@ -247,6 +248,13 @@ def test_operators_of_cuda_compile_and_link(compiled, toolkit, tmp_path):
     done = subprocess.run(link, capture_output=True, text=True, env=os.environ | {"LC_ALL": "C"})
     missing = set(re.findall(r"undefined (?:reference to `|symbol: )([^'\n]+)", done.stderr))
     assert {name for name in missing if not name.startswith("Py")} == {"aoti_torch_get_current_cuda_stream"}
+    # For a machine with a GPU it is linked all the same, and asks there for the library that has it.
+    module = gpu_modules.link(toolkit, objects, tmp_path)
+    assert b"libtorch_cuda.so\0" in module.read_bytes()
+
+
+def test_architectures_as_pytorch_writes_them():
+    assert gpu_modules.listed(["80", "90a", "100"]) == "8.0 9.0a 10.0"
 
 
 class TestToolkit:

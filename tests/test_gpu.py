@@ -92,6 +92,7 @@ def test_operands_need_not_be_aligned(text, dtype, memory_format, generator):
         assert_error_bounded(one, wanted, two)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("text", ["n2c16h16w16k512r1s1", "n8c16h32w32k16r1s1", "n1c512h3w3k16r3s3p1", "n2c64h14w14k64r3s3p1"])
 def test_error_of_growing_sums(text, memory_format, generator):
     parity._check_errors(BACKEND, text, 0.3, torch.float32, memory_format, generator, positive=True, device=DEVICE)
@@ -104,12 +105,14 @@ def test_error_of_auto(text, density, dtype, memory_format, generator):
         parity._check_errors("auto", text, density, dtype, memory_format, generator, device=DEVICE)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(**parity.CHOICES)
 def test_integers_are_exact_for_any_geometry(dtype, problem, density, memory_format, seed):
     parity._check_exactness(BACKEND, problem, density, dtype, memory_format, seed, device=DEVICE)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("text", [LAYER, PLAIN, "n4c32h9w9k40r3s3u2p1", "n4c64h9w9k48r1s1"])
 def test_twenty_runs_give_the_same_bits(text, dtype, memory_format, generator):
     problem, operands = operands_of(text, generator, dtype, memory_format)
@@ -148,8 +151,7 @@ def test_pruning_is_that_of_the_cpu(shape, dtype, memory_format, generator):
     assert density.item() == pytest.approx(wanted[3].item(), abs=2**-24)
     exact = reference.SIGMA_COEFFICIENT["corrected"] * gradient.abs().double().mean().item()
     assert sigma.item() == pytest.approx(exact, rel=2**-23)
-
-
+@pytest.mark.smoke
 def test_sigma_of_exact_sums_is_that_of_the_cpu(dtype, memory_format, generator):
     """Multiples of 2^-6 add up without rounding, in any order."""
     gradient = torch.randint(-128, 129, (7, 40, 19, 23), generator=generator).double().mul(2.0**-6).to(dtype)
@@ -160,6 +162,7 @@ def test_sigma_of_exact_sums_is_that_of_the_cpu(dtype, memory_format, generator)
         assert_bit_equal(one.cpu(), two, name)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("poison", [float("inf"), float("nan")])
 def test_gradients_that_are_not_finite_pass(poison, dtype, memory_format, generator):
     gradient = random_tensor((4, 40, 9, 9), generator=generator, dtype=dtype, memory_format=memory_format)
@@ -175,8 +178,7 @@ def test_nothing_to_prune(shape):
     assert pruned.values.shape == shape and pruned.tau == pruned.density == 0
     zeros = prune_gradient(torch.zeros(2, 8, 4, 4, device=DEVICE), 90, backend=BACKEND)
     assert not zeros.values.any() and zeros.tau == zeros.density == 0
-
-
+@pytest.mark.smoke
 def test_predicted_thresholds_are_those_of_the_reference(dtype, memory_format, generator):
     histories = [torch.zeros(1 + reference.SIGMA_HISTORY, dtype=torch.int32, device=d) for d in (DEVICE, "cpu")]
     for step in range(2 * reference.SIGMA_HISTORY):
@@ -254,6 +256,7 @@ def test_captured_graphs_predict(generator):
         assert torch.equal(*histories) and histories[0][0] == step
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("threshold", ["exact", "predicted"])
 def test_layers_can_be_captured(threshold, memory_format):
     layer = SparseConv2d(32, 48, 3, padding=1, backend=BACKEND, threshold=threshold).to(DEVICE, memory_format=memory_format)
@@ -279,8 +282,7 @@ def test_layers_can_be_captured(threshold, memory_format):
     # The generator moves on with each replay.
     assert not any(torch.equal(one, two) for one, two in zip(*replays))
     assert all(gradient.isfinite().all() and gradient.any() for gradients in replays for gradient in gradients)
-
-
+@pytest.mark.smoke
 def test_work_is_on_the_current_stream(generator):
     problem, operands = operands_of(LAYER, generator)
     key = key_of(1, 2)  # to copy it to the device is to wait for it

@@ -328,6 +328,29 @@ def test_predicted_threshold_is_that_of_the_reference(placement, generator, stat
     torch.testing.assert_close(*recorded, rtol=2**-23, atol=0)
 
 
+@pytest.mark.parametrize("placement", ["output", "input"])
+@pytest.mark.parametrize(
+    "settings", [{"density": 0.2}, {"density": 0.9}, {"variance": 0.5}, {"percentile": 95, "threshold": "sampled"}], ids=str
+)
+def test_threshold_that_the_kernels_do_not_find(settings, placement, dtype, generator, stats):
+    """It is found on the device, and given to them as a prediction; 0 where nothing is pruned."""
+    grad = random_tensor((2, 16, 6, 5), generator=generator, dtype=dtype, density=0.8)
+    weight = torch.eye(16, dtype=dtype).view(16, 16, 1, 1)
+    pruning = Pruning(placement=placement, backend="emulated", **settings)
+    x, key = torch.ones_like(grad), torch.tensor([5, -7])
+    geometry = ((1, 1), (0, 0), (1, 1), 1)
+    grad_input, *_ = torch.ops.sparsebwd.conv2d_backward(
+        grad, x, weight, *geometry, key, pruning.text, 0, (True, False, False)
+    )
+    expected = reference.prune(grad, key, pruning)
+    assert_bit_equal(grad_input + 0, expected.values + 0)
+    assert_bit_equal(stats[-1].tau, expected.tau)
+    assert (expected.tau == 0) == (settings == {"density": 0.9})
+    result = torch.ops.sparsebwd.prune(grad, key, pruning.text)
+    assert_bit_equal(result[0] + 0, expected.values + 0)
+    assert_bit_equal(result[1], expected.tau)
+
+
 def test_training_step_of_a_layer(memory_format):
     torch.manual_seed(0)
     layer = SparseConv2d(16, 24, 3, padding=1, percentile=80, backend="emulated").to(memory_format=memory_format)

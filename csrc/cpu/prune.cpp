@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "prune.h"
 
+#include <string.h>
+
 #include <algorithm>
 #include <atomic>
+#include <memory>
+#include <mutex>
 #include <vector>
 
 #include "sparsebwd/integers.h"
@@ -38,6 +42,50 @@ AbsSum abs_sum(const PruneKernels& kernels, const TaskPool& pool, const void* g,
     total.nonzeros += chunk.nonzeros;
   }
   return total;
+}
+
+namespace {
+
+constexpr int64_t kHistogramTask = 256 * 1024;
+
+// Two tables, as neighbours often fall into the same bin, and one increment would wait for the other.
+struct Tables {
+  uint32_t counts[2][kHistogramBins];
+};
+
+// Bits: an integer of the size of an element, whose upper bits are those of a float32.
+template <class Bits>
+void count_bins(const void* g, int64_t count, Tables& tables) {
+  constexpr int kUnused = 32 - 8 * static_cast<int>(sizeof(Bits));
+  const char* from = static_cast<const char*>(g);
+  const auto bin = [&](int64_t i) {
+    Bits bits;
+    memcpy(&bits, from + i * static_cast<int64_t>(sizeof(Bits)), sizeof(Bits));
+    return (static_cast<uint32_t>(bits) << kUnused & 0x7fffffffu) >> kHistogramShift;
+  };
+  int64_t i = 0;
+  for (; i + 2 <= count; i += 2) {
+    ++tables.counts[0][bin(i)];
+    ++tables.counts[1][bin(i + 1)];
+  }
+  if (i < count) ++tables.counts[0][bin(i)];
+}
+
+}  // namespace
+
+void histogram(const TaskPool& pool, const void* g, DType dtype, int64_t count, int64_t* counts) {
+  std::fill(counts, counts + kHistogramBins, 0);
+  std::mutex adding;
+  parallel_tasks(pool, ceil_div(count, kHistogramTask), [&](int64_t task, int) {
+    const int64_t begin = task * kHistogramTask;
+    const int64_t size = std::min(kHistogramTask, count - begin);
+    const auto tables = std::make_unique<Tables>();
+    const auto count_task = dtype == DType::kFloat32 ? &count_bins<uint32_t> : &count_bins<uint16_t>;
+    count_task(at(g, dtype, begin), size, *tables);
+    const std::lock_guard<std::mutex> lock(adding);
+    for (int64_t bin = 0; bin < kHistogramBins; ++bin)
+      counts[bin] += tables->counts[0][bin] + tables->counts[1][bin];
+  });
 }
 
 int64_t prune(const PruneKernels& kernels, const TaskPool& pool, const void* g, DType dtype,

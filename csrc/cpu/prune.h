@@ -19,6 +19,13 @@ struct AbsSum {
 AbsSum abs_sum(const PruneKernels& kernels, const TaskPool& pool, const void* g, DType dtype,
                int64_t count);
 
+// A magnitude's bin is the bits of its float32 >> kHistogramShift (python/sparsebwd/histogram.py).
+constexpr int kHistogramShift = 19;
+constexpr int64_t kHistogramBins = (int64_t{1} << 31) >> kHistogramShift;
+
+// How many of `count` elements have magnitudes in each bin.
+void histogram(const TaskPool& pool, const void* g, DType dtype, int64_t count, int64_t* counts);
+
 // Writes the pruned g to out, which has the same layout and may be g itself. Returns the number of
 // non-zeros.
 int64_t prune(const PruneKernels& kernels, const TaskPool& pool, const void* g, DType dtype,

@@ -103,6 +103,21 @@ std::tuple<double, int64_t> abs_sum(const Tensor& g) {
   return {result.sum, result.nonzeros};
 }
 
+void histogram(const Tensor& g, Tensor counts) {
+  check_on_cpu(g, "g");
+  check_on_cpu(counts, "counts");
+  const DType dtype = checked_dtype(g, "g");
+  check(g.is_contiguous() || (g.dim() == 4 && is_dense(g, kChannelsLast)),
+        "g: got strides ", text(g.strides()), " for shape ", text(g.sizes()),
+        ", accepted are contiguous and channels_last tensors");
+  check(counts.scalar_type() == ScalarType::Long && counts.is_contiguous() && counts.dim() == 1 &&
+            counts.numel() == sparsebwd::kHistogramBins,
+        "counts: got ", toString(counts.scalar_type()), " of shape ", text(counts.sizes()),
+        ", accepted is contiguous Long (int64) of shape [", sparsebwd::kHistogramBins, "]");
+  sparsebwd::histogram(task_pool(), g.const_data_ptr(), dtype, g.numel(),
+                       static_cast<int64_t*>(counts.mutable_data_ptr()));
+}
+
 sparsebwd::PruneSpec checked_prune_spec(const Tensor& key, double tau, DType dtype) {
   check_on_cpu(key, "key");
   check_key(key);
@@ -283,6 +298,7 @@ STABLE_TORCH_LIBRARY(sparsebwd_cpu, m) {
   m.def("isa() -> str");
   m.def("supported_isas() -> str[]");
   m.def("abs_sum(Tensor g) -> (float, int)");
+  m.def("histogram(Tensor g, Tensor(a!) counts) -> ()");
   m.def("prune(Tensor g, Tensor key, float tau, Tensor(a!) out) -> int");
   m.def("copy_layout(Tensor src, Tensor(a!) out) -> ()");
   m.def(
@@ -308,6 +324,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparsebwd_cpu, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("supported_isas", TORCH_BOX(&supported_isas));
   m.impl("abs_sum", TORCH_BOX(&abs_sum));
+  m.impl("histogram", TORCH_BOX(&histogram));
   m.impl("prune", TORCH_BOX(&prune));
   m.impl("copy_layout", TORCH_BOX(&copy_layout));
   m.impl("refusal", TORCH_BOX(&refusal));

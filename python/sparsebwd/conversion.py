@@ -21,7 +21,7 @@ from .functional import DTYPES
 from .nn import SparseConv2d, a_parameter
 from .placement import Placement, decide_placements
 from .problem import ConvProblem
-from .settings import PLACEMENTS, Pruning
+from .settings import DEFAULT, PLACEMENTS, Pruning
 
 log = logging.getLogger("sparsebwd")
 
@@ -30,8 +30,8 @@ log = logging.getLogger("sparsebwd")
 class LayerReport:
     """What one convolution of a model is, and why.
 
-    ``converted``: it is a :class:`sparsebwd.SparseConv2d`; then ``percentile``, ``placement``, ``backend`` and ``where`` are its
-    settings, and ``reason`` says what follows it in the model. Otherwise these are None, and ``reason`` says why
+    ``converted``: it is a :class:`sparsebwd.SparseConv2d`; then ``percentile``, ``density``, ``variance``, ``placement``,
+    ``backend`` and ``where`` are its settings, and ``reason`` says what follows it in the model. Otherwise these are None, and ``reason`` says why
     :func:`convert` leaves it alone.
     """
 
@@ -42,12 +42,17 @@ class LayerReport:
     backend: str | None
     reason: str
     where: str | None = None
+    density: float | None = None
+    variance: float | None = None
 
     def __str__(self) -> str:
         name = self.name or "the model"
         if not self.converted:
             return f"{name}: not converted: {self.reason}"
-        return f"{name}: placement={self.placement!r}, percentile={self.percentile} ({self.reason})"
+        asked = {"density": self.density, "variance": self.variance}
+        asked = {knob: value for knob, value in asked.items() if value is not None} or {"percentile": self.percentile}
+        asked = ", ".join(f"{knob}={value}" for knob, value in asked.items())
+        return f"{name}: placement={self.placement!r}, {asked} ({self.reason})"
 
 
 @dataclass(frozen=True)
@@ -155,13 +160,15 @@ def _excluded(model: nn.Module, exclude: str | Iterable[str]) -> set[str]:
 
 def convert(
     model: nn.Module,
-    percentile: float | None = 90.0,
+    percentile: float | None = DEFAULT,
     placement: str = "auto",
     backend: str = "auto",
     sigma_estimator: str = "corrected",
     threshold: str = "exact",
     where: str = "faster",
     *,
+    density: float | None = None,
+    variance: float | None = None,
     exclude: str | Iterable[str] = (),
 ) -> nn.Module:
     """Make every eligible ``nn.Conv2d`` of ``model`` a :class:`sparsebwd.SparseConv2d`, in place.
@@ -177,6 +184,8 @@ def convert(
     Args:
         model: any module, an ``nn.Conv2d`` itself included.
         percentile: in [50, 100), or None: nothing is pruned, zeros are skipped all the same.
+        density, variance: instead of a percentile, for each layer the fraction of elements that are kept, or the variance
+            that pruning may add; see :class:`sparsebwd.Pruning`.
         placement: which gradient is pruned. "output": that of the convolution's output, for Conv-BN-ReLU; "input":
             that of its input, for Conv-ReLU; "auto" chooses for each layer. It follows the output of the convolution
             through the model as torch.fx traces it: where a rectifier or max-pooling comes first on every path, the
@@ -200,7 +209,15 @@ def convert(
     """
     _check_model(model)
     check_choice("placement", placement, ("auto", *PLACEMENTS))
-    pruning = Pruning(percentile, sigma_estimator=sigma_estimator, threshold=threshold, backend=backend, where=where)
+    pruning = Pruning(
+        percentile,
+        sigma_estimator=sigma_estimator,
+        threshold=threshold,
+        backend=backend,
+        where=where,
+        density=density,
+        variance=variance,
+    )
     excluded = _excluded(model, exclude)
     placements = decide_placements(model) if placement == "auto" else None
     depthwise, left = [], Counter()
@@ -317,7 +334,7 @@ def _report(model: nn.Module, placements: dict[str, Placement] | None) -> Conver
             reason = "as asked for" if placements is None else placements[name].reason
             if dense := _why_not_faster(module, module.pruning):
                 reason += f"; but as an nn.Conv2d, except under autocast to bfloat16: {dense}"
-            layers.append(LayerReport(name, True, *settings, reason, module.where))
+            layers.append(LayerReport(name, True, *settings, reason, module.where, module.density, module.variance))
         elif isinstance(module, _ConvNd):
             reason = _why_not(module)
             if reason is None and (dense := _why_not_faster(module, _FASTER)):

@@ -16,7 +16,7 @@ from .backends.dense import conv2d
 from .problem import ConvProblem
 from .reference import SIGMA_HISTORY, PrunedGradient
 from .registration import plain, transformed
-from .settings import Pruning, check_percentile
+from .settings import DEFAULT, THRESHOLDS, Pruning, check_percentile
 
 __all__ = ["PrunedGradient", "prune_gradient", "sparse_conv2d"]
 
@@ -67,10 +67,24 @@ def check_operands(**tensors: Tensor) -> None:
 
 @torch.compiler.assume_constant_result
 def _settings(
-    percentile: float | None, placement: str, sigma_estimator: str, backend: str, predicted: bool, where: str
+    percentile: float | None,
+    placement: str,
+    sigma_estimator: str,
+    backend: str,
+    threshold: str,
+    predicted: bool,
+    where: str,
+    density: float | None,
+    variance: float | None,
 ) -> Pruning:
-    """A function for torch.compile, to which settings are constants."""
-    return Pruning(percentile, placement, sigma_estimator, "predicted" if predicted else "exact", backend, where)
+    """A function for torch.compile, to which settings are constants. predicted: there is a history to predict from."""
+    check_choice("threshold", threshold, THRESHOLDS)
+    if predicted and threshold == "sampled":
+        raise ValueError("threshold: got 'sampled' with a sigma_history; accepted: one of both")
+    if threshold == "predicted" and not predicted:
+        raise ValueError("threshold: got 'predicted'; accepted: with a sigma_history to predict it from")
+    threshold = "predicted" if predicted else threshold
+    return Pruning(percentile, placement, sigma_estimator, threshold, backend, where, density, variance)
 
 
 def _autocasts(device_type: str) -> bool:
@@ -105,10 +119,13 @@ def _key(input: Tensor, weight: Tensor | None, needed: bool, generator: torch.Ge
 
 def prune_gradient(
     grad: Tensor,
-    percentile: float = 90.0,
+    percentile: float | None = DEFAULT,
     generator: torch.Generator | None = None,
     *,
+    density: float | None = None,
+    variance: float | None = None,
     sigma_estimator: str = "corrected",
+    threshold: str = "exact",
     backend: str = "auto",
     sigma_history: Tensor | None = None,
 ) -> PrunedGradient:
@@ -118,16 +135,22 @@ def prune_gradient(
     docs/numerics. Elements below tau = sigma * Phi^-1(percentile / 100) in magnitude become 0 or
     +-tau; the others stay as they are.
 
+    With ``density`` or ``variance``, tau is the threshold at which a histogram of |grad| says that E[density], or
+    E||values - grad||^2 / ||grad||^2, is that.
+
     Args:
         grad: (N, C, H, W), (N, C, L) or (N, C); float16, bfloat16, float32 or float64.
-        percentile: in [50, 100); 50 prunes nothing. It is not the sparsity.
+        percentile: in [50, 100); 50 prunes nothing. It is not the sparsity. One of the three is given, or percentile is 90.
+        density: in (0, 1]; the fraction of elements kept, on average over the draws. 1 prunes nothing.
+        variance: 0 or more; 0 prunes nothing.
+        threshold: "exact": that of all of ``grad``; "sampled": that of a fixed sample of at most 16381 elements.
         generator: draws the key of the random numbers, by default PyTorch's own generator.
         sigma_estimator: "corrected", or "as_printed" for the biased estimate that the paper prints.
         backend: "auto" or the name of one.
         sigma_history: None: sigma is that of ``grad``. Else int32[5] on the device of ``grad``, which
             the caller keeps from call to call, to begin with ``torch.zeros(5, dtype=torch.int32)``:
             the threshold is predicted from the values of sigma in it, and that of ``grad`` is
-            recorded in it, as described in docs/numerics, "Predicted threshold".
+            recorded in it, as described in docs/numerics, "Predicted threshold". With a percentile only.
 
     Returns:
         (values, tau, sigma, density); see :class:`PrunedGradient`. If the sum of |grad| is not
@@ -139,8 +162,12 @@ def prune_gradient(
         RuntimeError: the backend asked for cannot run.
     """
     check_operands(grad=grad)
-    check_percentile(percentile, or_none=False)
-    pruning = _settings(percentile, "output", sigma_estimator, backend, sigma_history is not None, "everywhere")
+    if density is None and variance is None:
+        check_percentile(percentile, or_none=False)
+    predicted = sigma_history is not None
+    pruning = _settings(
+        percentile, "output", sigma_estimator, backend, threshold, predicted, "everywhere", density, variance
+    )
     check_sigma_history(sigma_history, grad)
     _check_generator(generator, grad)
     if not 2 <= grad.dim() <= 4:
@@ -162,9 +189,12 @@ def sparse_conv2d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     *,
-    percentile: float | None = 90.0,
+    percentile: float | None = DEFAULT,
+    density: float | None = None,
+    variance: float | None = None,
     placement: str = "output",
     sigma_estimator: str = "corrected",
+    threshold: str = "exact",
     backend: str = "auto",
     generator: torch.Generator | None = None,
     layer_id: int = 0,
@@ -185,9 +215,9 @@ def sparse_conv2d(
         weight: (K, C / groups, R, S), dtype and device of the input.
         bias: (K,) or None.
         stride, padding, dilation, groups: as in :func:`torch.nn.functional.conv2d`.
-        percentile: in [50, 100), or None: nothing is pruned.
+        percentile, density, variance: as in :func:`prune_gradient`; percentile=None: nothing is pruned.
         placement: "output" or "input".
-        sigma_estimator, backend: as in :func:`prune_gradient`.
+        sigma_estimator, threshold, backend: as in :func:`prune_gradient`.
         generator: draws the key of the random numbers, by default PyTorch's own generator. Not
             traceable by torch.compile.
         layer_id: reported to ``sparsebwd.backends.observers``.
@@ -208,7 +238,17 @@ def sparse_conv2d(
         padding,
         dilation,
         groups,
-        _settings(percentile, placement, sigma_estimator, backend, sigma_history is not None, where),
+        _settings(
+            percentile,
+            placement,
+            sigma_estimator,
+            backend,
+            threshold,
+            sigma_history is not None,
+            where,
+            density,
+            variance,
+        ),
         generator,
         as_int(layer_id, "layer_id"),
         sigma_history,

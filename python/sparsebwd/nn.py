@@ -17,7 +17,7 @@ from .arguments import as_int, as_pair, check_choice, check_flag, shown
 from .backends.dense import conv2d
 from .functional import convolve, sparse_conv2d
 from .reference import SIGMA_HISTORY
-from .settings import Pruning
+from .settings import DEFAULT, KNOBS, Pruning
 
 __all__ = ["SparseConv2d"]
 
@@ -63,15 +63,18 @@ class SparseConv2d(nn.Conv2d):
 
     Args:
         percentile: in [50, 100), or None: nothing is pruned, zeros are skipped all the same.
+        density, variance: instead of a percentile, the fraction of elements that are kept, or the variance that pruning may
+            add; see :class:`sparsebwd.Pruning`.
         placement: "output" (Conv-BN-ReLU) or "input" (Conv-ReLU): which gradient is pruned.
         backend: "auto" or the name of one.
         sigma_estimator: "corrected", or "as_printed" for the biased estimate that the paper prints.
-        threshold: "exact": that of the very gradient which is pruned; or "predicted" from the last
-            few gradients of this layer, so that a GPU reads the gradient only once.
+        threshold: "exact": that of the very gradient which is pruned; "sampled": that of a fixed sample of it; or, with a
+            percentile, "predicted" from the last few gradients of this layer, so that a GPU reads the gradient only once.
         where: "everywhere", or "faster": it is an nn.Conv2d where sparse kernels cannot be faster, known by the sizes, dtype
             and device of a call, and prunes nothing where this very gradient is too dense for them to be.
 
-    All six may be set later, one by one or as one :class:`sparsebwd.Pruning`, the attribute ``pruning``.
+    All may be set later, one by one or as one :class:`sparsebwd.Pruning`, the attribute ``pruning``; of percentile, density and
+    variance, setting one resets the others.
     Raises TypeError or ValueError naming the one that is wrong, both times, and RuntimeError for a
     backend that is only planned; RuntimeError in forward if the backend asked for cannot run.
 
@@ -89,8 +92,11 @@ class SparseConv2d(nn.Conv2d):
     """
 
     __jit_unused_properties__ = ["percentile", "placement", "backend", "sigma_estimator", "threshold", "where", "pruning"]
+    __jit_unused_properties__ += ["density", "variance"]
 
-    percentile = _setting("percentile", "In [50, 100), or None: nothing is pruned.")
+    percentile = _setting("percentile", "In [50, 100), or None.")
+    density = _setting("density", "In (0, 1], or None.")
+    variance = _setting("variance", "0 or more, or None.")
     placement = _setting("placement", '"output" or "input".')
     backend = _setting("backend", '"auto" or the name of one.')
     sigma_estimator = _setting("sigma_estimator", '"corrected" or "as_printed".')
@@ -110,14 +116,16 @@ class SparseConv2d(nn.Conv2d):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        percentile: float | None = 90.0,
+        percentile: float | None = DEFAULT,
         placement: str = "output",
         backend: str = "auto",
         sigma_estimator: str = "corrected",
         threshold: str = "exact",
         where: str = "everywhere",
+        density: float | None = None,
+        variance: float | None = None,
     ) -> None:
-        pruning = Pruning(percentile, placement, sigma_estimator, threshold, backend, where)
+        pruning = Pruning(percentile, placement, sigma_estimator, threshold, backend, where, density, variance)
         super().__init__(
             as_int(in_channels, "in_channels", least=0),
             as_int(out_channels, "out_channels", least=0),
@@ -149,12 +157,14 @@ class SparseConv2d(nn.Conv2d):
     def from_conv2d(
         cls,
         conv: nn.Conv2d,
-        percentile: float | None = 90.0,
+        percentile: float | None = DEFAULT,
         placement: str = "output",
         backend: str = "auto",
         sigma_estimator: str = "corrected",
         threshold: str = "exact",
         where: str = "everywhere",
+        density: float | None = None,
+        variance: float | None = None,
     ) -> SparseConv2d:
         """A layer that shares the parameters of ``conv`` (the same Parameter objects), with its
         settings, hooks and training flag.
@@ -164,7 +174,7 @@ class SparseConv2d(nn.Conv2d):
         if type(conv) not in (nn.Conv2d, cls):
             raise TypeError(f"conv: got {type(conv).__name__}; accepted: torch.nn.Conv2d")
         layer = _share(conv, cls)
-        layer._configure(Pruning(percentile, placement, sigma_estimator, threshold, backend, where))
+        layer._configure(Pruning(percentile, placement, sigma_estimator, threshold, backend, where, density, variance))
         return layer
 
     def to_conv2d(self) -> nn.Conv2d:
@@ -286,7 +296,8 @@ class SparseConv2d(nn.Conv2d):
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
         geometry = (self.stride, padding, self.dilation, self.groups)
-        settings = {name: getattr(self, name) for name in ("percentile", "placement", "sigma_estimator", "backend", "where")}
+        settings = {name: getattr(self, name) for name in ("placement", "sigma_estimator", "backend", "where", *KNOBS)}
+        settings["threshold"] = self.threshold
         settings |= {"layer_id": self.layer_id, "sigma_history": self._buffers.get("sigma_history")}
         args = (input, self.weight, self.bias, *geometry)
         return tracer.create_proxy("call_function", sparse_conv2d, args, settings)
@@ -341,7 +352,9 @@ class SparseConv2d(nn.Conv2d):
             self.__dict__[name] = copy.copy(self.__dict__[name])
 
     def extra_repr(self) -> str:
-        text = f"{super().extra_repr()}, percentile={self.percentile}, placement={self.placement}"
+        asked = {name: getattr(self, name) for name in KNOBS if getattr(self, name) is not None} or {"percentile": None}
+        text = f"{super().extra_repr()}, {', '.join(f'{name}={value}' for name, value in asked.items())}"
+        text += f", placement={self.placement}"
         if self.backend != "auto":
             text += f", backend={self.backend}"
         if self.sigma_estimator != "corrected":

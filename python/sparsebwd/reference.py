@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .histogram import Histogram, count, sample
 from .problem import ConvProblem
 
 if TYPE_CHECKING:
@@ -104,6 +105,27 @@ def threshold(
     if isinstance(tau, Tensor):
         return sigma.float(), tau.nan_to_num(0.0, 0.0, 0.0).float()
     return sigma, tau if math.isfinite(tau) else 0.0
+
+
+def threshold_of_counts(counts: Tensor, pruning: Pruning, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(sigma, tau) as :func:`threshold` returns them as tensors, for a density or a variance, from the int64
+    ``counts`` of a histogram on their device, which is not waited for."""
+    histogram = Histogram(counts)
+    if pruning.density is not None:
+        tau = histogram.tau_for_density(pruning.density)
+    else:
+        tau = histogram.tau_for_variance(pruning.variance)
+    sigma = _rounded(pruning.sigma_coefficient * histogram.mean.nan_to_num(0.0, math.inf), torch.float32)
+    return sigma.float(), _rounded(_rounded(tau, torch.float32), dtype).nan_to_num(0.0, 0.0, 0.0).float()
+
+
+def find_threshold(grad: Tensor, pruning: Pruning, sigma_history: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(sigma, tau) of a gradient (N, C, H, W), as tensors on its device."""
+    measured = sample(grad) if pruning.threshold == "sampled" else grad
+    if pruning.percentile is None:
+        return threshold_of_counts(count(measured), pruning, grad.dtype)
+    abs_sum = measured.abs().sum(dtype=torch.float64)
+    return threshold(abs_sum, measured.numel(), pruning, grad.dtype, sigma_history)
 
 
 def predict(sigma_history: Tensor, sigma: Scalar) -> Scalar:
@@ -224,8 +246,7 @@ def prune_at(grad: Tensor, key: Tensor, tau: Tensor, first: int = 0) -> Tensor:
 
 def prune(grad: Tensor, key: Tensor, pruning: Pruning, sigma_history: Tensor | None = None) -> PrunedGradient:
     """Prune a gradient (N, C, H, W) of any floating dtype; see :func:`sparsebwd.prune_gradient`."""
-    abs_sum = grad.abs().sum(dtype=torch.float64)
-    sigma, tau = threshold(abs_sum, grad.numel(), pruning, grad.dtype, sigma_history)
+    sigma, tau = find_threshold(grad, pruning, sigma_history)
     values = prune_at(grad, key, tau)
     return PrunedGradient(values, tau, sigma, density(values))
 

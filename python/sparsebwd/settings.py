@@ -7,8 +7,10 @@ written as text (:attr:`Pruning.text`), and read back on the other side (:meth:`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from enum import Enum
 from functools import cached_property, lru_cache
 from numbers import Real
 from typing import Any
@@ -16,11 +18,24 @@ from typing import Any
 from .arguments import check_choice, shown
 from .reference import SIGMA_COEFFICIENT, normal_density, quantile
 
-__all__ = ["PLACEMENTS", "THRESHOLDS", "WHERE", "Pruning", "check_backend", "check_percentile"]
+__all__ = ["DEFAULT", "PLACEMENTS", "THRESHOLDS", "WHERE", "Pruning", "check_backend", "check_percentile"]
 
 PLACEMENTS = ("output", "input")
-THRESHOLDS = ("exact", "predicted")
+THRESHOLDS = ("exact", "predicted", "sampled")
 WHERE = ("everywhere", "faster")
+KNOBS = ("percentile", "density", "variance")
+"""The ways to say how much is pruned, of which one is used at a time."""
+
+
+class _Default(float, Enum):  # an Enum, which torch.compile takes for a constant
+    PERCENTILE = 90.0
+
+    def __repr__(self) -> str:
+        return str(self.value)
+
+
+DEFAULT = _Default.PERCENTILE
+"""Percentile 90 where nothing else is asked for: unlike a percentile that is given, it yields to ``density`` and ``variance``."""
 
 
 def check_percentile(percentile: float | None, or_none: bool = True) -> float | None:
@@ -34,6 +49,26 @@ def check_percentile(percentile: float | None, or_none: bool = True) -> float | 
     if not 50 <= percentile < 100:
         raise ValueError(f"percentile: got {shown(percentile)}; accepted: 50 <= percentile < 100")
     return float(percentile)
+
+
+def check_density(density: float | None) -> float | None:
+    """Return ``density`` as a float, or None. Raises TypeError, or ValueError outside (0, 1]."""
+    return _check_real("density", density, "0 < density <= 1", lambda value: 0 < value <= 1)
+
+
+def check_variance(variance: float | None) -> float | None:
+    """Return ``variance`` as a float, or None. Raises TypeError, or ValueError below 0 and for what is not finite."""
+    return _check_real("variance", variance, "0 <= variance < infinity", lambda value: 0 <= value < math.inf)
+
+
+def _check_real(name: str, value: float | None, accepted: str, accepts: Callable[[Real], bool]) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: got {shown(value)}; accepted: a number, {accepted}, or None")
+    if not accepts(value):
+        raise ValueError(f"{name}: got {shown(value)}; accepted: {accepted}")
+    return float(value)
 
 
 def check_backend(backend: str) -> str:
@@ -57,6 +92,8 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "threshold": _one_of("threshold", *THRESHOLDS),
     "backend": check_backend,
     "where": _one_of("where", *WHERE),
+    "density": check_density,
+    "variance": check_variance,
 }
 
 
@@ -64,11 +101,18 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
 class Pruning:
     """How a convolution prunes its gradients, and what runs its backward pass. Immutable and hashable.
 
-    percentile: in [50, 100), the p of the paper, or None: nothing is pruned, zeros are skipped all the same.
+    How much is pruned is said by one of three; where all are None nothing is, and zeros are skipped all the same.
+
+    percentile: in [50, 100), the p of the paper. The default, 90, where neither of the others is given.
+    density: in (0, 1], the fraction of elements that are kept, on average over the draws. A gradient that has no more
+        non-zeros than that stays as it is.
+    variance: 0 or more, the V = E||pruned - g||^2 / ||g||^2 of each gradient that is pruned.
+
     placement: which gradient is pruned: "output", that of the output, for Conv-BN-ReLU; or "input", that of the
         input, for Conv-ReLU.
     sigma_estimator: "corrected", or "as_printed" for the biased estimate that the paper prints.
-    threshold: "exact", that of the very gradient which is pruned, or "predicted" from the last few of the same layer.
+    threshold: "exact", that of the very gradient which is pruned; "sampled", that of a fixed sample of its elements; or, with
+        a percentile, "predicted" from the last few of the same layer.
     backend: "auto" or the name of one.
     where: "everywhere", as in the paper, or "faster": what "auto" would compute densely comes out as of an nn.Conv2d, with
         nothing pruned. A backend that is named runs everywhere.
@@ -79,22 +123,33 @@ class Pruning:
     Raises TypeError or ValueError naming the setting that is wrong, RuntimeError for a backend that is only planned.
     """
 
-    percentile: float | None = 90.0
+    percentile: float | None = DEFAULT
     placement: str = "output"
     sigma_estimator: str = "corrected"
     threshold: str = "exact"
     backend: str = "auto"
     where: str = "everywhere"
+    density: float | None = None
+    variance: float | None = None
     # Derived, and ready for every call of a layer.
     text: str = field(init=False, repr=False, compare=False)
     active: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.percentile is DEFAULT and (self.density is not None or self.variance is not None):
+            object.__setattr__(self, "percentile", None)
         for name, check in _CHECKS.items():
             object.__setattr__(self, name, check(getattr(self, name)))
+        asked = [name for name in KNOBS if getattr(self, name) is not None]
+        if len(asked) > 1:
+            raise ValueError(f"got both {asked[0]} and {asked[1]}; accepted: one of {', '.join(KNOBS)}")
+        if self.threshold == "predicted" and asked not in ([], ["percentile"]):
+            raise ValueError(
+                f"threshold: got 'predicted' with {asked[0]}; accepted: with a percentile; 'sampled' reads as little of a gradient"
+            )
         object.__setattr__(self, "text", self._as_text())
-        # At percentile 50 the threshold is 0.
-        object.__setattr__(self, "active", self.percentile is not None and self.percentile > 50)
+        # At these the threshold is 0.
+        object.__setattr__(self, "active", self.prunes and (self.percentile, self.density, self.variance) not in _IDLE)
 
     # The text says all, and keeps its hash.
 
@@ -105,22 +160,35 @@ class Pruning:
         return hash(self.text)
 
     def replace(self, **changes: Any) -> Pruning:
-        """The same with other values for the settings named. Raises as construction does."""
+        """The same with other values for the settings named; one that says how much is pruned replaces the one that does.
+        Raises as construction does."""
+        if any(name in changes for name in KNOBS):
+            changes = dict.fromkeys(KNOBS) | changes
         return replace(self, **changes)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether a threshold is determined at all."""
+        return any(getattr(self, name) is not None for name in KNOBS)
+
+    @property
+    def asked(self) -> str:
+        """How much is pruned, in words: "density 0.15"."""
+        return next((f"{name} {getattr(self, name):g}" for name in KNOBS if getattr(self, name) is not None), "no pruning")
 
     @property
     def prunes_output(self) -> bool:
         """Whether the gradient of the output is pruned, before AGB and WGC consume it."""
-        return self.percentile is not None and self.placement == "output"
+        return self.prunes and self.placement == "output"
 
     @property
     def prunes_input(self) -> bool:
         """Whether the gradient of the input is pruned, which AGB has computed."""
-        return self.percentile is not None and self.placement == "input"
+        return self.prunes and self.placement == "input"
 
     @cached_property
     def quantile(self) -> float:
-        """tau / sigma, the standard normal quantile of the percentile. Not for percentile None."""
+        """tau / sigma, the standard normal quantile of the percentile. Only with a percentile."""
         return quantile(self.percentile)
 
     @cached_property
@@ -130,13 +198,16 @@ class Pruning:
 
     @cached_property
     def unpruned(self) -> Pruning:
-        """The same, but for the percentile, which is None."""
+        """The same, with nothing pruned."""
         return self.replace(percentile=None)
 
     @cached_property
     def lowest_density(self) -> float:
         """A density that a pruned gradient hardly ever falls below: a quarter of what normally distributed values would be
         left with. Gradients have heavier tails, and zeros of their own: half of it is usual, a third happens."""
+        if self.density is not None:
+            # What reaches the next convolution, through a rectifier, has fewer.
+            return self.density if self.placement == "output" else self.density / 4
         if self.percentile is None:
             return 0.0
         # The threshold in true standard deviations, if what is pruned is normal.
@@ -157,10 +228,15 @@ class Pruning:
             if name not in _CHECKS or not equals or name in settings:
                 raise ValueError(f"pruning: got {shown(text)}; accepted: settings such as 'percentile=95.0,placement=input'")
             settings[name] = value
-        percentile = settings.get("percentile")
-        if percentile is not None:
-            try:
-                settings["percentile"] = None if percentile == "None" else float(percentile)
-            except ValueError:
-                raise ValueError(f"percentile: got {shown(percentile)}; accepted: a number, or None") from None
+        for name in KNOBS:
+            value = settings.get(name)
+            if value is not None:
+                try:
+                    settings[name] = None if value == "None" else float(value)
+                except ValueError:
+                    raise ValueError(f"{name}: got {shown(value)}; accepted: a number, or None") from None
         return Pruning(**settings)
+
+
+# percentile, density, variance
+_IDLE = ((50.0, None, None), (None, 1.0, None), (None, None, 0.0))

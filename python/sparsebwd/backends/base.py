@@ -106,7 +106,7 @@ class Backend(ABC):
         pruning: Pruning,
         sigma_history: Tensor | None = None,
     ) -> PrunedGradient:
-        """Prune ``grad`` (N, C, H, W) with the int64[2] ``key`` at a percentile that is not None. Here in plain
+        """Prune ``grad`` (N, C, H, W) with the int64[2] ``key``, where ``pruning.prunes``. Here in plain
         PyTorch, on any device.
 
         sigma_history: predict the threshold from it, and record sigma of ``grad`` in it, as

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import histogram, reference
 from ..problem import ConvProblem
 from ..reference import PrunedGradient
 from ..settings import Pruning
@@ -51,9 +51,20 @@ def _in_format(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
 
 
 def _threshold(grad: Tensor, pruning: Pruning, sigma_history: Tensor | None) -> tuple[float, float]:
-    """(sigma, tau) of ``grad``, see :func:`sparsebwd.reference.threshold`."""
-    abs_sum, _ = _raw.abs_sum(grad)
-    return reference.threshold(abs_sum, grad.numel(), pruning, grad.dtype, sigma_history)
+    """(sigma, tau) of ``grad``, see :func:`sparsebwd.reference.find_threshold`."""
+    measured = histogram.sample(grad) if pruning.threshold == "sampled" else grad
+    if pruning.percentile is None:
+        sigma, tau = reference.threshold_of_counts(_counts(measured), pruning, grad.dtype)
+        return sigma.item(), tau.item()
+    abs_sum, _ = _raw.abs_sum(measured)
+    return reference.threshold(abs_sum, measured.numel(), pruning, grad.dtype, sigma_history)
+
+
+def _counts(values: Tensor) -> Tensor:
+    """:func:`sparsebwd.histogram.count` of a dense tensor."""
+    counts = torch.empty(histogram.BINS, dtype=torch.int64)
+    _raw.histogram(values, counts)
+    return counts
 
 
 def _prune_at(grad: Tensor, key: Tensor, tau: float, values: Tensor) -> float:
@@ -235,7 +246,7 @@ class AdaptiveCpuBackend(CpuBackend):
         if highest < pruning.lowest_density:
             return (
                 f"the sparse kernels for this class of convolutions ({classify(problem)}) are faster up to a density of "
-                f"{highest:.2f} here, and percentile {pruning.percentile} hardly ever leaves so little"
+                f"{highest:.2f} here, and {pruning.asked} hardly ever leaves so little"
             )
         return why_not_worth_it(problem, pruning.active)
 
@@ -288,6 +299,15 @@ def _expected_density(grad: Tensor, pruning: Pruning) -> float:
     distance = grad.numel() // runs
     length = min(_RUN_LENGTH, distance)
     magnitudes = grad.as_strided((runs, length), (distance, 1)).abs().float()
+    if pruning.prunes_output and pruning.active and pruning.percentile is None:
+        found = histogram.Histogram(_counts(magnitudes))
+        if not math.isfinite(found.mean):
+            return 1.0  # nothing will be pruned
+        if pruning.density is not None:
+            tau = found.tau_for_density(pruning.density)
+        else:
+            tau = found.tau_for_variance(pruning.variance)
+        return found.density(tau.clamp(min=1e-45)).item()
     if pruning.prunes_output and pruning.active:
         mean = magnitudes.mean().item()
         if not math.isfinite(mean):

@@ -62,8 +62,29 @@ class _RawPruning(NamedTuple):
     sigma_history: Tensor | None = None
 
 
-def _raw_pruning(key: Tensor, pruning: Pruning, sigma_history: Tensor | None) -> _RawPruning:
-    return _RawPruning(key, pruning.sigma_coefficient, pruning.quantile, sigma_history)
+def _raw_pruning(grad: Tensor, key: Tensor, pruning: Pruning, sigma_history: Tensor | None) -> _RawPruning:
+    if _finds_threshold(pruning):
+        return _RawPruning(key, pruning.sigma_coefficient, pruning.quantile, sigma_history)
+    # The kernels find no such threshold. They are given this one as what they predict one from: the only value recorded,
+    # of a fresh history. A recorded 0 would be none; below the smallest magnitude there are only zeros, which become +0.
+    _, tau = reference.find_threshold(grad, pruning)
+    history = torch.zeros(1 + reference.SIGMA_HISTORY, dtype=torch.int32, device=grad.device)
+    history[:1].fill_(1)
+    history[1:2].view(torch.float32).copy_(tau.clamp(min=_SMALLEST))
+    return _RawPruning(key, pruning.sigma_coefficient, 1.0, history)
+
+
+_SMALLEST = 2.0**-149
+
+
+def _finds_threshold(pruning: Pruning) -> bool:
+    """Whether the kernels do."""
+    return pruning.percentile is not None and pruning.threshold != "sampled"
+
+
+def _tau(tau: Tensor, pruning: Pruning) -> Tensor:
+    """What the kernels say it is, without the one that stands for 0."""
+    return tau if _finds_threshold(pruning) else torch.where(tau > _SMALLEST, tau, 0.0)
 
 
 def _new_stats(grad: Tensor) -> Tensor:
@@ -135,9 +156,10 @@ class CudaBackend(Backend):
         sigma_history: Tensor | None = None,
     ) -> PrunedGradient:
         values, stats = torch.empty_like(grad), _new_stats(grad)
-        self.operators.prune(grad, *_raw_pruning(key, pruning, sigma_history), values, stats)
+        self.operators.prune(grad, *_raw_pruning(grad, key, pruning, sigma_history), values, stats)
         # What an operator returns must not share memory. This copies all three by one kernel.
-        return PrunedGradient(values, *torch._foreach_mul(stats.unbind(), 1.0))
+        tau, sigma, density = torch._foreach_mul(stats.unbind(), 1.0)
+        return PrunedGradient(values, _tau(tau, pruning), sigma, density)
 
     # PyTorch's convolution reads only the shape and the strides of the operand whose gradient it computes.
 
@@ -176,23 +198,21 @@ class CudaBackend(Backend):
     ) -> BackwardResult:
         sigma = tau = density = grad_input = grad_weight = None
         gradient = grad_output
-        raw = _RawPruning() if pruning.percentile is None else _raw_pruning(key, pruning, sigma_history)
         prune_output = pruning.prunes_output
+        raw = _raw_pruning(grad_output, key, pruning, sigma_history) if prune_output else _RawPruning()
 
         pays = self.sparse_pays(problem, grad_output, layer_id)
         sparse = (output_mask[0] and pays[0], output_mask[1] and pays[1])
         dense = (output_mask[0] and not pays[0], output_mask[1] and not pays[1])
         if any(sparse):
-            stats, gradient, grad_input, grad_weight = self._convolve(
-                problem, grad_output, input, weight, sparse, raw if prune_output else _RawPruning()
-            )
+            stats, gradient, grad_input, grad_weight = self._convolve(problem, grad_output, input, weight, sparse, raw)
             density = stats[2]
         elif prune_output:
             gradient, stats = torch.empty_like(grad_output), _new_stats(grad_output)
             self.operators.prune(grad_output, *raw, gradient, stats)
             density = stats[2]
         if prune_output:
-            tau, sigma = stats[0], stats[1]
+            tau, sigma = _tau(stats[0], pruning), stats[1]
         if any(dense):
             dense_input, dense_weight = convolution_backward(problem, gradient, input, weight, dense)
             grad_input = dense_input if dense[0] else grad_input
@@ -201,8 +221,9 @@ class CudaBackend(Backend):
 
         if pruning.prunes_input and grad_input is not None:
             stats = _new_stats(grad_input)
+            raw = _raw_pruning(grad_input, key, pruning, sigma_history)
             self.operators.prune(grad_input, *raw, grad_input, stats)
-            tau, sigma = stats[0], stats[1]
+            tau, sigma = _tau(stats[0], pruning), stats[1]
         implementation = "+".join(name for name, ran in ((self.name, any(sparse)), ("dense", any(dense))) if ran)
         return BackwardResult(grad_input, grad_weight, tau, sigma, density, implementation)
 
@@ -356,7 +377,7 @@ class AdaptiveCudaBackend(CudaBackend):
             return (
                 f"the sparse kernels are faster up to a density of {highest:.2g} here, where PyTorch computes in "
                 f"{'TF32' if tf32 else dtype}{'' if channels_last else ' and tensors are copied to channels_last'}, and "
-                f"percentile {pruning.percentile} hardly ever leaves so little"
+                f"{pruning.asked} hardly ever leaves so little"
             )
         return None
 

@@ -61,8 +61,9 @@ ceilings:  ## measure how fast the inner loops of the CPU kernels could be at be
 sass: $(CUDA)  ## compile the CUDA kernels, no GPU needed, and show registers, spills, branches
 	@$(BIN)/python tools/sass.py
 
-lint: $(LINTER)  ## check the Python sources with ruff
+lint: $(BUILT) $(LINTER)  ## check the Python sources with ruff, and the types that users see with mypy
 	@$(BIN)/ruff check python bench examples tests tools setup.py
+	@$(BIN)/mypy
 
 clean:  ## remove build outputs and caches (not .venv)
 	rm -rf build dist python/*.egg-info .pytest_cache .hypothesis .ruff_cache $(BUILT)

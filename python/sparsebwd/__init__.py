@@ -5,16 +5,20 @@ __version__ = "0.1.0"
 
 from . import functional, fusion, grad, nn  # noqa: F401  fusion registers itself
 from .backends.break_even import use_calibration
-from .conversion import conversion_report, convert, revert
-from .functional import prune_gradient
-from .info import info
+from .conversion import ConversionReport, LayerReport, conversion_report, convert, revert
+from .functional import PrunedGradient, prune_gradient
+from .info import Info, info  # the function takes the place of its package, which stays in sys.modules
 from .memory import keep_memory
 from .monitor import DensityMonitor
 from .nn import SparseConv2d
 from .settings import Pruning
 
 __all__ = [
+    "ConversionReport",
     "DensityMonitor",
+    "Info",
+    "LayerReport",
+    "PrunedGradient",
     "Pruning",
     "SparseConv2d",
     "conversion_report",

@@ -7,7 +7,7 @@ import copy
 import itertools
 import warnings
 from collections.abc import Callable
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,8 @@ __all__ = ["SparseConv2d"]
 _layer_ids = itertools.count(1)
 
 
-def _setting(name: str, doc: str) -> property:
-    """An attribute of the layer that is one of its ``pruning``."""
+def _setting(name: str, doc: str) -> Any:
+    """An attribute of the layer that is one of its ``pruning``: a property, of the type that the class declares."""
 
     def get(self):
         return getattr(self.pruning, name)
@@ -94,13 +94,13 @@ class SparseConv2d(nn.Conv2d):
     __jit_unused_properties__ = ["percentile", "placement", "backend", "sigma_estimator", "threshold", "where", "pruning"]
     __jit_unused_properties__ += ["density", "variance"]
 
-    percentile = _setting("percentile", "In [50, 100), or None.")
-    density = _setting("density", "In (0, 1], or None.")
-    variance = _setting("variance", "0 or more, or None.")
-    placement = _setting("placement", '"output" or "input".')
-    backend = _setting("backend", '"auto" or the name of one.')
-    sigma_estimator = _setting("sigma_estimator", '"corrected" or "as_printed".')
-    where = _setting("where", '"everywhere" or "faster".')
+    percentile: float | None = _setting("percentile", "In [50, 100), or None.")
+    density: float | None = _setting("density", "In (0, 1], or None.")
+    variance: float | None = _setting("variance", "0 or more, or None.")
+    placement: str = _setting("placement", '"output" or "input".')
+    backend: str = _setting("backend", '"auto" or the name of one.')
+    sigma_estimator: str = _setting("sigma_estimator", '"corrected" or "as_printed".')
+    where: str = _setting("where", '"everywhere" or "faster".')
 
     def __init__(
         self,

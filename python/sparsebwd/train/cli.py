@@ -222,6 +222,17 @@ def _parser() -> argparse.ArgumentParser:
         shown = text if default is None else f"{text} (default: {default})"
         group.add_argument(_flag(name), *aliases, type=kind, default=default, metavar=metavar, help=shown)
 
+    def several(name: str, metavar: str, text: str, kind=str) -> None:
+        group.add_argument(
+            _flag(name),
+            type=kind,
+            default=[],
+            nargs="+",
+            action="extend",
+            metavar=metavar,
+            help=f"{text} (default: none)",
+        )
+
     def switch(name: str, text: str, both: bool = False) -> None:
         action = argparse.BooleanOptionalAction if both else "store_true"
         group.add_argument(_flag(name), action=action, default=getattr(TrainConfig, name, False), help=text)
@@ -252,12 +263,15 @@ def _parser() -> argparse.ArgumentParser:
     value("sigma_estimator", "NAME", "corrected, or as_printed in the paper")
     value("threshold", "NAME", "exact, or predicted from the gradients of the last few steps")
     value("backend", "NAME", ", ".join(("auto", *registered_backends())))
+    several("exclude", "LAYER", "layers that stay dense, with all below them: names, or patterns such as *.shortcut*")
+    several("layer_percentile", "LAYER=P", "percentiles of single layers, by names or patterns", _layer_percentile)
     value("where", "NAME", "everywhere, as in the paper, or faster: only where sparse kernels can gain something")
 
     group = parser.add_argument_group("optimisation")
     value("epochs", "N", "length of the run", int)
     value("max_steps", "N", "stop after N steps", int)
     value("batch_size", "N", "images per step, over all processes", int)
+    value("accumulate", "N", "compute the batch in N parts, which need less memory", int)
     value("learning_rate", "RATE", "at the start (default: 0.05 for AlexNet, 0.1 for the others)", float, "--lr")
     value("momentum", "M", "of SGD", float)
     value("weight_decay", "W", "of SGD", float)
@@ -273,6 +287,8 @@ def _parser() -> argparse.ArgumentParser:
     value("threads", "N", "CPU threads (default: as PyTorch chooses)", int)
     value("dtype", "NAME", "float32, or bfloat16 by autocast")
     switch("channels_last", "memory format of images and weights (default: on)", both=True)
+    switch("compile", "by torch.compile")
+    switch("sync_bn", "BatchNorm by the statistics of all processes together")
     switch("distributed", "insist on torchrun; without this it is used where it started the process")
 
     group = parser.add_argument_group("output")
@@ -295,3 +311,12 @@ def _percentile(text: str) -> float | None:
         return float(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"got {text!r}, accepted are numbers in [50, 100) and none") from error
+
+
+def _layer_percentile(text: str) -> tuple[str, float | None]:
+    name, equals, percentile = text.rpartition("=")
+    if not equals or not name:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, accepted are a layer and its percentile, such as features.3=95"
+        )
+    return name, _percentile(percentile)

@@ -13,7 +13,7 @@ import torch
 from .. import data, models
 from ..backends import get_backend
 from ..commands import check_seed, check_threads
-from ..settings import Pruning
+from ..settings import Pruning, check_percentile
 from .recipes import RECIPES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -54,9 +54,12 @@ class TrainConfig:
     percentile: in [50, 100), or None: nothing is pruned, only exact zeros are skipped.
     placement: "auto", "output" or "input"; backend, sigma_estimator, threshold, where: see `sparsebwd.convert`. Here all
         is pruned that the paper prunes, unless where is "faster".
+    exclude: names of layers, or patterns of them, that stay dense, see `sparsebwd.convert`.
+    layer_percentile: pairs of such a name and the percentile of those layers; of several that fit, the last counts.
     dense: train the dense model only, by PyTorch's own convolutions; all about sparsity counts for nothing.
     compare: train the dense twin too, from the same weights, on the same batches, in turns.
     batch_size: images per step, over all processes.
+    accumulate: parts that the batch of a process is computed in, one after the other; their gradients are summed.
     learning_rate: None takes the paper's, 0.05 for AlexNet and 0.1 for the others.
     schedule: "step" multiplies the rate by `decay_factor` every `decay_epochs`; "cosine" takes it to 0 at the end;
         "one-cycle" takes it from 1/25 up to `learning_rate` in 30 % of the steps, and to 0 at the end.
@@ -69,6 +72,8 @@ class TrainConfig:
     checkpoint_steps: write a checkpoint every so many steps, besides those at the end of each epoch.
     measure_every: every so many steps, densities and convolution times are recorded instead of step times.
     dtype: "float32", or "bfloat16" for autocast.
+    compile: run the models through torch.compile.
+    sync_bn: BatchNorm by the statistics of the batches of all processes.
     device: "auto", "cpu" or "cuda".
 
     Raises:
@@ -87,11 +92,14 @@ class TrainConfig:
     threshold: str = "exact"
     backend: str = "auto"
     where: str = "everywhere"
+    exclude: tuple[str, ...] = ()
+    layer_percentile: tuple[tuple[str, float | None], ...] = ()
     dense: bool = False
     compare: bool = False
     epochs: int = 300
     max_steps: int | None = None
     batch_size: int = 128
+    accumulate: int = 1
     learning_rate: float | None = None
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -108,6 +116,8 @@ class TrainConfig:
     test_subset: int | None = None
     dtype: str = "float32"
     channels_last: bool = True
+    compile: bool = False
+    sync_bn: bool = False
     device: str = "auto"
     threads: int | None = None
     data_dir: str | None = None
@@ -132,7 +142,10 @@ class TrainConfig:
         Pruning(self.percentile, placement, self.sigma_estimator, self.threshold, self.backend, self.where)
         if self.backend != "auto" and (reason := get_backend(self.backend).available()):
             raise RuntimeError(f"backend: {self.backend!r} cannot run: {reason}")
-        for name in ("epochs", "batch_size", "decay_epochs", "image_size", "measure_every"):
+        object.__setattr__(self, "exclude", tuple(self.exclude))
+        pairs = tuple((name, check_percentile(percentile)) for name, percentile in self.layer_percentile)
+        object.__setattr__(self, "layer_percentile", pairs)
+        for name in ("epochs", "batch_size", "accumulate", "decay_epochs", "image_size", "measure_every"):
             _between(name, getattr(self, name), 1, _MOST)
         if self.form == "imagenet" and self.image_size < SMALLEST_IMAGENET:
             raise ValueError(

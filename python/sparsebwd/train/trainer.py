@@ -65,6 +65,13 @@ class Trainer:
         self._signals = signals or Signals()
         self._stop = 0
         self.data = data.subset(config.train_subset, config.test_subset)
+        if config.accumulate > config.batch_size // world.size:
+            raise ValueError(
+                f"accumulate: got {config.accumulate}, accepted are 1 to {config.batch_size // world.size}, the images of a "
+                "step" + (" of each process" if world.size > 1 else "")
+            )
+        if config.sync_bn and world.size == 1:
+            reporter.warn("sync_bn: one process alone has nobody to share statistics with; start several with torchrun")
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self._checkpoint = None if folder is None else folder / checkpoint.FILE
@@ -212,7 +219,8 @@ class Trainer:
         losses = dict.fromkeys(twin.name for twin in self.twins)
         for twin in order:
             torch.manual_seed(seed)
-            losses[twin.name] = self._step_twin(twin, inputs, labels, rate, measured)
+            with self._compiling():
+                losses[twin.name] = self._step_twin(twin, inputs, labels, rate, measured)
         self._step += 1
         seconds = {twin.name: twin.tally.step[-1] for twin in self.twins if twin.tally.step}
         if self._steps is not None:
@@ -223,6 +231,20 @@ class Trainer:
                     f"the loss of the {twin.name} model became {losses[twin.name]} in step {self._step}: {_ADVICE}"
                 )
         self.reporter.step(losses, seconds)
+
+    @contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """What torch.compile cannot do ends the run in one line."""
+        if not self.config.compile:
+            yield
+            return
+        from torch._dynamo.exc import TorchDynamoException
+
+        try:
+            yield
+        except TorchDynamoException as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            raise TrainingError(f"compile: torch.compile failed: {' '.join(lines[:2])}; train without --compile") from None
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs [N, 3, H, W] and labels [N] of step `step`, counted from 0 over the whole run."""
@@ -256,32 +278,42 @@ class Trainer:
         for group in twin.optimizer.param_groups:
             group["lr"] = rate
         twin.optimizer.zero_grad()
-        begin = self._clock()
-        logits = self.forward(twin.parallel, inputs)
-        loss = cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
-        middle = self._clock()
-        if measured:
+        timer = BackwardTimer(self.world.synchronize) if measured else None
+        monitor = DensityMonitor(twin.model) if measured and twin.sparse_layers else None
+        losses, logits = [], []
+        begin, forward, backward = self._clock(), 0.0, 0.0
+        parts = list(zip(inputs.chunk(self.config.accumulate), labels.chunk(self.config.accumulate)))
+        for number, (part, answers) in enumerate(parts, 1):
             with ExitStack() as stack:
-                timer = stack.enter_context(BackwardTimer(self.world.synchronize))
-                monitor = stack.enter_context(DensityMonitor(twin.model)) if twin.name == "sparse" else None
+                if self.world.size > 1 and number < len(parts):
+                    stack.enter_context(twin.parallel.no_sync())  # the last one sends the sum
+                start = self._clock()
+                outputs = self.forward(twin.parallel, part)
+                loss = cross_entropy(outputs, answers, label_smoothing=self.config.label_smoothing)
+                # The mean over all parts, which may differ in size.
+                loss = loss if len(parts) == 1 else loss * (len(answers) / len(labels))
+                middle = self._clock()
+                if measured:
+                    stack.enter_context(timer)
+                    if monitor is not None:
+                        stack.enter_context(monitor)
                 loss.backward()
+            forward, backward = forward + middle - start, backward + self._clock() - middle
+            losses.append(loss.detach())
+            logits.append(outputs.detach())
+        twin.optimizer.step()
+        if measured:
             twin.tally.conv_backward.append(timer.seconds["convolution"])
             if monitor is not None:
                 twin.tally.add_densities(monitor.as_dict())
         else:
-            loss.backward()
-        after = self._clock()
-        twin.optimizer.step()
-        end = self._clock()
-        if not measured:
-            twin.tally.step.append(end - begin)
-            twin.tally.forward.append(middle - begin)
-            twin.tally.backward.append(after - middle)
-        with torch.no_grad():
-            correct = (logits.argmax(1) == labels).sum().item()
+            twin.tally.step.append(self._clock() - begin)
+            twin.tally.forward.append(forward)
+            twin.tally.backward.append(backward)
+        correct = (torch.cat(logits).argmax(1) == labels).sum().item()
         # All processes have to learn of a signal in the same step, or some would wait for the others for ever.
         arrived = self._signals.received
-        total, correct, count, stop = self.world.sum([loss.item() * len(labels), correct, len(labels), arrived])
+        total, correct, count, stop = self.world.sum([sum(losses).item() * len(labels), correct, len(labels), arrived])
         if stop:
             self._stop = arrived or signal.SIGTERM
         twin.tally.loss += total

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import fnmatch
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,20 +16,27 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import models
 from ..conversion import convert
+from ..nn import SparseConv2d
 from .config import TrainConfig
 from .measure import EpochTally
+from .sync import synchronize_norms
 from .world import World
 
 
 @dataclass
 class Twin:
-    """A model in training. `parallel` is the model, wrapped where there are several processes."""
+    """A model in training. `parallel` is the model as it trains: compiled, wrapped where there are several processes."""
 
     name: str  # sparse or dense
     model: nn.Module
     parallel: nn.Module
     optimizer: torch.optim.Optimizer
     tally: EpochTally
+
+    @property
+    def sparse_layers(self) -> bool:
+        """Whether it has any."""
+        return any(isinstance(module, SparseConv2d) for module in self.model.modules())
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
@@ -83,13 +91,32 @@ def _convert(model: nn.Module, config: TrainConfig, warn: Callable[[str], None])
             sigma_estimator=config.sigma_estimator,
             threshold=config.threshold,
             where=config.where,
+            exclude=config.exclude,
         )
+    _set_layer_percentiles(model, config)
     for warning in caught:
         warn(str(warning.message))
 
 
+def _set_layer_percentiles(model: nn.Module, config: TrainConfig) -> None:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseConv2d)}
+    for pattern, percentile in config.layer_percentile:
+        chosen = [module for name, module in layers.items() if fnmatch.fnmatchcase(name, pattern)]
+        if not chosen:
+            known = ", ".join(layers) or "none"
+            raise ValueError(
+                f"layer_percentile: got {pattern!r}, accepted are names of sparse layers of the model, or patterns of them: "
+                f"{known}"
+            )
+        for module in chosen:
+            module.pruning = module.pruning.replace(percentile=percentile)
+
+
 def _twin(name: str, model: nn.Module, config: TrainConfig, world: World) -> Twin:
-    parallel = DistributedDataParallel(model) if world.size > 1 else model
+    if config.sync_bn and world.size > 1:
+        synchronize_norms(model)
+    parallel = torch.compile(model) if config.compile else model
+    parallel = DistributedDataParallel(parallel) if world.size > 1 else parallel
     # The rate of each step is set before it.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=config.momentum, weight_decay=config.weight_decay)
     return Twin(name, model, parallel, optimizer, EpochTally())

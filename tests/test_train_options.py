@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of the training command that say how a step is computed: by layer, in parts, compiled, by several processes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from training import SMALL, TINY, refused, saved_state, tiny, train  # noqa: F401
+
+import sparsebwd
+from sparsebwd import models
+from sparsebwd.train import TrainConfig, cli, twins
+from sparsebwd.train.world import World
+
+PLAIN = """
+def plain(num_classes, form="cifar"):
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes),
+    )
+
+def normed(num_classes, form="cifar"):
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16),
+        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes),
+    )
+
+models._BUILDERS["plain"] = plain
+models._BUILDERS["normed"] = normed
+"""
+
+
+@pytest.fixture
+def plain(tiny):  # noqa: F811
+    exec(PLAIN, {"nn": nn, "models": models})
+
+
+def build(**options):
+    return twins.build_twins(TrainConfig(model="tiny", **options), 10, World(torch.device("cpu")), pytest.fail)[0].model
+
+
+def difference(first, second):
+    """The largest of all parameters and statistics, as a share of the largest value of each tensor."""
+    models = [saved_state(folder)["twins"]["sparse"]["model"] for folder in (first, second)]
+    return max(
+        ((values - models[1][name]).abs().max() / values.abs().max()).item() for name, values in models[0].items()
+    )
+
+
+# by layer
+
+
+def test_excluded_layers_stay_dense():
+    model = build(exclude=["0"])
+    assert [type(model[index]) for index in (0, 3)] == [nn.Conv2d, sparsebwd.SparseConv2d]
+
+
+def test_percentiles_by_layer():
+    model = build(layer_percentile=[["*", 95], ("3", None)])
+    assert [model[index].percentile for index in (0, 3)] == [95, None]
+
+
+def test_layers_from_the_command_line(tmp_path):
+    train(tmp_path / "a", "--exclude", "0", "--layer-percentile", "3=95", "--max-steps", "3", "--measure-every", "1")
+    layers = saved_state(tmp_path / "a")["history"][0]["variants"]["sparse"]["layers"]
+    assert list(layers) == ["3"]
+    train(tmp_path / "a", "--exclude", "0", "--layer-percentile", "3=95", "--max-steps", "4", "--resume")
+    train(tmp_path / "b", "--exclude", "0", "3", "--max-steps", "3")  # nothing is left to monitor
+    assert saved_state(tmp_path / "b")["history"][0]["variants"]["sparse"]["density"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--exclude", "10"], "exclude: got '10'; accepted: names of modules"),
+        (
+            ["--layer-percentile", "9=95"],
+            "layer_percentile: got '9', accepted are names of sparse layers of the model, or",
+        ),
+        (["--layer-percentile", "3"], "--layer-percentile: got '3', accepted are a layer and its percentile"),
+        (["--layer-percentile", "3=20"], "percentile: got 20"),
+        (
+            ["--exclude", "3", "--layer-percentile", "3=95"],
+            "accepted are names of sparse layers of the model, or patterns",
+        ),
+        (["--accumulate", "0"], "accumulate: got 0"),
+        (["--accumulate", "17"], "accumulate: got 17, accepted are 1 to 16, the images of a step"),
+    ],
+    ids=lambda value: "".join(value) if isinstance(value, list) else "",
+)
+def test_bad_arguments(capsys, tmp_path, arguments, message):
+    assert message in refused(capsys, *SMALL, "--output", str(tmp_path), *arguments)
+
+
+def test_warnings_of_conversion_are_shown(tmp_path, capsys):
+    train(tmp_path, "--placement", "input", "--max-steps", "1")
+    assert 'warning: placement="input": the output gradients of 2 convolutions' in capsys.readouterr().out
+
+
+# in parts
+
+
+@pytest.mark.parametrize("parts", [2, 5])
+def test_accumulated_gradients_are_those_of_the_batch(tmp_path, plain, parts):
+    """To rounding: 16 images in parts of 8, or of 4, 4, 4, 4 and none."""
+    common = ["--model", "plain", "--percentile", "none", "--measure-every", "2"]
+    train(tmp_path / "whole", *common)
+    train(tmp_path / "parts", *common, "--accumulate", str(parts))
+    assert difference(tmp_path / "whole", tmp_path / "parts") < 1e-5
+    rows = [saved_state(tmp_path / name)["history"][1]["variants"]["sparse"] for name in ("whole", "parts")]
+    for name in ("train_loss", "train_accuracy", "test_loss", "density"):
+        assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-3), name
+
+
+# compiled
+
+
+def test_compiled_models_train(tmp_path, monkeypatch):
+    """Without the compiler of a backend: the graphs run as they are."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+        train(tmp_path / "compiled", "--compile", "--max-steps", "3")
+    train(tmp_path / "eager", "--max-steps", "3")
+    assert graphs and difference(tmp_path / "eager", tmp_path / "compiled") < 1e-6
+
+
+def test_a_compiler_that_fails_ends_the_run_in_one_line(tmp_path, capsys, monkeypatch):
+    def backend(graph, inputs):
+        raise RuntimeError("No working C++ compiler found")
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    assert cli.main([*SMALL, "--output", str(tmp_path), "--compile"]) == 1
+    assert "No working C++ compiler found; train without --compile" in capsys.readouterr().err
+
+
+# by several processes
+
+
+@pytest.mark.slow
+def test_two_processes_are_as_good_as_one(tmp_path, plain, capsys):
+    """To rounding: without BatchNorm, and with it where its statistics are shared."""
+    common = [*SMALL, "--device", "cpu", "--percentile", "none", "--output"]
+    runs = {
+        "plain": ["--model", "plain"],
+        "parts": ["--model", "plain", "--accumulate", "2"],
+        "normed": ["--model", "normed", "--sync-bn"],
+    }
+    both = [[*common, str(tmp_path / f"two-{name}"), *options] for name, options in runs.items()]
+    lines = [
+        TINY,
+        PLAIN,
+        "import torch.distributed",
+        "from sparsebwd.train.cli import main",
+        "torch.distributed.init_process_group('gloo')",
+        f"statuses = [main(run) for run in {both!r}]",
+        "torch.distributed.destroy_process_group()",
+        "assert statuses == [0, 0, 0], statuses",
+    ]
+    (tmp_path / "driver.py").write_text("\n".join(lines))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    result = subprocess.run(
+        [*command, "--nproc-per-node", "2", str(tmp_path / "driver.py")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr
+    for name, options in runs.items():
+        train(tmp_path / f"one-{name}", *common[len(SMALL) : -1], *options)
+        assert difference(tmp_path / f"one-{name}", tmp_path / f"two-{name}") < 1e-5, name
+    assert "sync_bn: one process alone has nobody" in capsys.readouterr().out

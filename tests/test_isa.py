@@ -21,6 +21,7 @@ FILES = (
     "test_fuzz.py",
     "test_isa.py",
     "test_layouts.py",
+    "test_lists.py",
     "test_native.py",
     "test_parity.py",
     "test_pruning.py",

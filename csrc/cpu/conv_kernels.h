@@ -16,6 +16,17 @@ struct List {
   uint16_t* offsets;
 };
 
+// How full the gradient was lately: of the last few pixels that were listed, fading.
+struct Fullness {
+  int64_t entries = 1 << 12, elements = 1 << 12;
+
+  void add(int64_t found, int64_t of) {
+    entries += found - entries / 8;
+    elements += of - elements / 8;
+  }
+  bool below(int64_t of_64) const { return entries * 64 < elements * of_64; }
+};
+
 // Bytes that 16-bit offsets can address.
 constexpr int64_t kMaxPanelBytes = 65536;
 
@@ -66,9 +77,9 @@ struct ConvKernels {
 
   // Lists in the order of AGB, one after the other for `pixels` pixels of `channels` channels; the
   // operand of channel k is k * step bytes into the panel. Needs room for `lanes` entries more.
-  // Returns the number of entries.
+  // Returns the number of entries. `recent` goes from call to call: how full the gradient was lately.
   int64_t (*list_by_pixel)(const float* g, int64_t pixel_stride, int64_t pixels, int64_t channels,
-                           uint32_t step, List list, uint16_t* counts);
+                           uint32_t step, List list, uint16_t* counts, Fullness& recent);
 
   // Lists in the order of WGC: appends pixels to the lists of all channels. List k starts at
   // lists + k * capacity, counts[k] is its length. operand_offsets[i] is the offset of pixel i's

@@ -39,15 +39,52 @@ inline __attribute__((always_inline)) int64_t list_pixel(const float* g, int64_t
   return found;
 }
 
+// The same for pixels with few non-zeros: by the bits of a mask, the first Usual of which are not asked
+// for, as where a mask ends cannot be predicted.
+template <int Usual>
+inline __attribute__((always_inline)) int64_t list_sparse_pixel(const float* g, int64_t ahead,
+                                                                int64_t channels, uint32_t step,
+                                                                float* values, uint16_t* offsets) {
+  static_assert(Usual <= kLanes, "lists have room for kLanes entries more");
+  constexpr int64_t kWord = 64;
+  int64_t found = 0;
+  for (int64_t k = 0; k < channels; k += kWord, g += kWord) {
+    const int64_t width = channels - k < kWord ? channels - k : kWord;
+    for (int64_t j = 0; j < width; j += 16) __builtin_prefetch(g + j + ahead);
+    uint64_t mask = 0;
+    if (width == kWord)
+      for (int64_t j = 0; j < kWord; j += kLanes) mask |= Vec::load(g + j).nonzero() << j;
+    else
+      for (int64_t j = 0; j < width; j += kLanes)
+        mask |= Vec::load_first(g + j, width - j).nonzero() << j;
+    const uint64_t last = uint64_t{1} << (width - 1);  // an empty mask has no first bit
+    const int count = __builtin_popcountll(mask);
+    const auto append = [&](int i) __attribute__((always_inline)) {
+      const int bit = __builtin_ctzll(mask | last);
+      mask &= mask - 1;
+      values[found + i] = g[bit];
+      offsets[found + i] = static_cast<uint16_t>((static_cast<uint32_t>(k) + bit) * step);
+    };
+    for (int i = 0; i < Usual; ++i) append(i);
+    for (int i = Usual; i < count; ++i) append(i);
+    found += count;
+  }
+  return found;
+}
+
 int64_t list_by_pixel(const float* g, int64_t pixel_stride, int64_t pixels, int64_t channels,
-                      uint32_t step, List list, uint16_t* counts) {
+                      uint32_t step, List list, uint16_t* counts, Fullness& recent) {
   int64_t total = 0, found = 0;
   for (int64_t q = 0; q < pixels; ++q, g += pixel_stride, total += found) {
-    // Neighbours are alike.
-    const auto list_one = mostly_full(found, channels) ? list_pixel<true> : list_pixel<false>;
+    // Neighbours are alike. Limits: what was fastest with AVX2.
+    const auto list_one = recent.below(2)    ? list_sparse_pixel<2>
+                          : recent.below(7)  ? list_sparse_pixel<4>
+                          : recent.below(26) ? list_pixel<false>
+                                             : list_pixel<true>;
     found = list_one(g, kPrefetchPixels * pixel_stride, channels, step, list.values + total,
                      list.offsets + total);
     counts[q] = static_cast<uint16_t>(found);
+    recent.add(found, channels);
   }
   return total;
 }

@@ -195,43 +195,115 @@ int64_t stage_planes(const ConvPlan& plan, Rows rows, float* tile) {
   return found;
 }
 
-constexpr int64_t kPrefetchBytes = 16 * 1024;
-
-// The next tile, while the lists are written: they are so many streams that the hardware loses sight
-// of the gradient's.
-void prefetch(const char* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
-}
-
-int64_t list_by_pixel(const ConvPlan& plan, const float* g, Rows rows, PixelLists& lists) {
+int64_t list_by_pixel(const ConvPlan& plan, const float* g, Rows rows, PixelLists& lists,
+                      Fullness& recent) {
   int64_t found = 0;
   for (int64_t i = 0; i < rows.count; ++i)
     for (int64_t block = 0; block < plan.k_blocks(); ++block)
       found += plan.kernels.list_by_pixel(
           g + i * plan.q * plan.problem.k + plan.k_begin(block), plan.problem.k, plan.q,
           plan.k_size(block), plan.agb.step(), lists.list(rows.first + i, block),
-          lists.counts(rows.first + i, block));
+          lists.counts(rows.first + i, block), recent);
   return found;
 }
 
-// `rows.first` counts from the unit's first row here.
-int64_t list_by_channel(const ConvPlan& plan, const float* g, int64_t unit_index, Rows rows,
-                        ChannelLists& lists) {
-  const WgcPlan& wgc = plan.wgc;
-  int64_t found = 0;
-  for (int64_t segment = 0; segment < wgc.segments; ++segment) {
-    // One segment: its pixels are consecutive through all rows. More: a unit is one row.
-    const int64_t column = segment * wgc.segment;
-    const int64_t pixels =
-        wgc.segments == 1 ? rows.count * plan.q : std::min(wgc.segment, plan.q - column);
-    const int64_t panel = unit_index * wgc.segments + segment;
-    found += plan.kernels.list_by_channel(g + column * plan.problem.k, plan.problem.k, pixels,
-                                          plan.problem.k,
-                                          lists.operand_offsets() + rows.first * plan.q,
-                                          lists.list(panel), wgc.capacity, lists.counts(panel));
+// Up to a density of 1 / so many, lists by channel are made of the lists by pixel, where these are wanted
+// too. Above, and alone, it is faster to transpose tiles of the gradient.
+constexpr int64_t kScatterBelow = 8;
+constexpr int64_t kScatteredPixels = 32;
+constexpr int64_t kSpread = 16;  // entries that get their pixel's offset at once
+
+// Appends the entries of `pixels` pixels, of kMaxKBlock channels or fewer, to the lists of their
+// channels, and advances behind them: a counting sort but for the counting, as lists have room. An
+// offset times 2^-32 `channels_per_byte` is a channel.
+void append_pixels(List& from, const uint16_t* pixel_counts, int64_t pixels,
+                   uint64_t channels_per_byte, const uint16_t* operand_offsets, List lists,
+                   int64_t capacity, uint16_t* counts) {
+  // Where a pixel's entries end cannot be predicted: the loop over entries does not ask.
+  uint16_t offsets[kScatteredPixels * kMaxKBlock + kSpread];
+  for (int64_t first = 0; first < pixels; first += kScatteredPixels) {
+    const int64_t last = std::min(first + kScatteredPixels, pixels);
+    int64_t entries = 0;
+    for (int64_t i = first; i < last; ++i) {
+      for (int64_t begin = 0; begin < pixel_counts[i]; begin += kSpread)
+        std::fill_n(offsets + entries + begin, kSpread, operand_offsets[i]);
+      entries += pixel_counts[i];
+    }
+    for (int64_t i = 0; i < entries; ++i) {
+      const auto k = static_cast<int64_t>(from.offsets[i] * channels_per_byte >> 32);
+      const int64_t at = k * capacity + counts[k]++;
+      lists.values[at] = from.values[i];
+      lists.offsets[at] = offsets[i];
+    }
+    from.values += entries;
+    from.offsets += entries;
   }
-  return found;
 }
+
+// Lists by channel of a tile: `rows.first` counts from the unit's first row here.
+class ChannelListing {
+ public:
+  ChannelListing(const ConvPlan& plan, int64_t unit_index, ChannelLists& lists)
+      : plan_(plan), unit_index_(unit_index), lists_(lists) {}
+
+  // From the dense gradient.
+  int64_t from_gradient(const float* g, Rows rows) {
+    int64_t found = 0;
+    for_each_segment(rows, [&](int64_t column, int64_t pixels, Target to) {
+      found += plan_.kernels.list_by_channel(g + column * plan_.problem.k, plan_.problem.k, pixels,
+                                             plan_.problem.k, to.operand_offsets, to.lists,
+                                             plan_.wgc.capacity, to.counts);
+    });
+    return found;
+  }
+
+  // From the lists of pixels of the same rows, the first of which is row `first_row`.
+  void from_pixels(const PixelLists& from, int64_t first_row, Rows rows) {
+    const uint64_t channels_per_byte = ceil_div(int64_t{1} << 32, plan_.agb.step());
+    for (int64_t i = 0; i < rows.count; ++i)
+      for (int64_t block = 0; block < plan_.k_blocks(); ++block) {
+        const int64_t row = first_row + i, begin = plan_.k_begin(block);
+        List list = from.list(row, block);
+        for_each_segment({rows.first + i, 1}, [&](int64_t column, int64_t pixels, Target to) {
+          append_pixels(list, from.counts(row, block) + column, pixels, channels_per_byte,
+                        to.operand_offsets, to.from(begin, plan_.wgc.capacity), plan_.wgc.capacity,
+                        to.counts + begin);
+        });
+      }
+  }
+
+ private:
+  // The lists that pixels of a segment are appended to.
+  struct Target {
+    List lists;
+    uint16_t* counts;
+    const uint16_t* operand_offsets;  // of the first pixel
+
+    List from(int64_t k, int64_t capacity) const {
+      return {lists.values + k * capacity, lists.offsets + k * capacity};
+    }
+  };
+
+  // Calls append(first column, pixels, Target).
+  template <class Append>
+  void for_each_segment(Rows rows, Append append) {
+    const WgcPlan& wgc = plan_.wgc;
+    for (int64_t segment = 0; segment < wgc.segments; ++segment) {
+      // One segment: its pixels are consecutive through all rows. More: a unit is one row.
+      const int64_t column = segment * wgc.segment;
+      const int64_t pixels =
+          wgc.segments == 1 ? rows.count * plan_.q : std::min(wgc.segment, plan_.q - column);
+      const int64_t panel = unit_index_ * wgc.segments + segment;
+      append(column, pixels,
+             Target{lists_.list(panel), lists_.counts(panel),
+                    lists_.operand_offsets() + rows.first * plan_.q});
+    }
+  }
+
+  const ConvPlan& plan_;
+  const int64_t unit_index_;
+  ChannelLists& lists_;
+};
 
 }  // namespace
 
@@ -240,6 +312,7 @@ int64_t list_unit(const ConvPlan& plan, Rows unit, int64_t unit_index, PixelList
   const ConvBackward& call = plan.call;
   if (channel_lists) channel_lists->clear(unit_index);
   int64_t staged = 0, by_pixel = 0, by_channel = 0;
+  Fullness recent;
   for (int64_t i = 0; i < unit.count; i += plan.tile_rows()) {
     const Rows rows = {unit.first + i, std::min(plan.tile_rows(), unit.count - i)};
     const int64_t at = rows.first * plan.q * plan.problem.k * dtype_size(call.dtype);
@@ -254,14 +327,17 @@ int64_t list_unit(const ConvPlan& plan, Rows unit, int64_t unit_index, PixelList
       const bool keeps = out && call.dtype == DType::kFloat32;
       staged += stage(plan, source, out, rows, keeps ? nullptr : scratch);
       g = keeps ? reinterpret_cast<const float*>(out) : scratch;
-      const int64_t bytes = rows.count * plan.q * plan.problem.k * dtype_size(call.dtype);
-      const int64_t ahead = i + rows.count < unit.count ? std::min(bytes, kPrefetchBytes) : 0;
-      prefetch(source + bytes, ahead);
-      if (out) prefetch(out + bytes, ahead);
     }
-    if (pixel_lists) by_pixel += list_by_pixel(plan, g, rows, *pixel_lists);
-    if (channel_lists)
-      by_channel += list_by_channel(plan, g, unit_index, {i, rows.count}, *channel_lists);
+    int64_t found = rows.count * plan.q * plan.problem.k;
+    if (pixel_lists) by_pixel += found = list_by_pixel(plan, g, rows, *pixel_lists, recent);
+    if (channel_lists) {
+      ChannelListing listing(plan, unit_index, *channel_lists);
+      const Rows in_unit = {i, rows.count};
+      if (found * kScatterBelow < rows.count * plan.q * plan.problem.k)
+        listing.from_pixels(*pixel_lists, rows.first, in_unit);
+      else
+        by_channel += listing.from_gradient(g, in_unit);
+    }
   }
   if (channel_lists) channel_lists->sort(unit_index);
   const bool counted = plan.staged() && (call.prune || !call.grad_output_planes);

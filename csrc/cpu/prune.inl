@@ -229,6 +229,18 @@ inline Pruner make_pruner(float tau) {
   return {broadcast_float(tau), broadcast_float(tau * kRandomUnit), zero_words()};
 }
 
+// The block that is so many elements on: between tiles, what lists them drives their source and result out
+// of the hardware's sight, and to fetch a tile at once would stall.
+constexpr int64_t kAhead = 2048;
+
+template <class Storage>
+inline void fetch_ahead(const Storage* g, const Storage* out) {
+  for (int64_t i = 0; i < kBlock; i += 64 / static_cast<int64_t>(sizeof(Storage))) {
+    __builtin_prefetch(g + kAhead + i);
+    if (out) __builtin_prefetch(out + kAhead + i, 1);
+  }
+}
+
 // kBlock elements of channels_last order.
 template <class Element, bool kOut, bool kF32>
 inline void prune_block(const typename Element::Storage* g, typename Element::Storage* out,
@@ -288,6 +300,7 @@ int64_t prune_wide_row(const typename Element::Storage* g, typename Element::Sto
         group[i] = three_rounds<Element>(states, pixel, static_cast<uint64_t>(block) * kCounters);
         at[i] = offset + block * kBlock;
         at_f32[i] = offset_f32 + block * kBlock;
+        fetch_ahead(g + at[i], kOut ? out + at[i] : nullptr);
         count[i] = pixel < pixels ? kBlock : 0;
         if (++block == blocks) {
           if (count[i]) count[i] = last_count;
@@ -375,6 +388,7 @@ int64_t prune_narrow_row(const typename Element::Storage* g, typename Element::S
 #pragma GCC unroll 8
     for (int i = 0; i < kGroup; ++i) {
       const int64_t c = begin + i * kCounters;
+      fetch_ahead(g + 4 * c, kOut ? out + 4 * c : nullptr);
       if (dense && c + kCounters <= counters) {
         prune_block<Element, kOut, kF32>(g + 4 * c, kOut ? out + 4 * c : nullptr,
                                          kF32 ? out_f32 + 4 * c : nullptr, group[i], pruner);
@@ -418,6 +432,7 @@ int64_t load_row(const typename Element::Storage* g, typename Element::Storage* 
   Words nonzeros = zero_words();
   for (int64_t i = 0; i < pixels; ++i) {
     for (int64_t c = 0; c < whole; c += kBlock) {
+      fetch_ahead(g + c, kOut ? out + c : nullptr);
       const Pair v = Element::load_pair(g + c);
       count_nonzeros(v.a, nonzeros);
       count_nonzeros(v.b, nonzeros);

@@ -62,6 +62,11 @@ struct Vec {
   static void finish_stores() { _mm_sfence(); }
   Vec fma(Vec a, Vec b) const { return {_mm256_fmadd_ps(a.v, b.v, v)}; }
   Vec operator+(Vec o) const { return {_mm256_add_ps(v, o.v)}; }
+  // Of lane i, bit i.
+  uint64_t nonzero() const {
+    return static_cast<uint32_t>(
+        _mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NEQ_UQ)));
+  }
 
  private:
   // Lanes 0, 2, 4, 6 of `low` and 1, 3, 5, 7 of `high`.

@@ -44,6 +44,8 @@ struct Vec {
   static void finish_stores() { _mm_sfence(); }
   Vec fma(Vec a, Vec b) const { return {_mm512_fmadd_ps(a.v, b.v, v)}; }
   Vec operator+(Vec o) const { return {_mm512_add_ps(v, o.v)}; }
+  // Of lane i, bit i.
+  uint64_t nonzero() const { return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ); }
 
  private:
   // Lanes 0, 2, ... of `low` and 1, 3, ... of `high`.

@@ -50,6 +50,12 @@ struct Vec {
   static void finish_stores() {}
   Vec fma(Vec a, Vec b) const { return {v + a.v * b.v}; }
   Vec operator+(Vec o) const { return {v + o.v}; }
+  // Of lane i, bit i.
+  uint64_t nonzero() const {
+    uint64_t bits = 0;
+    for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint64_t>(v[i] != 0.0f) << i;
+    return bits;
+  }
 };
 
 // Four values, loaded at once.

@@ -390,8 +390,8 @@ void scatter_pixels(const float* src, int64_t group, int64_t pixels, int64_t cha
 // ---- the table
 
 constexpr AgbKernel kAgbKernels[] = {
-    {3, 2 * kLanes, agb_run<3, 2>}, {1, 8 * kLanes, agb_run<1, 8>}, {1, 4 * kLanes, agb_run<1, 4>},
-    {1, 2 * kLanes, agb_run<1, 2>}, {1, kLanes, agb_run<1, 1>},
+    {3, 4 * kLanes, agb_run<3, 4>}, {3, 2 * kLanes, agb_run<3, 2>}, {1, 8 * kLanes, agb_run<1, 8>},
+    {1, 4 * kLanes, agb_run<1, 4>}, {1, 2 * kLanes, agb_run<1, 2>}, {1, kLanes, agb_run<1, 1>},
 };
 
 constexpr WgcKernel kWgcKernels[] = {

@@ -9,8 +9,11 @@ namespace {
 // Panels of operands that the inner loops read at random: they should stay in L1, of which recent
 // cores have 48 KB.
 constexpr int64_t kPanelBytes = 40 * 1024;
-// Panels of weights share L1 with the partial sums.
-constexpr int64_t kWeightPanelBytes = 37 * 1024;
+// Panels of weights share L1 with the partial sums; unless pixels have so few entries that long lists are
+// worth more than that.
+constexpr int64_t kWeightPanelBytes = 37 * 1024, kSparseWeightPanelBytes = 62 * 1024;
+constexpr double kSparse = 0.125;  // a density
+constexpr int64_t kSampled = 256;  // elements from which it is told
 // Partial sums of AGB for a band of rows: L2.
 constexpr int64_t kBandBytes = 320 * 1024;
 // Elements of the gradient whose lists stay in L2 until they are consumed; but enough pixels to
@@ -24,8 +27,40 @@ constexpr int64_t kPlaneTilePixels = 64;  // where they come from planes: whole 
 // has one such row at least. Visit::dst counts bytes of it.
 constexpr int64_t kMostRowBytes = int64_t{1} << 30;
 
-AgbPlan plan_agb(const ConvKernels& kernels, const ConvProblem& problem) {
+// The share of the gradient that is not zero, or once it is pruned is expected not to be, in a sample: the
+// same in every layout.
+double sampled_density(const ConvBackward& call) {
+  const ConvProblem& problem = call.problem;
+  const int64_t pixels = problem.p() * problem.q(), elements = problem.n * pixels * problem.k;
+  if (elements == 0) return 0.0;
+  const float tau = call.prune ? call.prune->tau : 0.0f;
+  double sum = 0.0;
+  for (uint64_t i = 0; i < kSampled; ++i) {
+    // Multiples of the golden ratio: spread, and over all channels.
+    const auto at = static_cast<int64_t>(i * 0x9E3779B97F4A7C15u % static_cast<uint64_t>(elements));
+    const int64_t k = at % problem.k, pixel = at / problem.k;
+    const int64_t place =
+        call.grad_output_planes ? (pixel / pixels * problem.k + k) * pixels + pixel % pixels : at;
+    const float g = call.dtype == DType::kFloat32
+                        ? static_cast<const float*>(call.grad_output)[place]
+                        : float_of_bfloat16(static_cast<const uint16_t*>(call.grad_output)[place]);
+    const float magnitude = g < 0.0f ? -g : g;
+    sum += magnitude < tau ? magnitude / tau : g != 0.0f;
+  }
+  return sum / kSampled;
+}
+
+AgbPlan plan_agb(const ConvKernels& kernels, const ConvProblem& problem, bool sparse) {
   AgbPlan plan;
+  const int64_t panel_bytes = sparse ? kSparseWeightPanelBytes : kWeightPanelBytes;
+  const int64_t k_channels = problem.k / problem.groups;
+  const auto fitting = [&](const AgbKernel& kernel) {
+    const int64_t k = panel_bytes / (kernel.columns * kernel.group * 4) / kernels.lanes * kernels.lanes;
+    return std::max<int64_t>(std::min(kMaxKBlock, k), kernels.lanes);
+  };
+  const auto visits = [&](const AgbKernel& kernel) {  // of a pixel, for each row of the filter
+    return ceil_div(plan.channels, kernel.group) * ceil_div(k_channels, fitting(kernel));
+  };
   plan.channels = problem.c / problem.groups;
   plan.padded_w = problem.w + 2 * problem.pad_w;
   const int64_t image_pixels = problem.p() * problem.q();
@@ -36,16 +71,21 @@ AgbPlan plan_agb(const ConvKernels& kernels, const ConvProblem& problem) {
     if (kernel.columns > 1 && (kernel.columns != problem.s || problem.dil_w != 1)) continue;
     // Once a kernel with more columns fits, one with fewer is never better.
     if (plan.kernel && kernel.columns < plan.kernel->columns) break;
+    // A window of more channels, with fewer output channels in its panel, only if it is for fewer visits
+    // and leaves no more of its vectors empty.
+    if (kernel.columns > 1 && kernel.columns == kernels.agb[i + 1].columns) {
+      const AgbKernel& narrower = kernels.agb[i + 1];
+      if (visits(kernel) >= visits(narrower) ||
+          round_up(plan.channels, kernel.group) > round_up(plan.channels, narrower.group))
+        continue;
+    }
     plan.kernel = &kernel;
     if (kernel.group <= plan.channels) break;
   }
   const AgbKernel& kernel = *plan.kernel;
-  const int64_t k_channels = problem.k / problem.groups;
   plan.channel_blocks = ceil_div(plan.channels, kernel.group);
   plan.column_steps = problem.s / kernel.columns;
-  const int64_t fitting =
-      std::min(kMaxKBlock, kWeightPanelBytes / plan.step() / kernels.lanes * kernels.lanes);
-  plan.k_blocks = ceil_div(k_channels, std::max<int64_t>(fitting, kernels.lanes));
+  plan.k_blocks = ceil_div(k_channels, fitting(kernel));
   plan.k_block = round_up(ceil_div(k_channels, plan.k_blocks), kernels.lanes);
   plan.k_blocks = ceil_div(k_channels, plan.k_block);
   plan.panel_floats = plan.k_block * kernel.columns * kernel.group;
@@ -110,12 +150,14 @@ WgcPlan plan_wgc(const ConvKernels& kernels, const ConvProblem& problem) {
 const char* conv_refusal(const ConvKernels& kernels, const ConvProblem& problem) {
   // ChannelLists::order
   if (problem.k / problem.groups > UINT16_MAX) return "more than 65535 output channels a group";
-  const AgbPlan agb = plan_agb(kernels, problem);
-  if (agb.images * agb.row_floats() * 4 > kMostRowBytes)
-    return "rows of the input, with their padding, are too long";
-  // Visit::start, of the last entry of a tile
-  if (((agb.images - 1) * problem.p() + 1) * agb.capacity > UINT32_MAX)
-    return "rows of the output are too long";
+  for (const bool sparse : {false, true}) {
+    const AgbPlan agb = plan_agb(kernels, problem, sparse);
+    if (agb.images * agb.row_floats() * 4 > kMostRowBytes)
+      return "rows of the input, with their padding, are too long";
+    // Visit::start, of the last entry of a tile
+    if (((agb.images - 1) * problem.p() + 1) * agb.capacity > UINT32_MAX)
+      return "rows of the output are too long";
+  }
   return nullptr;
 }
 
@@ -128,7 +170,7 @@ ConvPlan::ConvPlan(const ConvKernels& kernels, const PruneKernels& prune_kernels
       p(problem.p()),
       q(problem.q()),
       k_group(problem.k / problem.groups),
-      agb(plan_agb(kernels, problem)),
+      agb(plan_agb(kernels, problem, call.grad_input && sampled_density(call) < kSparse)),
       wgc(plan_wgc(kernels, problem)) {}
 
 int64_t ConvPlan::tile_rows() const {

@@ -40,7 +40,7 @@ def _operands(problem, density=0.3):
 
 
 @pytest.mark.isa
-@pytest.mark.parametrize("tau", [None, 0.75])
+@pytest.mark.parametrize("tau", [None, 0.75, 20.0])
 @pytest.mark.parametrize("text", GRID)
 def test_results_are_the_same_in_every_layout(text, tau):
     """To the bit: lists are the same, whatever they were built from."""

@@ -45,6 +45,7 @@ GRID = [
     "n4c16h28w28k16r3s3p1",
     "n1c512h3w3k16r3s3p1",
     "n1c16h3w3k512r3s3p1",  # long sums in AGB
+    "n2c64h6w5k200r3s3p1",  # panels of weights as long as the density tells
     "n2c16h16w16k512r1s1",
 ]
 FASTEST = backends_on("cpu")[-1]

@@ -57,12 +57,12 @@ def difference(first, second):
 
 
 def test_excluded_layers_stay_dense():
-    model = build(exclude=["0"])
+    model = build(exclude="0")
     assert [type(model[index]) for index in (0, 3)] == [nn.Conv2d, sparsebwd.SparseConv2d]
 
 
 def test_percentiles_by_layer():
-    model = build(layer_percentile=[["*", 95], ("3", None)])
+    model = build(layer_percentile="*=95, 3=none")
     assert [model[index].percentile for index in (0, 3)] == [95, None]
 
 
@@ -71,7 +71,7 @@ def test_layers_from_the_command_line(tmp_path):
     layers = saved_state(tmp_path / "a")["history"][0]["variants"]["sparse"]["layers"]
     assert list(layers) == ["3"]
     train(tmp_path / "a", "--exclude", "0", "--layer-percentile", "3=95", "--max-steps", "4", "--resume")
-    train(tmp_path / "b", "--exclude", "0", "3", "--max-steps", "3")  # nothing is left to monitor
+    train(tmp_path / "b", "--exclude", "0,3", "--max-steps", "3")  # nothing is left to monitor
     assert saved_state(tmp_path / "b")["history"][0]["variants"]["sparse"]["density"] is None
 
 
@@ -83,8 +83,13 @@ def test_layers_from_the_command_line(tmp_path):
             ["--layer-percentile", "9=95"],
             "layer_percentile: got '9', accepted are names of sparse layers of the model, or",
         ),
-        (["--layer-percentile", "3"], "--layer-percentile: got '3', accepted are a layer and its percentile"),
-        (["--layer-percentile", "3=20"], "percentile: got 20"),
+        (["--layer-percentile", "3"], "layer_percentile: got '3', accepted are a layer and its percentile"),
+        (
+            ["--layer-percentile", "3=20"],
+            "layer_percentile: got '3=20', accepted are a layer and its percentile, in [50, 100)",
+        ),
+        (["--layer-percentile", "3=x,0=95"], "layer_percentile: got '3=x'"),
+        (["--layer-percentile", "=95"], "layer_percentile: got '=95'"),
         (
             ["--exclude", "3", "--layer-percentile", "3=95"],
             "accepted are names of sparse layers of the model, or patterns",

@@ -26,6 +26,7 @@ FAILED_FILE = "not-finite.json"
 """There where the loss, or a weight, became infinite or no number: the run ends there each time."""
 
 OF_SPARSE = {field.name for field in fields(Pruning)} & {field.name for field in fields(TrainConfig)}
+OF_SPARSE |= {"exclude", "layer_percentile"}
 """Options that mean nothing to a dense run."""
 LENGTH = ("epochs", "max_steps", "decay_epochs")
 """Options in which dense runs at equal time differ from others."""

@@ -231,14 +231,8 @@ def _check_plain(where: str, got: Any) -> None:
     """A dictionary of what can be compared and shown."""
     _check_type(where, got, dict)
     for name, value in got.items():
-        if not _is_plain(value):
-            raise _Wrong(f"{where}.{name}: got {type(value).__name__}, accepted are strings, numbers, None, and tuples of them")
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, str | int | float)
+        if value is not None and not isinstance(value, str | int | float):
+            raise _Wrong(f"{where}.{name}: got {type(value).__name__}, accepted are strings, numbers and None")
 
 
 def _check_number(where: str, got: Any, finite: bool = True) -> None:

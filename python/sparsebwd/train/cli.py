@@ -222,17 +222,6 @@ def _parser() -> argparse.ArgumentParser:
         shown = text if default is None else f"{text} (default: {default})"
         group.add_argument(_flag(name), *aliases, type=kind, default=default, metavar=metavar, help=shown)
 
-    def several(name: str, metavar: str, text: str, kind=str) -> None:
-        group.add_argument(
-            _flag(name),
-            type=kind,
-            default=[],
-            nargs="+",
-            action="extend",
-            metavar=metavar,
-            help=f"{text} (default: none)",
-        )
-
     def switch(name: str, text: str, both: bool = False) -> None:
         action = argparse.BooleanOptionalAction if both else "store_true"
         group.add_argument(_flag(name), action=action, default=getattr(TrainConfig, name, False), help=text)
@@ -263,8 +252,8 @@ def _parser() -> argparse.ArgumentParser:
     value("sigma_estimator", "NAME", "corrected, or as_printed in the paper")
     value("threshold", "NAME", "exact, or predicted from the gradients of the last few steps")
     value("backend", "NAME", ", ".join(("auto", *registered_backends())))
-    several("exclude", "LAYER", "layers that stay dense, with all below them: names, or patterns such as *.shortcut*")
-    several("layer_percentile", "LAYER=P", "percentiles of single layers, by names or patterns", _layer_percentile)
+    value("exclude", "LAYER,...", "layers that stay dense, with all below them: names, or patterns such as *.shortcut*")
+    value("layer_percentile", "LAYER=P,...", "percentiles of single layers, by names or patterns")
     value("where", "NAME", "everywhere, as in the paper, or faster: only where sparse kernels can gain something")
 
     group = parser.add_argument_group("optimisation")
@@ -311,12 +300,3 @@ def _percentile(text: str) -> float | None:
         return float(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"got {text!r}, accepted are numbers in [50, 100) and none") from error
-
-
-def _layer_percentile(text: str) -> tuple[str, float | None]:
-    name, equals, percentile = text.rpartition("=")
-    if not equals or not name:
-        raise argparse.ArgumentTypeError(
-            f"got {text!r}, accepted are a layer and its percentile, such as features.3=95"
-        )
-    return name, _percentile(percentile)

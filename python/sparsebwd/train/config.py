@@ -54,8 +54,8 @@ class TrainConfig:
     percentile: in [50, 100), or None: nothing is pruned, only exact zeros are skipped.
     placement: "auto", "output" or "input"; backend, sigma_estimator, threshold, where: see `sparsebwd.convert`. Here all
         is pruned that the paper prunes, unless where is "faster".
-    exclude: names of layers, or patterns of them, that stay dense, see `sparsebwd.convert`.
-    layer_percentile: pairs of such a name and the percentile of those layers; of several that fit, the last counts.
+    exclude: layers that stay dense, with all below them: names, or patterns of them, between commas.
+    layer_percentile: percentiles of single layers, such as "stem.0=none,stages.3.*=95"; of several that fit, the last counts.
     dense: train the dense model only, by PyTorch's own convolutions; all about sparsity counts for nothing.
     compare: train the dense twin too, from the same weights, on the same batches, in turns.
     batch_size: images per step, over all processes.
@@ -92,8 +92,8 @@ class TrainConfig:
     threshold: str = "exact"
     backend: str = "auto"
     where: str = "everywhere"
-    exclude: tuple[str, ...] = ()
-    layer_percentile: tuple[tuple[str, float | None], ...] = ()
+    exclude: str | None = None
+    layer_percentile: str | None = None
     dense: bool = False
     compare: bool = False
     epochs: int = 300
@@ -142,9 +142,7 @@ class TrainConfig:
         Pruning(self.percentile, placement, self.sigma_estimator, self.threshold, self.backend, self.where)
         if self.backend != "auto" and (reason := get_backend(self.backend).available()):
             raise RuntimeError(f"backend: {self.backend!r} cannot run: {reason}")
-        object.__setattr__(self, "exclude", tuple(self.exclude))
-        pairs = tuple((name, check_percentile(percentile)) for name, percentile in self.layer_percentile)
-        object.__setattr__(self, "layer_percentile", pairs)
+        self.layer_percentiles()
         for name in ("epochs", "batch_size", "accumulate", "decay_epochs", "image_size", "measure_every"):
             _between(name, getattr(self, name), 1, _MOST)
         if self.form == "imagenet" and self.image_size < SMALLEST_IMAGENET:
@@ -195,6 +193,26 @@ class TrainConfig:
         if self.form != "auto":
             return self.form
         return "imagenet" if self.image_size > LARGEST_CIFAR else "cifar"
+
+    def excluded_layers(self) -> list[str]:
+        """Names, or patterns of them."""
+        return [name.strip() for name in self.exclude.split(",")] if self.exclude else []
+
+    def layer_percentiles(self) -> list[tuple[str, float | None]]:
+        """Names, or patterns of them, with the percentile of those layers."""
+        pairs = []
+        for item in self.layer_percentile.split(",") if self.layer_percentile else ():
+            name, equals, percentile = item.strip().rpartition("=")
+            try:
+                pairs.append((name, None if percentile == "none" else check_percentile(float(percentile))))
+            except ValueError:
+                equals = ""
+            if not equals or not name:
+                raise ValueError(
+                    f"layer_percentile: got {item!r}, accepted are a layer and its percentile, in [50, 100) or none, such "
+                    "as features.3=95, with commas between several"
+                )
+        return pairs
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Length of the run."""

@@ -244,7 +244,9 @@ class Trainer:
             yield
         except TorchDynamoException as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            raise TrainingError(f"compile: torch.compile failed: {' '.join(lines[:2])}; train without --compile") from None
+            raise TrainingError(
+                f"compile: torch.compile failed: {' '.join(lines[:2])}; train without --compile"
+            ) from None
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs [N, 3, H, W] and labels [N] of step `step`, counted from 0 over the whole run."""

@@ -91,7 +91,7 @@ def _convert(model: nn.Module, config: TrainConfig, warn: Callable[[str], None])
             sigma_estimator=config.sigma_estimator,
             threshold=config.threshold,
             where=config.where,
-            exclude=config.exclude,
+            exclude=config.excluded_layers(),
         )
     _set_layer_percentiles(model, config)
     for warning in caught:
@@ -100,7 +100,7 @@ def _convert(model: nn.Module, config: TrainConfig, warn: Callable[[str], None])
 
 def _set_layer_percentiles(model: nn.Module, config: TrainConfig) -> None:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseConv2d)}
-    for pattern, percentile in config.layer_percentile:
+    for pattern, percentile in config.layer_percentiles():
         chosen = [module for name, module in layers.items() if fnmatch.fnmatchcase(name, pattern)]
         if not chosen:
             known = ", ".join(layers) or "none"

@@ -21,7 +21,7 @@ from .functional import DTYPES
 from .nn import SparseConv2d, a_parameter
 from .placement import Placement, decide_placements
 from .problem import ConvProblem
-from .settings import DEFAULT, PLACEMENTS, Pruning
+from .settings import DEFAULT, PLACEMENTS, Granularity, Pruning
 
 log = logging.getLogger("sparsebwd")
 
@@ -30,8 +30,8 @@ log = logging.getLogger("sparsebwd")
 class LayerReport:
     """What one convolution of a model is, and why.
 
-    ``converted``: it is a :class:`sparsebwd.SparseConv2d`; then ``percentile``, ``density``, ``variance``, ``placement``,
-    ``backend`` and ``where`` are its settings, and ``reason`` says what follows it in the model. Otherwise these are None, and ``reason`` says why
+    ``converted``: it is a :class:`sparsebwd.SparseConv2d`; then ``percentile``, ``density``, ``variance``, ``granularity``,
+    ``placement``, ``backend`` and ``where`` are its settings, and ``reason`` says what follows it in the model. Otherwise these are None, and ``reason`` says why
     :func:`convert` leaves it alone.
     """
 
@@ -44,6 +44,7 @@ class LayerReport:
     where: str | None = None
     density: float | None = None
     variance: float | None = None
+    granularity: Granularity | None = None
 
     def __str__(self) -> str:
         name = self.name or "the model"
@@ -51,6 +52,8 @@ class LayerReport:
             return f"{name}: not converted: {self.reason}"
         asked = {"density": self.density, "variance": self.variance}
         asked = {knob: value for knob, value in asked.items() if value is not None} or {"percentile": self.percentile}
+        if self.granularity != "element":
+            asked["granularity"] = self.granularity
         asked = ", ".join(f"{knob}={value}" for knob, value in asked.items())
         return f"{name}: placement={self.placement!r}, {asked} ({self.reason})"
 
@@ -169,6 +172,7 @@ def convert(
     *,
     density: float | None = None,
     variance: float | None = None,
+    granularity: Granularity = "element",
     exclude: str | Iterable[str] = (),
 ) -> nn.Module:
     """Make every eligible ``nn.Conv2d`` of ``model`` a :class:`sparsebwd.SparseConv2d`, in place.
@@ -192,7 +196,7 @@ def convert(
             output's gradient is sparse by itself, and the choice is "input"; otherwise "output". In parts that do not
             trace, the order in which modules are registered stands in. Parts that would draw random numbers while
             they are traced do not trace.
-        backend, sigma_estimator, threshold: as in :class:`sparsebwd.SparseConv2d`.
+        backend, sigma_estimator, threshold, granularity: as in :class:`sparsebwd.SparseConv2d`.
         where: "faster": what no kernel here can make faster stays an nn.Conv2d, judged by its weight and device, which are
             those it will have if you move the model to its device first; and layers decide again by what they are given, see
             :class:`sparsebwd.SparseConv2d`. "everywhere": all that is eligible is converted and pruned, as in the paper.
@@ -217,6 +221,7 @@ def convert(
         where=where,
         density=density,
         variance=variance,
+        granularity=granularity,
     )
     excluded = _excluded(model, exclude)
     placements = decide_placements(model) if placement == "auto" else None
@@ -331,10 +336,11 @@ def _report(model: nn.Module, placements: dict[str, Placement] | None) -> Conver
     for name, module in model.named_modules():
         if isinstance(module, SparseConv2d):
             settings = module.percentile, module.placement, module.backend
+            amount = module.where, module.density, module.variance, module.granularity
             reason = "as asked for" if placements is None else placements[name].reason
             if dense := _why_not_faster(module, module.pruning):
                 reason += f"; but as an nn.Conv2d, except under autocast to bfloat16: {dense}"
-            layers.append(LayerReport(name, True, *settings, reason, module.where, module.density, module.variance))
+            layers.append(LayerReport(name, True, *settings, reason, *amount))
         elif isinstance(module, _ConvNd):
             reason = _why_not(module)
             if reason is None and (dense := _why_not_faster(module, _FASTER)):

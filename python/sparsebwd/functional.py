@@ -16,7 +16,7 @@ from .backends.dense import conv2d
 from .problem import ConvProblem
 from .reference import SIGMA_HISTORY, PrunedGradient
 from .registration import plain, transformed
-from .settings import DEFAULT, THRESHOLDS, Pruning, check_percentile
+from .settings import DEFAULT, THRESHOLDS, Granularity, Pruning, check_percentile
 
 __all__ = ["PrunedGradient", "prune_gradient", "sparse_conv2d"]
 
@@ -76,6 +76,7 @@ def _settings(
     where: str,
     density: float | None,
     variance: float | None,
+    granularity: Granularity,
 ) -> Pruning:
     """A function for torch.compile, to which settings are constants. predicted: there is a history to predict from."""
     check_choice("threshold", threshold, THRESHOLDS)
@@ -84,7 +85,7 @@ def _settings(
     if threshold == "predicted" and not predicted:
         raise ValueError("threshold: got 'predicted'; accepted: with a sigma_history to predict it from")
     threshold = "predicted" if predicted else threshold
-    return Pruning(percentile, placement, sigma_estimator, threshold, backend, where, density, variance)
+    return Pruning(percentile, placement, sigma_estimator, threshold, backend, where, density, variance, granularity)
 
 
 def _autocasts(device_type: str) -> bool:
@@ -124,6 +125,7 @@ def prune_gradient(
     *,
     density: float | None = None,
     variance: float | None = None,
+    granularity: Granularity = "element",
     sigma_estimator: str = "corrected",
     threshold: str = "exact",
     backend: str = "auto",
@@ -143,6 +145,9 @@ def prune_gradient(
         percentile: in [50, 100); 50 prunes nothing. It is not the sparsity. One of the three is given, or percentile is 90.
         density: in (0, 1]; the fraction of elements kept, on average over the draws. 1 prunes nothing.
         variance: 0 or more; 0 prunes nothing.
+        granularity: "element"; or "row", ("row", width), "sample" or "channel": groups of elements are kept with probability
+            min(1, norm / tau), and divided by it; tau, sigma and what is asked for are those of the norms. See
+            :class:`sparsebwd.Pruning`.
         threshold: "exact": that of all of ``grad``; "sampled": that of a fixed sample of at most 16381 elements.
         generator: draws the key of the random numbers, by default PyTorch's own generator.
         sigma_estimator: "corrected", or "as_printed" for the biased estimate that the paper prints.
@@ -166,7 +171,7 @@ def prune_gradient(
         check_percentile(percentile, or_none=False)
     predicted = sigma_history is not None
     pruning = _settings(
-        percentile, "output", sigma_estimator, backend, threshold, predicted, "everywhere", density, variance
+        percentile, "output", sigma_estimator, backend, threshold, predicted, "everywhere", density, variance, granularity
     )
     check_sigma_history(sigma_history, grad)
     _check_generator(generator, grad)
@@ -192,6 +197,7 @@ def sparse_conv2d(
     percentile: float | None = DEFAULT,
     density: float | None = None,
     variance: float | None = None,
+    granularity: Granularity = "element",
     placement: str = "output",
     sigma_estimator: str = "corrected",
     threshold: str = "exact",
@@ -215,7 +221,7 @@ def sparse_conv2d(
         weight: (K, C / groups, R, S), dtype and device of the input.
         bias: (K,) or None.
         stride, padding, dilation, groups: as in :func:`torch.nn.functional.conv2d`.
-        percentile, density, variance: as in :func:`prune_gradient`; percentile=None: nothing is pruned.
+        percentile, density, variance, granularity: as in :func:`prune_gradient`; percentile=None: nothing is pruned.
         placement: "output" or "input".
         sigma_estimator, threshold, backend: as in :func:`prune_gradient`.
         generator: draws the key of the random numbers, by default PyTorch's own generator. Not
@@ -248,6 +254,7 @@ def sparse_conv2d(
             where,
             density,
             variance,
+            granularity,
         ),
         generator,
         as_int(layer_id, "layer_id"),

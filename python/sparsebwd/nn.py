@@ -17,7 +17,7 @@ from .arguments import as_int, as_pair, check_choice, check_flag, shown
 from .backends.dense import conv2d
 from .functional import convolve, sparse_conv2d
 from .reference import SIGMA_HISTORY
-from .settings import DEFAULT, KNOBS, Pruning
+from .settings import DEFAULT, KNOBS, Granularity, Pruning
 
 __all__ = ["SparseConv2d"]
 
@@ -65,6 +65,7 @@ class SparseConv2d(nn.Conv2d):
         percentile: in [50, 100), or None: nothing is pruned, zeros are skipped all the same.
         density, variance: instead of a percentile, the fraction of elements that are kept, or the variance that pruning may
             add; see :class:`sparsebwd.Pruning`.
+        granularity: "element", "row" or ("row", width), "sample" or "channel": what is kept or dropped as a whole.
         placement: "output" (Conv-BN-ReLU) or "input" (Conv-ReLU): which gradient is pruned.
         backend: "auto" or the name of one.
         sigma_estimator: "corrected", or "as_printed" for the biased estimate that the paper prints.
@@ -92,11 +93,12 @@ class SparseConv2d(nn.Conv2d):
     """
 
     __jit_unused_properties__ = ["percentile", "placement", "backend", "sigma_estimator", "threshold", "where", "pruning"]
-    __jit_unused_properties__ += ["density", "variance"]
+    __jit_unused_properties__ += ["density", "variance", "granularity"]
 
     percentile: float | None = _setting("percentile", "In [50, 100), or None.")
     density: float | None = _setting("density", "In (0, 1], or None.")
     variance: float | None = _setting("variance", "0 or more, or None.")
+    granularity: Granularity = _setting("granularity", '"element", ("row", width), "sample" or "channel".')
     placement: str = _setting("placement", '"output" or "input".')
     backend: str = _setting("backend", '"auto" or the name of one.')
     sigma_estimator: str = _setting("sigma_estimator", '"corrected" or "as_printed".')
@@ -124,8 +126,9 @@ class SparseConv2d(nn.Conv2d):
         where: str = "everywhere",
         density: float | None = None,
         variance: float | None = None,
+        granularity: Granularity = "element",
     ) -> None:
-        pruning = Pruning(percentile, placement, sigma_estimator, threshold, backend, where, density, variance)
+        pruning = Pruning(percentile, placement, sigma_estimator, threshold, backend, where, density, variance, granularity)
         super().__init__(
             as_int(in_channels, "in_channels", least=0),
             as_int(out_channels, "out_channels", least=0),
@@ -165,6 +168,7 @@ class SparseConv2d(nn.Conv2d):
         where: str = "everywhere",
         density: float | None = None,
         variance: float | None = None,
+        granularity: Granularity = "element",
     ) -> SparseConv2d:
         """A layer that shares the parameters of ``conv`` (the same Parameter objects), with its
         settings, hooks and training flag.
@@ -174,7 +178,7 @@ class SparseConv2d(nn.Conv2d):
         if type(conv) not in (nn.Conv2d, cls):
             raise TypeError(f"conv: got {type(conv).__name__}; accepted: torch.nn.Conv2d")
         layer = _share(conv, cls)
-        layer._configure(Pruning(percentile, placement, sigma_estimator, threshold, backend, where, density, variance))
+        layer._configure(Pruning(percentile, placement, sigma_estimator, threshold, backend, where, density, variance, granularity))
         return layer
 
     def to_conv2d(self) -> nn.Conv2d:
@@ -297,7 +301,7 @@ class SparseConv2d(nn.Conv2d):
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
         geometry = (self.stride, padding, self.dilation, self.groups)
         settings = {name: getattr(self, name) for name in ("placement", "sigma_estimator", "backend", "where", *KNOBS)}
-        settings["threshold"] = self.threshold
+        settings |= {"threshold": self.threshold, "granularity": self.granularity}
         settings |= {"layer_id": self.layer_id, "sigma_history": self._buffers.get("sigma_history")}
         args = (input, self.weight, self.bias, *geometry)
         return tracer.create_proxy("call_function", sparse_conv2d, args, settings)
@@ -361,6 +365,8 @@ class SparseConv2d(nn.Conv2d):
             text += f", sigma_estimator={self.sigma_estimator}"
         if self.threshold != "exact":
             text += f", threshold={self.threshold}"
+        if self.granularity != "element":
+            text += f", granularity={self.granularity}"
         if self.where != "everywhere":
             text += f", where={self.where}"
         return text

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import conv_backward_flop, conv_flop
 
+from . import granularity
 from .backends import LayerStats, choose_backend, observers, why_not_faster
 from .backends.base import logger
 from .backends.dense import gradients, widens
@@ -107,7 +108,10 @@ def _prune(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     settings = Pruning.parse(pruning)
     chosen = choose_backend(settings.backend, None, grad.device.type, grad.dtype)
-    values, tau, sigma, density = chosen.prune(_dense(grad), key, settings, _unversioned(sigma_history))
+    if settings.granularity == "element":
+        values, tau, sigma, density = chosen.prune(_dense(grad), key, settings, _unversioned(sigma_history))
+    else:
+        values, tau, sigma, density = granularity.prune(_dense(grad), key, settings)
     return values.contiguous(memory_format=memory_format(grad)), tau, sigma, density
 
 
@@ -245,17 +249,12 @@ def _conv2d_backward(
         if not may_be_faster(settings, problem, grad_output):
             settings = settings.unpruned
         start = time.perf_counter()
-        result = chosen.conv2d_backward(
-            problem,
-            grad_output,
-            _dense(input),
-            _dense(weight),
-            key,
-            settings,
-            output_mask[:2],
-            sigma_history=_unversioned(sigma_history),
-            layer_id=layer_id,
-        )
+        operands = (problem, grad_output, _dense(input), _dense(weight), key, settings, output_mask[:2])
+        if settings.granularity == "element" or not settings.prunes:
+            history = _unversioned(sigma_history)
+            result = chosen.conv2d_backward(*operands, sigma_history=history, layer_id=layer_id)
+        else:
+            result = granularity.conv2d_backward(chosen, *operands, layer_id)
         seconds = time.perf_counter() - start
         if output_mask[0]:
             grad_input = result.grad_input.contiguous(memory_format=memory_format(input))

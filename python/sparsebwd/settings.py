@@ -15,7 +15,7 @@ from functools import cached_property, lru_cache
 from numbers import Real
 from typing import Any
 
-from .arguments import check_choice, shown
+from .arguments import as_int, check_choice, shown
 from .reference import SIGMA_COEFFICIENT, normal_density, quantile
 
 __all__ = ["DEFAULT", "PLACEMENTS", "THRESHOLDS", "WHERE", "Pruning", "check_backend", "check_percentile"]
@@ -23,6 +23,9 @@ __all__ = ["DEFAULT", "PLACEMENTS", "THRESHOLDS", "WHERE", "Pruning", "check_bac
 PLACEMENTS = ("output", "input")
 THRESHOLDS = ("exact", "predicted", "sampled")
 WHERE = ("everywhere", "faster")
+GRANULARITIES = ("element", "sample", "channel")
+ROW = 64
+"""Channels of a row where no other number is given."""
 KNOBS = ("percentile", "density", "variance")
 """The ways to say how much is pruned, of which one is used at a time."""
 
@@ -71,6 +74,22 @@ def _check_real(name: str, value: float | None, accepted: str, accepts: Callable
     return float(value)
 
 
+Granularity = str | tuple[str, int]
+
+
+def check_granularity(granularity: Granularity) -> Granularity:
+    """Return ``granularity`` as "element", "sample", "channel" or a pair ("row", width). Raises TypeError or ValueError."""
+    if granularity == "row":
+        return ("row", ROW)
+    if isinstance(granularity, tuple) and len(granularity) == 2 and granularity[0] == "row":
+        width = as_int(granularity[1], "granularity", least=1)
+        return "element" if width == 1 else ("row", width)
+    if isinstance(granularity, str) and granularity in GRANULARITIES:
+        return granularity
+    error = ValueError if isinstance(granularity, str | tuple) else TypeError
+    raise error(f"granularity: got {shown(granularity)}; accepted: 'row', ('row', width), {', '.join(map(repr, GRANULARITIES))}")
+
+
 def check_backend(backend: str) -> str:
     """Return ``backend``. Raises TypeError if it is not a string, ValueError if no backend has this
     name, RuntimeError if it is one that is only planned."""
@@ -94,6 +113,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "where": _one_of("where", *WHERE),
     "density": check_density,
     "variance": check_variance,
+    "granularity": check_granularity,
 }
 
 
@@ -114,6 +134,8 @@ class Pruning:
     threshold: "exact", that of the very gradient which is pruned; "sampled", that of a fixed sample of its elements; or, with
         a percentile, "predicted" from the last few of the same layer.
     backend: "auto" or the name of one.
+    granularity: what is kept or dropped as a whole: "element", as in the paper; "row", the 64 neighbouring channels of a pixel,
+        or ("row", width); "sample", all of an image; "channel", all of a channel. ("row", 1) is "element".
     where: "everywhere", as in the paper, or "faster": what "auto" would compute densely comes out as of an nn.Conv2d, with
         nothing pruned. A backend that is named runs everywhere.
 
@@ -131,6 +153,7 @@ class Pruning:
     where: str = "everywhere"
     density: float | None = None
     variance: float | None = None
+    granularity: Granularity = "element"
     # Derived, and ready for every call of a layer.
     text: str = field(init=False, repr=False, compare=False)
     active: bool = field(init=False, repr=False, compare=False)
@@ -146,6 +169,10 @@ class Pruning:
         if self.threshold == "predicted" and asked not in ([], ["percentile"]):
             raise ValueError(
                 f"threshold: got 'predicted' with {asked[0]}; accepted: with a percentile; 'sampled' reads as little of a gradient"
+            )
+        if self.threshold == "predicted" and self.granularity != "element":
+            raise ValueError(
+                f"threshold: got 'predicted' with granularity {self.granularity!r}; accepted: with granularity 'element'"
             )
         object.__setattr__(self, "text", self._as_text())
         # At these the threshold is 0.
@@ -216,6 +243,8 @@ class Pruning:
     def _as_text(self) -> str:
         given = {setting.name: getattr(self, setting.name) for setting in fields(self) if setting.init}
         defaults = {setting.name: setting.default for setting in fields(self)}
+        if isinstance(self.granularity, tuple):
+            given["granularity"] = f"row:{self.granularity[1]}"
         return ",".join(f"{name}={value}" for name, value in given.items() if value != defaults[name])
 
     @staticmethod
@@ -228,6 +257,9 @@ class Pruning:
             if name not in _CHECKS or not equals or name in settings:
                 raise ValueError(f"pruning: got {shown(text)}; accepted: settings such as 'percentile=95.0,placement=input'")
             settings[name] = value
+        kind, colon, width = str(settings.get("granularity", "")).partition(":")
+        if kind == "row" and colon and width.isdecimal():
+            settings["granularity"] = ("row", int(width))
         for name in KNOBS:
             value = settings.get(name)
             if value is not None:

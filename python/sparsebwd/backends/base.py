@@ -246,6 +246,8 @@ def why_not_faster(
     the backend that "auto" chooses, or another one is named. Raises as :func:`choose_backend` does."""
     if pruning.where != "faster" or pruning.backend != "auto":
         return None
+    if pruning.granularity in ("sample", "channel") and pruning.active:
+        return None  # smaller dense convolutions
     chosen = choose_backend(pruning.backend, problem, device_type, dtype)
     return chosen.why_not_faster(problem, dtype, channels_last, pruning)
 

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pruning of groups of elements instead of single ones: rows of channels, images, channels.
+
+A group B is kept with probability min(1, ||g_B|| / tau) and divided by it, else it is 0. So its expectation is g_B, and its
+variance ||g_B|| (tau - ||g_B||): Algorithm 1 of Ye et al. 2019, and all that follows from it for thresholds, with the norms of
+groups in the place of the magnitudes of elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import reference
+from .backends.base import Backend, BackwardResult, empty
+from .problem import ConvProblem
+from .reference import PrunedGradient
+from .settings import Pruning
+
+
+class _Factors(NamedTuple):
+    """values: what each group is multiplied by, 0 for what is not kept; float32 (float64 for that) in the shape of the
+    norms, see :func:`norms`. tau, sigma: as in :class:`PrunedGradient`, of the norms."""
+
+    values: Tensor
+    tau: Tensor
+    sigma: Tensor
+
+
+def norms(grad: Tensor, pruning: Pruning) -> Tensor:
+    """The norms of the groups of a gradient (N, C, H, W), float32, summed in float64: (N, ceil(C / width), H, W) of rows,
+    (N, 1, 1, 1) of samples, (1, C, 1, 1) of channels. Of the last row of a pixel there may be less than its width."""
+    if pruning.granularity == "sample":
+        return _norm(grad, (1, 2, 3), True)
+    if pruning.granularity == "channel":
+        return _norm(grad, (0, 2, 3), True)
+    return _norm(_as_rows(grad, pruning.granularity[1]), 2, False)
+
+
+def _norm(grad: Tensor, dim: int | tuple[int, ...], keepdim: bool) -> Tensor:
+    return torch.linalg.vector_norm(grad, dim=dim, keepdim=keepdim, dtype=torch.float64).float()
+
+
+def _as_rows(grad: Tensor, width: int) -> Tensor:
+    """(N, C, H, W) as (N, rows, width, H, W), with zeros for channels that there are not."""
+    missing = -grad.shape[1] % width
+    padded = F.pad(grad, (0, 0, 0, 0, 0, missing)) if missing else grad
+    return padded.unflatten(1, (padded.shape[1] // width, width))
+
+
+def _factors(grad: Tensor, key: Tensor, pruning: Pruning) -> _Factors:
+    found = norms(grad, pruning)
+    sigma, tau = reference.find_threshold(found, pruning)
+    kept = found > tau * reference.uniform(tuple(found.shape), key)
+    factor = torch.where(kept, tau / found, 0.0)
+    return _Factors(torch.where(found < tau, factor, 1.0).to(_computed_in(grad)), tau, sigma)
+
+
+def _computed_in(grad: Tensor) -> torch.dtype:
+    return torch.float64 if grad.dtype == torch.float64 else torch.float32
+
+
+def _scaled(grad: Tensor, factors: Tensor) -> Tensor:
+    """``grad`` times factors that broadcast, rounded to its dtype; what is not kept is 0 even where it is not finite."""
+    return torch.where(factors == 0, 0.0, grad * factors).to(grad.dtype)
+
+
+def prune(grad: Tensor, key: Tensor, pruning: Pruning) -> PrunedGradient:
+    """Prune the groups of a gradient (N, C, H, W) of any floating dtype. tau and sigma are those of the norms, the density
+    is that of the elements. The random number of a group is that of an element at its place among the norms."""
+    factors, tau, sigma = _factors(grad, key, pruning)
+    if isinstance(pruning.granularity, tuple):
+        width = pruning.granularity[1]
+        factors = factors.repeat_interleave(width, 1)[:, : grad.shape[1]]
+    values = _scaled(grad, factors).contiguous(memory_format=reference.memory_format(grad))
+    return PrunedGradient(values, tau, sigma, reference.density(values))
+
+
+def conv2d_backward(
+    backend: Backend,
+    problem: ConvProblem,
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    key: Tensor,
+    pruning: Pruning,
+    output_mask: Sequence[bool],
+    layer_id: int = 0,
+) -> BackwardResult:
+    """As :meth:`Backend.conv2d_backward`. Of samples, and of channels where there are no groups, the survivors are
+    gathered and ``backend`` convolves these; the host waits for their number. Else it skips the zeros."""
+    run = (backend, problem, grad_output, input, weight, key, pruning.unpruned, output_mask, layer_id)
+    if pruning.placement == "input":
+        result = _unpruned(*run)
+        if result.grad_input is None:
+            return result
+        values, tau, sigma, _ = prune(result.grad_input, key, pruning)
+        return result._replace(grad_input=values, tau=tau, sigma=sigma)
+    if isinstance(pruning.granularity, tuple) or (pruning.granularity == "channel" and problem.groups > 1):
+        values, tau, sigma, density = prune(grad_output, key, pruning)
+        run = (backend, problem, values, *run[3:])
+        return _unpruned(*run)._replace(tau=tau, sigma=sigma, density=density)
+
+    factors, tau, sigma = _factors(grad_output, key, pruning)
+    dim = 0 if pruning.granularity == "sample" else 1
+    kept = factors.flatten().nonzero().flatten()
+    gathered = _scaled(grad_output.index_select(dim, kept), factors.index_select(dim, kept))
+    # Which side of the convolution is smaller: images of input and its gradient, or filters and theirs.
+    if dim == 0:
+        smaller = replace(problem, n=len(kept))
+        small_input, small_weight = input.index_select(0, kept), weight
+    else:
+        smaller = replace(problem, k=len(kept)) if len(kept) else None
+        small_input, small_weight = input, weight.index_select(0, kept)
+    if len(kept) == 0 or smaller is None:
+        grads, name = (_zeros(input), _zeros(weight)), backend.name
+    else:
+        formats = [reference.memory_format(tensor) for tensor in (grad_output, input, weight)]
+        small = [
+            tensor.contiguous(memory_format=layout)
+            for tensor, layout in zip((gathered, small_input, small_weight), formats)
+        ]
+        result = _unpruned(backend, smaller, *small, key, pruning.unpruned, output_mask, layer_id)
+        grads, name = [result.grad_input, result.grad_weight], result.implementation
+        if grads[dim] is not None:
+            grads[dim] = _zeros((input, weight)[dim]).index_copy_(0, kept, grads[dim])
+    density = torch.count_nonzero(gathered).double() / max(grad_output.numel(), 1)
+    wanted = (grad if want else None for grad, want in zip(grads, output_mask))
+    return BackwardResult(*wanted, tau, sigma, density.float(), f"gather+{name}")
+
+
+def _zeros(like: Tensor) -> Tensor:
+    return empty(like.shape, like, reference.memory_format(like)).zero_()
+
+
+def _unpruned(
+    backend: Backend,
+    problem: ConvProblem,
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    key: Tensor,
+    pruning: Pruning,
+    output_mask: Sequence[bool],
+    layer_id: int,
+) -> BackwardResult:
+    return backend.conv2d_backward(
+        problem, grad_output, input, weight, key, pruning, output_mask, sigma_history=None, layer_id=layer_id
+    )

@@ -7,12 +7,12 @@ namespace sparsebwd {
 namespace {
 
 // Panels of operands that the inner loops read at random: they should stay in L1, of which recent
-// cores have 48 KB.
-constexpr int64_t kPanelBytes = 40 * 1024;
-// Panels of weights share L1 with the partial sums; unless pixels have so few entries that long lists are
-// worth more than that.
-constexpr int64_t kWeightPanelBytes = 37 * 1024, kSparseWeightPanelBytes = 62 * 1024;
-constexpr double kSparse = 0.125;  // a density
+// cores have 48 KB; those of weights together with the partial sums.
+constexpr int64_t kPanelBytes = 40 * 1024, kWeightPanelBytes = 37 * 1024;
+// Unless lists are so short that longer ones are worth more than that: densities, and what is taken below.
+constexpr double kSparse = 0.125, kVerySparse = 0.03;
+constexpr int64_t kSparsePanelBytes = 62 * 1024;
+constexpr int64_t kUsualKBlock = 128;
 constexpr int64_t kSampled = 256;  // elements from which it is told
 // Partial sums of AGB for a band of rows: L2.
 constexpr int64_t kBandBytes = 320 * 1024;
@@ -50,13 +50,16 @@ double sampled_density(const ConvBackward& call) {
   return sum / kSampled;
 }
 
-AgbPlan plan_agb(const ConvKernels& kernels, const ConvProblem& problem, bool sparse) {
+AgbPlan plan_agb(const ConvKernels& kernels, const ConvProblem& problem, double density) {
   AgbPlan plan;
-  const int64_t panel_bytes = sparse ? kSparseWeightPanelBytes : kWeightPanelBytes;
+  const int64_t panel_bytes = density < kVerySparse ? kMaxPanelBytes
+                              : density < kSparse   ? kSparsePanelBytes
+                                                    : kWeightPanelBytes;
+  const int64_t most = density < kVerySparse ? kMaxKBlock : kUsualKBlock;
   const int64_t k_channels = problem.k / problem.groups;
   const auto fitting = [&](const AgbKernel& kernel) {
     const int64_t k = panel_bytes / (kernel.columns * kernel.group * 4) / kernels.lanes * kernels.lanes;
-    return std::max<int64_t>(std::min(kMaxKBlock, k), kernels.lanes);
+    return std::max<int64_t>(std::min(most, k), kernels.lanes);
   };
   const auto visits = [&](const AgbKernel& kernel) {  // of a pixel, for each row of the filter
     return ceil_div(plan.channels, kernel.group) * ceil_div(k_channels, fitting(kernel));
@@ -95,8 +98,9 @@ AgbPlan plan_agb(const ConvKernels& kernels, const ConvProblem& problem, bool sp
   return plan;
 }
 
-WgcPlan plan_wgc(const ConvKernels& kernels, const ConvProblem& problem) {
+WgcPlan plan_wgc(const ConvKernels& kernels, const ConvProblem& problem, double density) {
   WgcPlan plan;
+  const int64_t panel_bytes = density < kSparse ? kSparsePanelBytes : kPanelBytes;
   plan.channels = problem.c / problem.groups;
   const int64_t p = problem.p(), q = problem.q();
   const int64_t columns = (q - 1) * problem.stride_w + problem.s;
@@ -111,9 +115,9 @@ WgcPlan plan_wgc(const ConvKernels& kernels, const ConvProblem& problem) {
         continue;
       const int64_t row_bytes = columns * plan.pitch * 4;
       if (problem.r * row_bytes >= kMaxPanelBytes) continue;
-      const int64_t rows = kPanelBytes / row_bytes;
+      const int64_t rows = panel_bytes / row_bytes;
       rows_fit = rows < problem.r ? 1 : (rows - problem.r) / problem.stride_h + 1;
-      images_fit = kPanelBytes / (((p - 1) * problem.stride_h + problem.r) * row_bytes);
+      images_fit = panel_bytes / (((p - 1) * problem.stride_h + problem.r) * row_bytes);
       plan.kernel = &kernel;
       break;
     }
@@ -121,7 +125,7 @@ WgcPlan plan_wgc(const ConvKernels& kernels, const ConvProblem& problem) {
     if (kernel.group > 4 * kernels.lanes &&
         round_up(plan.channels, kernel.group) > round_up(plan.channels, 4 * kernels.lanes))
       continue;
-    const int64_t pixels = kPanelBytes / (plan.pitch * 4);
+    const int64_t pixels = panel_bytes / (plan.pitch * 4);
     columns_fit = std::min(q, pixels);
     rows_fit = std::max<int64_t>(1, pixels / q);
     images_fit = pixels / (p * q);
@@ -150,8 +154,8 @@ WgcPlan plan_wgc(const ConvKernels& kernels, const ConvProblem& problem) {
 const char* conv_refusal(const ConvKernels& kernels, const ConvProblem& problem) {
   // ChannelLists::order
   if (problem.k / problem.groups > UINT16_MAX) return "more than 65535 output channels a group";
-  for (const bool sparse : {false, true}) {
-    const AgbPlan agb = plan_agb(kernels, problem, sparse);
+  for (const double density : {1.0, kSparse / 2, 0.0}) {
+    const AgbPlan agb = plan_agb(kernels, problem, density);
     if (agb.images * agb.row_floats() * 4 > kMostRowBytes)
       return "rows of the input, with their padding, are too long";
     // Visit::start, of the last entry of a tile
@@ -170,8 +174,9 @@ ConvPlan::ConvPlan(const ConvKernels& kernels, const PruneKernels& prune_kernels
       p(problem.p()),
       q(problem.q()),
       k_group(problem.k / problem.groups),
-      agb(plan_agb(kernels, problem, call.grad_input && sampled_density(call) < kSparse)),
-      wgc(plan_wgc(kernels, problem)) {}
+      density(sampled_density(call)),
+      agb(plan_agb(kernels, problem, density)),
+      wgc(plan_wgc(kernels, problem, density)) {}
 
 int64_t ConvPlan::tile_rows() const {
   return std::max<int64_t>(1, (call.grad_output_planes ? kPlaneTilePixels : kTilePixels) / q);

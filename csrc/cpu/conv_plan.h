@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the work on a problem is cut into panels, bands and chunks: a function of the problem and of
-// the instruction set.
+// How the work on a problem is cut into panels, bands and chunks: a function of the problem, of the
+// instruction set, and of how sparse a sample of the gradient is.
 #pragma once
 
 #include <stdint.h>
@@ -12,7 +12,7 @@
 namespace sparsebwd {
 
 // Most output channels of a panel of weights.
-constexpr int64_t kMaxKBlock = 128;
+constexpr int64_t kMaxKBlock = 256;
 
 // Pixels whose lists are sorted by length together; also the most images of a tile.
 constexpr int64_t kSortedPixels = 64;
@@ -77,6 +77,7 @@ struct ConvPlan {
   const ConvProblem& problem;
   const int64_t p, q;
   const int64_t k_group;  // output channels of a convolution group
+  const double density;   // of a sample of the gradient
   const AgbPlan agb;
   const WgcPlan wgc;
 

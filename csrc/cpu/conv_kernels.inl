@@ -76,9 +76,9 @@ int64_t list_by_pixel(const float* g, int64_t pixel_stride, int64_t pixels, int6
                       uint32_t step, List list, uint16_t* counts, Fullness& recent) {
   int64_t total = 0, found = 0;
   for (int64_t q = 0; q < pixels; ++q, g += pixel_stride, total += found) {
-    // Neighbours are alike. Limits: what was fastest with AVX2.
+    // Neighbours are alike. Limits: what was fastest with AVX2, from memory too, which hides much.
     const auto list_one = recent.below(2)    ? list_sparse_pixel<2>
-                          : recent.below(7)  ? list_sparse_pixel<4>
+                          : recent.below(4)  ? list_sparse_pixel<4>
                           : recent.below(26) ? list_pixel<false>
                                              : list_pixel<true>;
     found = list_one(g, kPrefetchPixels * pixel_stride, channels, step, list.values + total,

@@ -13,7 +13,7 @@ constexpr int64_t kPanelBytes = 40 * 1024, kWeightPanelBytes = 37 * 1024;
 constexpr double kSparse = 0.125, kVerySparse = 0.03;
 constexpr int64_t kSparsePanelBytes = 62 * 1024;
 constexpr int64_t kUsualKBlock = 128;
-constexpr int64_t kSampled = 256;  // elements from which it is told
+constexpr int64_t kSampledPixels = 32, kSampledChannels = 8;  // from which they are told
 // Partial sums of AGB for a band of rows: L2.
 constexpr int64_t kBandBytes = 320 * 1024;
 // Elements of the gradient whose lists stay in L2 until they are consumed; but enough pixels to
@@ -34,20 +34,31 @@ double sampled_density(const ConvBackward& call) {
   const int64_t pixels = problem.p() * problem.q(), elements = problem.n * pixels * problem.k;
   if (elements == 0) return 0.0;
   const float tau = call.prune ? call.prune->tau : 0.0f;
-  double sum = 0.0;
-  for (uint64_t i = 0; i < kSampled; ++i) {
+  const int64_t channels = std::min(kSampledChannels, problem.k);
+  int64_t places[kSampledPixels * kSampledChannels];
+  int64_t count = 0;
+  for (uint64_t i = 0; i < kSampledPixels; ++i) {
     // Multiples of the golden ratio: spread, and over all channels.
     const auto at = static_cast<int64_t>(i * 0x9E3779B97F4A7C15u % static_cast<uint64_t>(elements));
-    const int64_t k = at % problem.k, pixel = at / problem.k;
-    const int64_t place =
-        call.grad_output_planes ? (pixel / pixels * problem.k + k) * pixels + pixel % pixels : at;
+    const int64_t k = std::min(at % problem.k, problem.k - channels), pixel = at / problem.k;
+    for (int64_t j = k; j < k + channels; ++j) {
+      const int64_t place = call.grad_output_planes
+                                ? (pixel / pixels * problem.k + j) * pixels + pixel % pixels
+                                : pixel * problem.k + j;
+      // What is not in cache is waited for once, not every time.
+      __builtin_prefetch(static_cast<const char*>(call.grad_output) + place * dtype_size(call.dtype));
+      places[count++] = place;
+    }
+  }
+  double sum = 0.0;
+  for (int64_t i = 0; i < count; ++i) {
     const float g = call.dtype == DType::kFloat32
-                        ? static_cast<const float*>(call.grad_output)[place]
-                        : float_of_bfloat16(static_cast<const uint16_t*>(call.grad_output)[place]);
+                        ? static_cast<const float*>(call.grad_output)[places[i]]
+                        : float_of_bfloat16(static_cast<const uint16_t*>(call.grad_output)[places[i]]);
     const float magnitude = g < 0.0f ? -g : g;
     sum += magnitude < tau ? magnitude / tau : g != 0.0f;
   }
-  return sum / kSampled;
+  return sum / static_cast<double>(count);
 }
 
 AgbPlan plan_agb(const ConvKernels& kernels, const ConvProblem& problem, double density) {
@@ -100,7 +111,7 @@ AgbPlan plan_agb(const ConvKernels& kernels, const ConvProblem& problem, double 
 
 WgcPlan plan_wgc(const ConvKernels& kernels, const ConvProblem& problem, double density) {
   WgcPlan plan;
-  const int64_t panel_bytes = density < kSparse ? kSparsePanelBytes : kPanelBytes;
+  const int64_t panel_bytes = density < kVerySparse ? kSparsePanelBytes : kPanelBytes;
   plan.channels = problem.c / problem.groups;
   const int64_t p = problem.p(), q = problem.q();
   const int64_t columns = (q - 1) * problem.stride_w + problem.s;

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import sparsebwd
 from sparsebwd import backends, calibrate, commands
-from sparsebwd.backends import break_even, calibration
+from sparsebwd.backends import base, break_even, calibration
 from sparsebwd.backends.break_even_tables import CLASSES
 from sparsebwd.bench import calibration as measurement
 from sparsebwd.bench import terminal, timing
@@ -35,8 +35,7 @@ def _as_before(monkeypatch):
 
 def _forget() -> None:
     break_even._chosen = None
-    for cached in break_even._caches:
-        cached.cache_clear()
+    base.forget_choices()
 
 
 def _record(agb: float = 0.31, wgc: float = 0.62) -> dict:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sparsebwd import SparseConv2d, grad, reference
-from sparsebwd.backends import available_backends, dense, depthwise
+from sparsebwd.backends import available_backends, base, dense, depthwise
 from sparsebwd.backends.dense import convolution_backward
 from sparsebwd.problem import ConvProblem
 from sparsebwd.testing import assert_bit_equal, assert_error_bounded, fenced, poisoned_memory, random_tensor
@@ -198,11 +198,11 @@ _kept = {name: getattr(RAW, name) for name in ("depthwise_backward", "depthwise_
 @pytest.fixture
 def avx2(monkeypatch):
     """The choice as on a CPU with AVX2, without PyTorch's kernels for bfloat16."""
-    depthwise.takes.cache_clear()
+    base.forget_choices()
     monkeypatch.setattr(depthwise, "_raw", SimpleNamespace(isa=lambda: "avx2", **_kept))
     monkeypatch.setattr(dense, "is_native", lambda dtype: False)
     yield
-    depthwise.takes.cache_clear()
+    base.forget_choices()
 
 
 @pytest.mark.parametrize(

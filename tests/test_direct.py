@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+import sparsebwd.nn
 from sparsebwd import Pruning, SparseConv2d, functional
-from sparsebwd.backends import dense
+from sparsebwd.backends import base, dense
 from sparsebwd.functional import sparse_conv2d
 from sparsebwd.problem import ConvProblem
 from sparsebwd.registration import plain
@@ -105,3 +106,50 @@ def test_nothing_known_is_of_other_settings(checks):
     sparse_conv2d(INPUT.double(), weight)
     with pytest.raises(RuntimeError, match="'dense' cannot run"):
         sparse_conv2d(INPUT.double(), weight, backend="dense")
+
+
+@pytest.fixture
+def convolved(monkeypatch):
+    """Inputs of the layers that did more than F.conv2d, or had to find out."""
+    seen = []
+    monkeypatch.setattr(sparsebwd.nn, "convolve", lambda input, *args, **kwargs: seen.append(input) or input)
+    return seen
+
+
+def test_what_stays_dense_is_found_out_by_one_look_up(convolved):
+    layer = SparseConv2d(3, 4, 3, where="faster")
+    assert layer(INPUT).grad_fn.name() == nn.Conv2d(3, 4, 3)(INPUT).grad_fn.name()
+    assert not convolved
+    for changed in (INPUT.double(), INPUT[0], INPUT.as_subclass(nn.Parameter), INPUT.to("meta")):
+        layer(changed)
+        assert convolved.pop() is changed
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(INPUT)
+    layer.stride = [1, 1]
+    layer(INPUT)
+    layer.stride, layer.where = (1, 1), "everywhere"
+    layer(INPUT)
+    assert len(convolved) == 3
+    with pytest.raises(ValueError, match="weight: got shape .* input has 2"):
+        SparseConv2d(3, 4, 3, where="faster")(INPUT[:, :2])
+
+
+def test_choices_are_made_anew_where_a_backend_comes(convolved):
+    class Faster(dense.DenseBackend):
+        name = "faster"
+
+        def why_not_faster(self, *args):
+            return None
+
+    layer = SparseConv2d(3, 4, 3, where="faster")
+    layer(INPUT)
+    assert not convolved
+    base.register(Faster())
+    try:
+        layer(INPUT)
+        assert len(convolved) == 1
+    finally:
+        del base._backends["faster"]
+        base.forget_choices()
+    layer(INPUT)
+    assert len(convolved) == 1

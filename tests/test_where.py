@@ -29,7 +29,7 @@ def limits(monkeypatch):
         return break_even.BreakEven(*2 * (values.get(kind, 0.0) if dtype == torch.float32 else 0.0,))
 
     def forget():
-        backends.cpu.AdaptiveCpuBackend.why_not_faster.cache_clear()
+        backends.base.forget_choices()
 
     monkeypatch.setattr(backends.cpu, "break_even", of)
     monkeypatch.setattr(dense, "is_native", lambda dtype: True)
@@ -114,7 +114,7 @@ def test_what_saves_less_than_choosing_and_pruning_take(limits, stats, monkeypat
         step(layer, input)
         assert len(stats) == ran
     monkeypatch.setattr(break_even, "FEWEST_MACS_FASTER", 2**27)
-    backends.cpu.AdaptiveCpuBackend.why_not_faster.cache_clear()
+    backends.base.forget_choices()
     step(layer, input)
     assert len(stats) == 1
 

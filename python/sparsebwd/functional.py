@@ -109,11 +109,14 @@ def _check_generator(generator: torch.Generator | None, input: Tensor) -> None:
         raise ValueError(f"generator: got one on {generator.device}; accepted: one on {input.device}")
 
 
-def _key(input: Tensor, weight: Tensor | None, needed: bool, generator: torch.Generator | None) -> Tensor:
+def _key(
+    input: Tensor, weight: Tensor | None, needed: bool, generator: torch.Generator | None, direct: bool = False
+) -> Tensor:
+    """direct: the tensors are :func:`plain`."""
     if not needed:
         return torch.zeros(2, dtype=torch.int64, device=input.device)
     if generator is None:
-        return ops.draw_key(input, weight)
+        return ops.draw_key_directly(input, weight) if direct else torch.ops.sparsebwd.draw_key.default(input, weight)
     key = torch.empty(2, dtype=torch.int64, device=input.device)
     return key.random_(generator=generator)
 
@@ -180,7 +183,7 @@ def prune_gradient(
     shape = grad.shape
     if grad.dim() < 4:
         grad = grad.reshape(*shape[:2], 1, shape[2] if len(shape) == 3 else 1)
-    key = _key(grad, None, pruning.active, generator)
+    key = _key(grad, None, pruning.active, generator, plain(grad))
     values, tau, sigma, density = torch.ops.sparsebwd.prune(grad, key, pruning.text, sigma_history)
     return PrunedGradient(values.reshape(shape), tau, sigma, density)
 
@@ -298,7 +301,7 @@ def convolve(
         output = conv2d(input, weight, bias, stride, padding, dilation, groups)
     elif sparse and torch.is_grad_enabled():
         draws = pruning.active and (input.requires_grad or pruning.placement == "output")
-        key = _key(input, weight, draws, generator)
+        key = _key(input, weight, draws, generator, direct)
         apply = ops.conv2d_directly if direct else torch.ops.sparsebwd.conv2d.default
         output = apply(
             input,
@@ -317,9 +320,45 @@ def convolve(
         if sparse and pruning.active and keep_in_step:
             # Reentrant checkpointing runs forward without gradients first. Drawing the key that its replay will draw keeps
             # the generator in step, so that no two layers share one.
-            ops.draw_key(input, weight)
+            _key(input, weight, True, None, direct)
         output = conv2d(input, weight, bias, stride, padding, dilation, groups)
     return output if batched else output.squeeze(0)
+
+
+def is_dense(
+    input: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int] | str,
+    dilation: tuple[int, int],
+    groups: int,
+    pruning: Pruning,
+) -> bool:
+    """Whether :func:`convolve` is sure to be no more than F.conv2d; asked first, of what layers are mostly given: ordinary
+    float32 tensors (N, C, H, W)."""
+    return (
+        pruning.where == "faster"
+        and not torch.compiler.is_compiling()
+        and type(input) is Tensor
+        and type(stride) is type(padding) is type(dilation) is tuple
+        and input.dtype is weight.dtype is torch.float32
+        and input.device == weight.device
+        and input.dim() == 4
+        and not torch._C._is_any_autocast_enabled()
+        and torch._C._get_tracing_state() is None
+        and ops.stays_dense(
+            input.shape,
+            weight.shape,
+            stride,
+            padding,
+            dilation,
+            groups,
+            pruning.text,
+            input.device.type,
+            torch.float32,
+            input.is_contiguous(memory_format=torch.channels_last),
+        )
+    )
 
 
 class _Checked(NamedTuple):

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from .arguments import as_int, as_pair, check_choice, check_flag, shown
 from .backends.dense import conv2d
-from .functional import convolve, sparse_conv2d
+from .functional import convolve, is_dense, sparse_conv2d
 from .reference import SIGMA_HISTORY
 from .settings import DEFAULT, KNOBS, Granularity, Pruning
 
@@ -328,18 +328,18 @@ class SparseConv2d(nn.Conv2d):
         padding = self.padding
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
+        geometry = self.stride, padding, self.dilation, self.groups
         if not self.training:
             if not isinstance(input, Tensor):
                 raise TypeError(f"input: got {type(input).__name__}; accepted: a torch.Tensor")
-            return conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+            return conv2d(input, weight, bias, *geometry)
+        if is_dense(input, weight, *geometry, self._pruning):
+            return F.conv2d(input, weight, bias, *geometry)
         return convolve(
             input,
             weight,
             bias,
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
+            *geometry,
             self._pruning,
             None,
             self.layer_id,

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import conv_backward_flop, conv_flop
 
 from . import granularity
 from .backends import LayerStats, choose_backend, observers, why_not_faster
-from .backends.base import logger
+from .backends.base import logger, until_choices_change
 from .backends.dense import gradients, widens
 from .problem import ConvProblem
 from .reference import density, memory_format
@@ -67,6 +67,24 @@ def may_be_faster(settings: Pruning, problem: ConvProblem, activation: Tensor, d
     return why_not_faster(settings, problem, activation.device.type, dtype, channels_last) is None
 
 
+@until_choices_change
+def stays_dense(
+    input_size: Sequence[int],
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    pruning: str,
+    device_type: str,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> bool:
+    """Whether :func:`may_be_faster` says no of such a call; one look-up where it was asked before."""
+    problem = _problem(input_size, weight_size, stride, padding, dilation, groups)
+    return why_not_faster(Pruning.parse(pruning), problem, device_type, dtype, channels_last) is not None
+
+
 def _unversioned(sigma_history: Tensor | None) -> Tensor | None:
     """The same memory, whose changes autograd does not see. It would call what compiled code saved for backward
     outdated where a layer is used twice before backward; any contents will do."""
@@ -84,7 +102,7 @@ def _dense(tensor: Tensor) -> Tensor:
 # only where it also merges the convolutions; two layers may well share their input.
 
 
-def _draw_key(input: Tensor, weight: Tensor | None) -> Tensor:
+def draw_key_directly(input: Tensor, weight: Tensor | None) -> Tensor:
     return torch.empty(2, dtype=torch.int64, device=input.device).random_()
 
 
@@ -94,7 +112,7 @@ def _draw_key_fake(input: Tensor, weight: Tensor | None) -> Tensor:
 
 define(
     "draw_key(Tensor input, Tensor? weight) -> Tensor",
-    _draw_key,
+    draw_key_directly,
     _draw_key_fake,
     torch.Tag.nondeterministic_seeded,
 )
@@ -432,10 +450,3 @@ def conv2d_directly(input: Tensor, weight: Tensor, bias: Tensor | None, *others)
     """The operator ``conv2d``, with all its arguments, for tensors that are :func:`plain` and of which one needs a gradient.
     It is not called through the dispatcher, which would take longer than a small convolution."""
     return _Conv2d.apply(input, weight, bias, (None, others))
-
-
-def draw_key(input: Tensor, weight: Tensor | None) -> Tensor:
-    """The operator ``draw_key``, around the dispatcher where that would add nothing."""
-    if plain(input):
-        return _draw_key(input, weight)
-    return torch.ops.sparsebwd.draw_key.default(input, weight)

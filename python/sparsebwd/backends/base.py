@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -174,6 +174,22 @@ PLANNED = {
 """Names of backends to come, and why they do not run. A registered backend of the same name is used instead."""
 
 
+_choices: list[Any] = []
+
+
+def until_choices_change(function: Callable) -> Callable:
+    """``lru_cache`` for what follows from the backends there are and from the tables of break-even densities in force."""
+    cached = lru_cache(maxsize=4096)(function)
+    _choices.append(cached)
+    return cached
+
+
+def forget_choices() -> None:
+    """Choose anew from now on."""
+    for cached in _choices:
+        cached.cache_clear()
+
+
 def check_name(name: str) -> str:
     """Return ``name``. Raises TypeError if it is not a string."""
     if not isinstance(name, str):
@@ -190,7 +206,7 @@ def register(backend: Backend) -> None:
     if backend.name in _backends:
         raise ValueError(f"backend: {backend.name!r} is registered already")
     _backends[backend.name] = backend
-    choose_backend.cache_clear()
+    forget_choices()
 
 
 def registered_backends() -> tuple[str, ...]:
@@ -218,7 +234,7 @@ def get_backend(name: str) -> Backend:
     return _backends[name]
 
 
-@lru_cache(maxsize=4096)
+@until_choices_change
 def choose_backend(name: str, problem: ConvProblem | None, device_type: str, dtype: torch.dtype) -> Backend:
     """The backend called ``name``, or for "auto" the last in the list that can run.
 

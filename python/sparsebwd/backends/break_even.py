@@ -9,13 +9,12 @@ calibration, measured on this very machine, takes their place where one is asked
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 
 from ..problem import ConvProblem
 from . import calibration, dense, machine
+from .base import forget_choices, until_choices_change
 from .break_even_tables import BFLOAT16, CLASSES, FLOAT32, BreakEven, Table
 
 __all__ = [
@@ -26,7 +25,6 @@ __all__ = [
     "classify",
     "kind_of_cpu",
     "tables",
-    "until_tables_change",
     "use_calibration",
     "why_dense",
     "why_not_worth_it",
@@ -61,16 +59,6 @@ def classify(problem: ConvProblem) -> str | None:
     return "1x1 half narrow" if fewest <= 64 else "1x1"
 
 
-_caches = []
-
-
-def until_tables_change(function: Callable) -> Callable:
-    """``lru_cache`` for what follows from the tables in force: forgotten when others are."""
-    cached = lru_cache(maxsize=4096)(function)
-    _caches.append(cached)
-    return cached
-
-
 _chosen: dict[torch.dtype, Table] | None = None
 
 
@@ -96,11 +84,10 @@ def use_calibration(path: str | os.PathLike | None) -> None:
         raise TypeError(f"calibration: got {path!r}; accepted: the path of a file, or None")
     calibration.identity()
     _chosen = kind_of_cpu() if path is None else calibration.read(path)
-    for cached in _caches:
-        cached.cache_clear()
+    forget_choices()
 
 
-@until_tables_change
+@until_choices_change
 def tables() -> dict[torch.dtype, Table]:
     """The tables in force, for float32 and for bfloat16: those of the calibration that :func:`use_calibration` or else
     SPARSEBWD_CALIBRATION names, or those of this kind of CPU.
@@ -138,7 +125,7 @@ def _kinds(isa: str, native: bool, amx: bool, units_256_bits: bool) -> tuple[str
     return isa, "avx2 against avx512" if native else f"{isa}, dense through float32"
 
 
-@until_tables_change
+@until_choices_change
 def break_even(problem: ConvProblem, dtype: torch.dtype, channels_last: bool) -> BreakEven:
     """The densities of ``problem`` up to which sparse is faster. channels_last: the layout of its tensors; else contiguous."""
     table = tables()[dtype]

@@ -16,8 +16,8 @@ from ..problem import ConvProblem
 from ..reference import PrunedGradient
 from ..settings import Pruning
 from . import depthwise
-from .base import Backend, BackwardResult, empty, logger, refusal
-from .break_even import break_even, classify, until_tables_change, why_dense, why_not_worth_it
+from .base import Backend, BackwardResult, empty, logger, refusal, until_choices_change
+from .break_even import break_even, classify, why_dense, why_not_worth_it
 from .dense import DenseBackend, goes_through_float32, gradients
 
 try:
@@ -235,7 +235,7 @@ class AdaptiveCpuBackend(CpuBackend):
     does = "runs it, each of AGB and WGC sparse or dense as the density says"
 
     @staticmethod
-    @until_tables_change
+    @until_choices_change
     def why_not_faster(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, pruning: Pruning) -> str | None:
         # PyTorch's own dense convolutions are slower there, or wrong.
         if goes_through_float32(problem, dtype) or depthwise.takes(problem, dtype, channels_last, (True, True)):

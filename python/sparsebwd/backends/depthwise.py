@@ -4,15 +4,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..problem import ConvProblem
 from . import dense
-from .base import empty
+from .base import empty, until_choices_change
 
 _raw = torch.ops.sparsebwd_cpu
 
@@ -26,7 +24,7 @@ def is_faster(problem: ConvProblem, grad_output: Tensor, output_mask: tuple[bool
     return takes(problem, grad_output.dtype, channels_last, tuple(output_mask))
 
 
-@lru_cache(maxsize=4096)
+@until_choices_change
 def takes(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, output_mask: tuple[bool, bool]) -> bool:
     """:func:`is_faster`, for gradients of that dtype and layout on a CPU."""
     # What was not measured stays PyTorch's.

@@ -29,6 +29,7 @@ _PHASES = ("forward", "backward")
 _US = 1e3  # in a millisecond
 
 VARIANTS: dict[str, dict[str, Any]] = {
+    "stays dense": {"where": "faster"},
     "nothing to do": {"percentile": None, "backend": "dense"},
     "percentile=None": {"percentile": None},
     f"percentile={_PERCENTILE:g}": {"percentile": _PERCENTILE},

@@ -23,7 +23,7 @@ COLLAPSED = 20.0
 # Runs that differ in these only are of one row.
 _NO_SETTING = {
     "seed", "data_dir", "cache_dir", "workers", "skip_unreadable", "checkpoint_steps", "measure_every", "threads",
-    "device", "recipe", "form", "stream", "compare",
+    "device", "recipe", "form", "stream", "compare", "tensorboard",
 }  # fmt: skip
 _AS_LONG = 0.05
 """A dense run is at equal time with a sparse one if its time is within this share of it."""

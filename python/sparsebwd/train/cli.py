@@ -285,6 +285,7 @@ def _parser() -> argparse.ArgumentParser:
     switch("resume", "go on from the checkpoint in DIR, to the same bits as without a stop")
     switch("overwrite", "replace the run in DIR")
     value("checkpoint_steps", "N", "a checkpoint every N steps, besides those after each epoch", int)
+    switch("tensorboard", "scalars and histograms of gradients for TensorBoard, in DIR/tensorboard")
     value("measure_every", "N", "record densities and convolution times every N steps", int)
     return parser
 

@@ -37,6 +37,7 @@ _FREE = {
     "workers",
     "skip_unreadable",
     "checkpoint_steps",
+    "tensorboard",
     "measure_every",
     "threads",
     "device",
@@ -70,6 +71,7 @@ class TrainConfig:
     crop: random crops of training images, "padded", "resized" or "auto"; stream, skip_unreadable: see `sparsebwd.data.load`.
     workers: processes that decode images ahead where they are streamed; None: 1 on a CPU, up to 8 beside a GPU.
     checkpoint_steps: write a checkpoint every so many steps, besides those at the end of each epoch.
+    tensorboard: write scalars and histograms for TensorBoard.
     measure_every: every so many steps, densities and convolution times are recorded instead of step times.
     dtype: "float32", or "bfloat16" for autocast.
     compile: run the models through torch.compile.
@@ -126,6 +128,7 @@ class TrainConfig:
     workers: int | None = None
     skip_unreadable: bool = False
     checkpoint_steps: int | None = None
+    tensorboard: bool = False
     measure_every: int = 10
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ from ..data.decode import ImageError
 from ..info import info
 from ..monitor import DensityMonitor
 from . import checkpoint
+from .board import Board, Gradients, require_tensorboard
 from .config import DTYPES, TrainConfig
 from .log import RunLog, StepLog
 from .measure import BackwardTimer, EpochTally, speedups, summarize
@@ -65,6 +66,8 @@ class Trainer:
         self._signals = signals or Signals()
         self._stop = 0
         self.data = data.subset(config.train_subset, config.test_subset)
+        if config.tensorboard:
+            require_tensorboard()
         if config.accumulate > config.batch_size // world.size:
             raise ValueError(
                 f"accumulate: got {config.accumulate}, accepted are 1 to {config.batch_size // world.size}, the images of a "
@@ -94,7 +97,7 @@ class Trainer:
         self._environment = self._describe_environment()
         self._step = 0
         self._history: list[dict[str, Any]] = []
-        self._log = self._steps = None
+        self._log = self._steps = self._board = None
         if folder is not None and world.rank == 0:
             header = {
                 "config": asdict(config),
@@ -171,16 +174,20 @@ class Trainer:
 
     @contextmanager
     def _logging(self) -> Iterator[None]:
-        """Keeps the file of all steps open."""
+        """Keeps the files open that grow with each step."""
         if self._steps is None:
             yield
             return
         if missing := self._steps.begin(self._step, [twin.name for twin in self.twins]):
             self.reporter.warn(f"{self._steps.path} lacks {missing} of the {self._step} steps before this one")
+        if self.config.tensorboard:
+            self._board = Board(self._steps.path.parent, [twin.name for twin in self.twins], self._step)
         try:
             yield
         finally:
             self._steps.close()
+            if self._board is not None:
+                self._board.close()
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -225,6 +232,10 @@ class Trainer:
         seconds = {twin.name: twin.tally.step[-1] for twin in self.twins if twin.tally.step}
         if self._steps is not None:
             self._steps.add(self._step, rate, losses, {} if measured else seconds)
+        if self._board is not None:
+            for name, loss in losses.items():
+                times = {} if measured else {"step_ms": 1e3 * seconds[name]}
+                self._board.scalars(name, self._step, loss=loss, learning_rate=rate, **times)
         for twin in self.twins:
             if not math.isfinite(losses[twin.name]):
                 raise TrainingError(
@@ -282,6 +293,9 @@ class Trainer:
         twin.optimizer.zero_grad()
         timer = BackwardTimer(self.world.synchronize) if measured else None
         monitor = DensityMonitor(twin.model) if measured and twin.sparse_layers else None
+        # Of the first step of an epoch that is measured.
+        first = monitor is not None and self._step % len(self._batches) < self.config.measure_every
+        gradients = Gradients(twin.model) if first and self._board is not None else None
         losses, logits = [], []
         begin, forward, backward = self._clock(), 0.0, 0.0
         parts = list(zip(inputs.chunk(self.config.accumulate), labels.chunk(self.config.accumulate)))
@@ -289,6 +303,8 @@ class Trainer:
             with ExitStack() as stack:
                 if self.world.size > 1 and number < len(parts):
                     stack.enter_context(twin.parallel.no_sync())  # the last one sends the sum
+                if gradients is not None:
+                    stack.enter_context(gradients.watched())
                 start = self._clock()
                 outputs = self.forward(twin.parallel, part)
                 loss = cross_entropy(outputs, answers, label_smoothing=self.config.label_smoothing)
@@ -308,6 +324,10 @@ class Trainer:
             twin.tally.conv_backward.append(timer.seconds["convolution"])
             if monitor is not None:
                 twin.tally.add_densities(monitor.as_dict())
+                if self._board is not None:
+                    self._board.layers(twin.name, self._step + 1, monitor)
+                if gradients is not None:
+                    self._board.gradients(twin.name, self._step + 1, gradients, monitor)
         else:
             twin.tally.step.append(self._clock() - begin)
             twin.tally.forward.append(forward)
@@ -359,6 +379,10 @@ class Trainer:
             "speedup": speedups(variants),
         }
         self._history.append(entry)
+        if self._board is not None:
+            for name, row in variants.items():
+                results = ("train_accuracy", "test_accuracy", "test_loss")
+                self._board.scalars(name, self._step, **{result: row[result] for result in results})
         if complete:
             for twin in self.twins:
                 twin.tally = EpochTally()

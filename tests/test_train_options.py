@@ -66,6 +66,17 @@ def test_percentiles_by_layer():
     assert [model[index].percentile for index in (0, 3)] == [95, None]
 
 
+def test_density_or_variance_instead_of_a_percentile(tmp_path):
+    model = build(density=0.15, threshold="sampled", layer_percentile="3=95")
+    assert model[0].pruning.asked == "density 0.15" and model[0].threshold == "sampled"
+    assert model[3].pruning.asked == "percentile 95"
+    assert build(variance=0.1)[3].pruning.asked == "variance 0.1"
+    train(tmp_path / "a", "--density", "0.15", "--max-steps", "1")
+    train(tmp_path / "a", "--density", "0.15", "--max-steps", "2", "--resume")
+    with pytest.raises(ValueError, match="got both percentile and density"):
+        build(percentile=90, density=0.15)
+
+
 def test_layers_from_the_command_line(tmp_path):
     train(tmp_path / "a", "--exclude", "0", "--layer-percentile", "3=95", "--max-steps", "3", "--measure-every", "1")
     layers = saved_state(tmp_path / "a")["history"][0]["variants"]["sparse"]["layers"]

@@ -36,6 +36,9 @@ class _Default(float, Enum):  # an Enum, which torch.compile takes for a constan
     def __repr__(self) -> str:
         return str(self.value)
 
+    __str__ = __repr__
+    __format__ = float.__format__
+
 
 DEFAULT = _Default.PERCENTILE
 """Percentile 90 where nothing else is asked for: unlike a percentile that is given, it yields to ``density`` and ``variance``."""

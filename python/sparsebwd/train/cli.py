@@ -18,6 +18,7 @@ from ..backends import registered_backends
 from ..commands import check_environment, describe, one_line_errors
 from ..data.files import remove_leftovers
 from ..memory import keep_memory
+from ..settings import Pruning
 from . import checkpoint, log
 from .config import LARGEST_CIFAR, SCHEDULES, TrainConfig
 from .lock import LockedError, locked
@@ -81,7 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(
     parser: argparse.ArgumentParser, options: argparse.Namespace, config: TrainConfig, world: World, signals: Signals
 ) -> int:
-    kind = "dense" if config.dense else f"p{config.percentile or 'none'}"
+    asked = {"d": config.density, "v": config.variance, "p": config.percentile}
+    kind = next((f"{letter}{value}" for letter, value in asked.items() if value is not None), "pnone")
+    kind = "dense" if config.dense else kind
     folder = Path(options.output or f"runs/{config.model}-{config.data}-{kind}")
     reporter = Reporter(Console(quiet=world.rank > 0))
     with ExitStack() as stack:
@@ -173,10 +176,8 @@ def _prepare(
     about = trainer.data.description
     if config.dense:
         pruning = "dense"
-    elif config.percentile is None:
-        pruning = "no pruning"
     else:
-        pruning = f"percentile {config.percentile:g}"
+        pruning = Pruning(config.percentile, density=config.density, variance=config.variance).asked
         pruning += f" with {config.threshold} thresholds" if config.threshold != "exact" else ""
     reporter.say(
         f"{config.model} in its {_FORMS[config.network_form]} form ({trainer.parameters / 1e6:.2f} million parameters), "
@@ -248,9 +249,11 @@ def _parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("sparsity")
     value("percentile", "P", "in [50, 100), or none: skip exact zeros only", _percentile)
+    value("density", "D", "instead of a percentile: the fraction of elements kept, in (0, 1]", float)
+    value("variance", "V", "instead of a percentile: the variance that pruning adds to each gradient, of its norm squared", float)
     value("placement", "WHERE", "prune the gradient of the output (Conv-BN-ReLU), of the input (Conv-ReLU), or auto")
     value("sigma_estimator", "NAME", "corrected, or as_printed in the paper")
-    value("threshold", "NAME", "exact, or predicted from the gradients of the last few steps")
+    value("threshold", "NAME", "exact; sampled, of a part of each gradient; or predicted from the last few")
     value("backend", "NAME", ", ".join(("auto", *registered_backends())))
     value("exclude", "LAYER,...", "layers that stay dense, with all below them: names, or patterns such as *.shortcut*")
     value("layer_percentile", "LAYER=P,...", "percentiles of single layers, by names or patterns")

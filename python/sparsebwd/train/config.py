@@ -13,7 +13,7 @@ import torch
 from .. import data, models
 from ..backends import get_backend
 from ..commands import check_seed, check_threads
-from ..settings import Pruning, check_percentile
+from ..settings import DEFAULT, KNOBS, Pruning, check_percentile
 from .recipes import RECIPES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -52,7 +52,8 @@ class TrainConfig:
     recipe: one of `RECIPES` that the other options were taken from, see `from_recipe`; None: of none.
     form: of the network, "cifar" or "imagenet"; "auto" takes "imagenet" for images above 112 pixels.
     width: channels of the first layer, all others in proportion; None: as published.
-    percentile: in [50, 100), or None: nothing is pruned, only exact zeros are skipped.
+    percentile: in [50, 100), or None: nothing is pruned, only exact zeros are skipped; density, variance: instead of it, see
+        `sparsebwd.Pruning`.
     placement: "auto", "output" or "input"; backend, sigma_estimator, threshold, where: see `sparsebwd.convert`. Here all
         is pruned that the paper prunes, unless where is "faster".
     exclude: layers that stay dense, with all below them: names, or patterns of them, between commas.
@@ -88,7 +89,9 @@ class TrainConfig:
     form: str = "auto"
     width: int | None = None
     data: str = "digits"
-    percentile: float | None = 90.0
+    percentile: float | None = DEFAULT
+    density: float | None = None
+    variance: float | None = None
     placement: str = "auto"
     sigma_estimator: str = "corrected"
     threshold: str = "exact"
@@ -142,7 +145,10 @@ class TrainConfig:
         _among("dtype", self.dtype, DTYPES)
         _among("device", self.device, ("auto", "cpu", "cuda"))
         placement = "output" if self.placement == "auto" else self.placement
-        Pruning(self.percentile, placement, self.sigma_estimator, self.threshold, self.backend, self.where)
+        settings = (placement, self.sigma_estimator, self.threshold, self.backend, self.where)
+        pruning = Pruning(self.percentile, *settings, self.density, self.variance)
+        for name in KNOBS:
+            object.__setattr__(self, name, getattr(pruning, name))
         if self.backend != "auto" and (reason := get_backend(self.backend).available()):
             raise RuntimeError(f"backend: {self.backend!r} cannot run: {reason}")
         self.layer_percentiles()

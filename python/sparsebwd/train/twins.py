@@ -86,6 +86,8 @@ def _convert(model: nn.Module, config: TrainConfig, warn: Callable[[str], None])
         convert(
             model,
             percentile=config.percentile,
+            density=config.density,
+            variance=config.variance,
             placement=config.placement,
             backend=config.backend,
             sigma_estimator=config.sigma_estimator,

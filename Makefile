@@ -9,6 +9,7 @@ BIN    := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BUILT     := $(VENV)/.built
 LINTER    := $(VENV)/.linter
+DOCS      := $(VENV)/.docs
 CUDA      := $(VENV)/.cuda
 # A test that is left on one process is taken over by another that has none left.
 PYTEST    := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal
@@ -19,7 +20,7 @@ VECTOR_FLAGS = $(shell grep -qw avx2 /proc/cpuinfo && echo -mavx2 -mfma -mbmi -m
 SOURCES   := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check build bench fuzz sanitize gpu-check gpu-modules ceilings sass lint clean
+.PHONY: help demo test check build bench fuzz sanitize gpu-check gpu-modules ceilings sass lint docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -65,6 +66,11 @@ lint: $(BUILT) $(LINTER)  ## check the Python sources with ruff, and the types t
 	@$(BIN)/ruff check python bench examples tests tools setup.py
 	@$(BIN)/mypy
 
+docs: $(LINTER) $(DOCS)  ## the documentation as a site with search and API reference, into build/site
+	@$(BIN)/python tools/site_pages.py
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+	@echo "build/site/index.html"
+
 clean:  ## remove build outputs and caches (not .venv)
 	rm -rf build dist python/*.egg-info .pytest_cache .hypothesis .ruff_cache $(BUILT)
 	find python bench tests \( -name '*.so' -o -name '__pycache__' \) -prune -exec rm -rf {} +
@@ -91,4 +97,8 @@ $(CUDA): $(INSTALLED) requirements-cuda.txt
 
 $(LINTER): $(INSTALLED) requirements-lint.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements-lint.txt
+	@touch $@
+
+$(DOCS): $(INSTALLED) requirements-docs.txt
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements-docs.txt
 	@touch $@

@@ -31,6 +31,7 @@ def test_arguments_out_of_range(arguments, option, message, monkeypatch):
     assert option in result.output and message in " ".join(result.output.split())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @pytest.mark.parametrize("module", ["info", "bench"])
 def test_output_that_cannot_be_written(module):
@@ -43,6 +44,7 @@ def test_output_that_cannot_be_written(module):
     assert done.stderr == "error: standard output: No space left on device\n"
 
 
+@pytest.mark.slow
 def test_plain_narrow_terminals():
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "20", "TERM": "dumb"}
     for arguments in (["info"], ["bench", "-h"]):

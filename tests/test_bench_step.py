@@ -193,6 +193,7 @@ def measured(tmp_path_factory):
     return result.output, json.loads(files[0].read_text()), files[1].read_text()
 
 
+@pytest.mark.slow
 def test_step_contract(measured):
     _, record, _ = measured
     assert set(record) == {"environment", "setting", "points"}
@@ -300,6 +301,7 @@ def test_bounds():
 # ---- memory
 
 
+@pytest.mark.slow
 def test_peaks_of_a_known_backward_pass():
     """One linear layer on a large batch: its backward pass makes the gradients of the logits and of the parameters."""
     rows, columns = 20_000, 50
@@ -313,6 +315,7 @@ def test_peaks_of_a_known_backward_pass():
         assert 0.8 * logits < peaks["resident_bytes"] < 4 * logits
 
 
+@pytest.mark.slow
 def test_a_failure_to_measure_memory_is_said():
     inputs, labels = torch.randn(2, 3, 2, 2), torch.tensor([0, 9])
     with pytest.raises(

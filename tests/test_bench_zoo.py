@@ -251,6 +251,7 @@ def test_refused(arguments, words):
 # ---- processes
 
 
+@pytest.mark.slow
 def test_a_job_has_a_process_of_its_own(monkeypatch):
     monkeypatch.undo()
     with pytest.raises(RuntimeError, match="of tiny in process") as caught:

@@ -97,6 +97,7 @@ def test_zen4_is_told_by_its_family(vendor, family, expected, monkeypatch):
     assert machine.has_256_bit_units() is expected
 
 
+@pytest.mark.slow
 def test_limited_kernels_have_the_table_of_their_instruction_set(monkeypatch):
     monkeypatch.setenv("SPARSEBWD_MAX_ISA", "baseline")
     program = (

@@ -192,6 +192,7 @@ def test_images_of_unlike_density(emulator, text, generator):
     _check_integers(actual, reference.conv2d_input(problem, weight, grad_output), problem)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["n2c70h9w17k64r3s3p1", "n3c9h8w8k33r3s3u2p1", "n2c65h6w7k33r1s1"])
 def test_results_do_not_depend_on_the_order_of_threads(text, dtype, generator):
     problem = ConvProblem.parse(text)

@@ -306,6 +306,7 @@ def start(folder):
     return subprocess.Popen(code, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_file_once(folder, loaded):
     """Both find none, and wait for this process, which makes none."""
     path = entry(folder)

@@ -78,6 +78,7 @@ def test_workers_change_nothing(folder, crop):
         assert_same(alone, drawn(batches(images, workers=workers), ALL))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("crop", ["padded", "resized"])
 def test_from_any_batch_on(folder, crop):
     """A run that goes on in the middle of an epoch sees what it would have seen."""
@@ -304,6 +305,7 @@ def test_errors_end_the_workers(broken):
     assert not children() - before and kept and also_kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["", "list(load_ahead(int, ['no number'], 1))"])
 def test_workers_end_with_the_program(folder, end):
     """Also where nobody closes anything."""

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import sparsebwd
@@ -46,6 +47,7 @@ def test_cpu():
     assert cpu["isa"]["supported"][0] == "baseline"
 
 
+@pytest.mark.slow
 def test_instruction_set_limit(monkeypatch):
     monkeypatch.setenv("SPARSEBWD_MAX_ISA", "baseline")
     isa = json.loads(run("--json"))["cpu"]["isa"]
@@ -53,6 +55,7 @@ def test_instruction_set_limit(monkeypatch):
     assert "SPARSEBWD_MAX_ISA=baseline" in run()
 
 
+@pytest.mark.slow
 def test_unknown_instruction_set_is_a_reason(monkeypatch):
     monkeypatch.setenv("SPARSEBWD_MAX_ISA", "sse9")
     found = json.loads(run("--json"))
@@ -60,6 +63,7 @@ def test_unknown_instruction_set_is_a_reason(monkeypatch):
     assert "SPARSEBWD_MAX_ISA: got 'sse9', accepted are baseline, avx2 and avx512" in found["backends"]["cpu"]
 
 
+@pytest.mark.slow
 def test_low_precision_without_instructions(monkeypatch):
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     assert json.loads(run("--json"))["cpu"]["dense"] == {"bfloat16": False, "float16": False}
@@ -113,6 +117,7 @@ def test_gpus():
     assert (found["no_gpu"] is None) == bool(found["gpus"])
 
 
+@pytest.mark.slow
 def test_command_line_prints_the_same():
     found = sparsebwd.info()
     assert json.loads(run("--json")) == found

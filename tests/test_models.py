@@ -61,6 +61,7 @@ def test_parameters_shapes_and_placement(name):
     assert {layer.placement for layer in layers} == {expected_placement}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IMAGENET_PARAMETERS)
 def test_imagenet_form(name):
     with torch.device("meta"):

@@ -12,6 +12,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import site_pages
 
 import sparsebwd
 from sparsebwd.train import cli
@@ -24,7 +25,7 @@ SOURCES = [
     for path in sorted((ROOT / folder).rglob("*"))
     if path.suffix in (".py", ".sh", ".h", ".hpp", ".c", ".cpp", ".inl", ".cu", ".cuh") or path == ROOT / ".ci" / "run"
 ] + [ROOT / "setup.py"]
-REQUIREMENTS = ["requirements.txt", "requirements-cuda.txt", "requirements-lint.txt"]
+REQUIREMENTS = ["requirements.txt", "requirements-cuda.txt", "requirements-lint.txt", "requirements-docs.txt"]
 PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -32,6 +33,7 @@ def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/develop.md"])
 def test_python_in_the_documentation_runs(page, tmp_path):
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.MULTILINE | re.DOTALL)
@@ -56,6 +58,16 @@ def test_links_between_pages_lead_somewhere(page):
             titles = re.findall(r"^#+ (.*)$", linked.read_text("utf-8"), re.MULTILINE)
             anchors = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
             assert anchor in anchors, f"{target}: no such section"
+
+
+def test_pages_of_the_site():
+    """All are in its navigation, and links lead to pages that are."""
+    settings = (ROOT / "mkdocs.yml").read_text("utf-8")
+    listed = re.findall(r"[\w-]+\.md$", settings.partition("\nnav:")[2].partition("\nmarkdown_extensions:")[0], re.MULTILINE)
+    assert sorted(listed) == sorted(site_pages.PAGES.values())
+    for path in site_pages.PAGES:
+        for target in re.findall(r"\]\(([^)\s]+)\)", site_pages.page(path)):
+            assert "://" in target or target.partition("#")[0] in ("", *listed), f"{relative(path)}: {target}"
 
 
 def test_make_targets_of_the_documentation_exist():
@@ -153,9 +165,10 @@ def test_pinned_requirements_cover_what_the_package_declares():
         assert re.match(r"[\w-]+", requirement)[0].lower() in pins, requirement
     assert pins["torch"] == "2.13.0"
     assert len(pins) == len([line for line in lines if "==" in line]), "a package is pinned twice"
-    assert all(re.fullmatch(r"[\d.]+", version) for version in pins.values())
+    assert all(re.fullmatch(r"[\d.]+(post\d+)?", version) for version in pins.values())
 
 
+@pytest.mark.slow
 def test_metadata(tmp_path):
     build = f"import setuptools.build_meta as b; b.prepare_metadata_for_build_wheel({str(tmp_path)!r})"
     subprocess.run([sys.executable, "-c", build], cwd=ROOT, check=True, capture_output=True)
@@ -169,6 +182,7 @@ def test_metadata(tmp_path):
     assert (info / "licenses" / "LICENSE").read_text("utf-8").lstrip().startswith("Apache License")
 
 
+@pytest.mark.slow
 def test_the_source_distribution_is_complete(tmp_path):
     build = f"import setuptools.build_meta as b; b.build_sdist({str(tmp_path)!r})"
     subprocess.run([sys.executable, "-c", build], cwd=ROOT, check=True, capture_output=True)

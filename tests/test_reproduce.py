@@ -317,6 +317,7 @@ def test_failures_end_nothing_and_what_is_not_finite_is_a_result(tmp_path):
     assert again.started == [("train", first.name, "--overwrite")]
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_leaves_a_checkpoint_and_no_process(tmp_path):
     """kill -9: the child notices, writes what it has, and ends; the run can be taken at once."""
     (run,) = planned(tmp_path, kinds=["90"], epochs=200, train_subset=128, test_subset=10)
@@ -384,6 +385,7 @@ def test_cifar100_from_its_binary_files(tmp_path, capsys, monkeypatch, inside):
     assert "sigma_estimator=as_printed" in record["rows"][1]["settings"]
 
 
+@pytest.mark.slow
 def test_a_small_table_from_beginning_to_end(tmp_path, capsys, inside):
     """Images in folders, dense and pruned, timed, collected; a second call finds all of it done."""
     images = write_classes(

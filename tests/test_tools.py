@@ -201,6 +201,7 @@ for again in (
 """
 
 
+@pytest.mark.slow
 def test_imported_again():
     environment = {**os.environ, "SPARSEBWD_LOG": "error"}
     done = subprocess.run([sys.executable, "-c", AGAIN], capture_output=True, text=True, env=environment)

@@ -456,6 +456,7 @@ def test_output_that_cannot_be_written(capsys, tmp_path):
     assert f"{tmp_path / 'file'}" in refused(capsys, *SMALL, "--output", str(tmp_path / "file" / "run"))
 
 
+@pytest.mark.slow
 def test_module_refuses_without_a_traceback():
     command = [sys.executable, "-m", "sparsebwd.train", "--model", "vgg"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -24,6 +24,9 @@ def is_faster(problem: ConvProblem, grad_output: Tensor, output_mask: tuple[bool
     return takes(problem, grad_output.dtype, channels_last, tuple(output_mask))
 
 
+_FEWEST_MACS_3X3 = 2**24
+
+
 @until_choices_change
 def takes(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, output_mask: tuple[bool, bool]) -> bool:
     """:func:`is_faster`, for gradients of that dtype and layout on a CPU."""
@@ -38,8 +41,9 @@ def takes(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, output_
         return False
     large = problem.r > 3
     if channels_last:
-        # Of 3x3 filters, PyTorch's are as fast with strides, on small images, and for one of the gradients.
-        faster = large or output_mask[0] and problem.stride == (1, 1) and problem.h * problem.w >= 64
+        # Of 3x3 filters, PyTorch's are as fast with strides and for one of the gradients; and what a layer costs beside its
+        # computation is more than is gained with little of that.
+        faster = large or output_mask[0] and problem.stride == (1, 1) and problem.macs >= _FEWEST_MACS_3X3
         return isa == "avx2" and output_mask[1] and faster
     return output_mask[0] or large
 

@@ -32,13 +32,13 @@ _FILES = (checkpoint.FILE, log.CSV_FILE, log.JSON_FILE, log.STEPS_FILE)
 
 _FORMS = {"cifar": "CIFAR", "imagenet": "ImageNet"}
 
-# Three minutes on two cores with AVX2, less with AVX-512: three epochs of digits, or as many steps on other images, with a
+# Under three minutes on two cores with AVX2, less with AVX-512: two epochs of digits, or as many steps on other images, with a
 # schedule to match.
 _DEMO = {
     "compare": True,
     "width": 48,
-    "epochs": 3,
-    "max_steps": 144,
+    "epochs": 2,
+    "max_steps": 96,
     "test_subset": 500,
     "batch_size": 32,
     "learning_rate": 0.05,

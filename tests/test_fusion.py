@@ -12,6 +12,7 @@ import torch.ao.quantization as quantization
 from torch import fx, nn
 from torch.ao.quantization import quantize_fx
 from torch.fx.experimental import optimization
+from torch.utils import mkldnn
 
 from sparsebwd import SparseConv2d, convert, revert
 from sparsebwd.testing import assert_bit_equal
@@ -102,6 +103,43 @@ def test_what_skips_the_layers_warns_and_names_revert(tool):
         warnings.simplefilter("always")
         tool(revert(convert(dense(FUSED[0]), where="everywhere")))
     assert "sparsebwd" not in str([warning.message for warning in caught])
+
+
+INFERENCE = {
+    "script": lambda model: torch.jit.script(model),
+    "freeze": lambda model: torch.jit.freeze(torch.jit.script(model)),
+    "optimize_for_inference": lambda model: torch.jit.optimize_for_inference(torch.jit.script(model)),
+    "of a trace": lambda model: torch.jit.optimize_for_inference(torch.jit.trace(model, X)),
+    "to_mkldnn": lambda model: _through_mkldnn(mkldnn.to_mkldnn(model)),
+    "export": lambda model: torch.export.export(model, (X,)).module(),
+}
+
+
+def _through_mkldnn(model: nn.Module):
+    assert SparseConv2d not in types(model)
+    return lambda x: model(x.to_mkldnn()).to_dense()
+
+
+@pytest.mark.parametrize("tool", INFERENCE)
+def test_tools_for_inference(tool):
+    if tool == "to_mkldnn" and not torch.backends.mkldnn.is_available():
+        pytest.skip("PyTorch has no oneDNN")
+    torch.manual_seed(0)
+    model = convert(dense(FUSED[0]), where="everywhere").eval()
+    x = torch.randn_like(X)
+    torch.testing.assert_close(INFERENCE[tool](model)(x), model(x))
+
+
+@pytest.mark.parametrize("library", ["mkldnn", "nnpack"])
+def test_libraries_of_pytorch_can_be_switched_off(library):
+    torch.manual_seed(0)
+    layer, x = SparseConv2d(3, 4, 3, percentile=None), torch.randn_like(X)
+    plain = layer.to_conv2d()
+    gradients = []
+    for module, enabled in ((layer, False), (plain, True)):
+        with getattr(torch.backends, library).flags(enabled):
+            gradients.append(torch.autograd.grad(module(x).square().sum(), [module.weight]))
+    torch.testing.assert_close(*gradients)
 
 
 def test_fusion_of_two_modules_in_place():

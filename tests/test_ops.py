@@ -281,6 +281,20 @@ def test_views_that_negate():
         assert_bit_equal(one, two)
 
 
+@pytest.mark.parametrize("kind", ["gradient", "input"])
+def test_tensors_of_zeros_without_memory(kind):
+    """PyTorch's own, such as tangents and gradients that are known to be 0: their address is 0."""
+    x, weight = torch.ones(2, 3, 6, 6), torch.ones(4, 3, 3, 3, requires_grad=True)
+    if kind == "input":
+        x = torch._efficientzerotensor(x.shape).contiguous()
+    name = "cpu" if "cpu" in backends.available_backends() else "auto"
+    output = sparsebwd.functional.sparse_conv2d(x, weight, percentile=None, backend=name)
+    zeros = torch._efficientzerotensor(output.shape) if kind == "gradient" else torch.ones_like(output)
+    for gradient in (zeros, zeros.contiguous()):
+        (grad,) = torch.autograd.grad(output, weight, gradient, retain_graph=True)
+        assert not grad.any() and grad.shape == weight.shape
+
+
 def test_shapes_that_do_not_fit():
     problem, input, weight, grad_output, geometry = _operands(PROBLEMS[0], torch.float32, torch.contiguous_format)
     wrong = grad_output[:, :, 1:]

@@ -57,6 +57,7 @@ def plain(*tensors: Tensor) -> bool:
         if (
             type(tensor) not in _PLAIN_TYPES
             or tensor.is_neg()
+            or tensor._is_zerotensor()
             or not (tensor.is_cpu or tensor.is_cuda)
             or tensor.layout is not torch.strided
             or tensor.is_nested

@@ -108,3 +108,12 @@ def test_operator_without_a_problem():
     with pytest.raises(ValueError, match="accepted is a kernel not larger than the input"):
         RAW.refusal((1, 4, 2, 2), (4, 4, 3, 3), (1, 1), (0, 0), (1, 1), 1)
     assert RAW.refusal((1, 4, 2, 2), (4, 4, 1, 1), (1, 1), (0, 0), (1, 1), 1) == ""
+
+
+def test_what_onednn_cannot_count_runs_on_the_reference():
+    """It divides by zero there, which ends the process. All that this window sees is padding."""
+    problem = ConvProblem.parse("n2c64h4w4k4r1s2u1073741824x2147483647p536870912x1073741823")
+    assert choose_backend("auto", problem, "cpu", torch.float32).name == "reference"
+    input, weight, grad_output = map(torch.ones, (problem.input_size, problem.weight_size, problem.output_size))
+    assert not grad.conv2d_input(problem.input_size, weight, grad_output, *_geometry(problem)).any()
+    assert not grad.conv2d_weight(input, problem.weight_size, grad_output, *_geometry(problem)).any()

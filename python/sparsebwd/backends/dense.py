@@ -29,6 +29,8 @@ class DenseBackend(Backend):
     def can_run(self, problem: ConvProblem | None, device_type: str, dtype: torch.dtype) -> str | None:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"{dtype} is not float32, bfloat16 or float16"
+        if problem is not None and max(map(max, _extents(problem))) >= _LARGEST_EXTENT:
+            return "strides, dilation or padding take it beyond 32 bits, in which oneDNN counts: it would end the process"
         return None
 
     # PyTorch reads only the shape and the strides of the operand whose gradient it computes. The strides help to choose
@@ -46,6 +48,19 @@ class DenseBackend(Backend):
         self, problem: ConvProblem, grad_output: Tensor, input: Tensor, weight: Tensor, output_mask: Sequence[bool]
     ) -> tuple[Tensor | None, Tensor | None]:
         return gradients(problem, grad_output, input, weight, output_mask)
+
+
+_LARGEST_EXTENT = 2**31
+
+
+def _extents(problem: ConvProblem) -> tuple[tuple[int, int], ...]:
+    """Heights and widths that kernels count in: those of the padded input, of all strides, of the filter as dilated."""
+    sizes, filters, outputs = (problem.h, problem.w), (problem.r, problem.s), (problem.p, problem.q)
+    return (
+        tuple(size + 2 * padding for size, padding in zip(sizes, problem.padding)),
+        tuple(stride * output for stride, output in zip(problem.stride, outputs)),
+        tuple(dilation * size for dilation, size in zip(problem.dilation, filters)),
+    )
 
 
 def convolution_backward(

@@ -61,13 +61,17 @@ def test_links_between_pages_lead_somewhere(page):
 
 
 def test_pages_of_the_site():
-    """All are in its navigation, and links lead to pages that are."""
+    """All are in its navigation, links lead to pages that are or to results, and each result is linked."""
     settings = (ROOT / "mkdocs.yml").read_text("utf-8")
     listed = re.findall(r"[\w-]+\.md$", settings.partition("\nnav:")[2].partition("\nmarkdown_extensions:")[0], re.MULTILINE)
     assert sorted(listed) == sorted(site_pages.PAGES.values())
+    results = set(site_pages.RESULTS.values())
+    linked = set()
     for path in site_pages.PAGES:
         for target in re.findall(r"\]\(([^)\s]+)\)", site_pages.page(path)):
-            assert "://" in target or target.partition("#")[0] in ("", *listed), f"{relative(path)}: {target}"
+            linked.add(target)
+            assert "://" in target or target.partition("#")[0] in ("", *listed, *results), f"{relative(path)}: {target}"
+    assert results <= linked
 
 
 def test_make_targets_of_the_documentation_exist():

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from sparsebwd import grad
+from sparsebwd import grad, reference
 from sparsebwd.backends import dense
 from sparsebwd.problem import ConvProblem
 from sparsebwd.testing import assert_bit_equal, assert_error_bounded, random_tensor
@@ -105,3 +105,33 @@ def test_limit_of_onednn_counts(monkeypatch):
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
         assert done.stdout == "False\n"
         monkeypatch.delenv(names)
+
+
+@pytest.mark.parametrize("stride", ["2", "4", "1x2"])
+@pytest.mark.parametrize("channels", [2, 3, 5, 7])
+@pytest.mark.parametrize("mask", [(True, True), (False, True)])
+def test_strided_1x1_with_few_channels_is_computed_of_contiguous_tensors(channels, stride, mask, monkeypatch):
+    """Of channels_last tensors PyTorch's gradient of the weight corrupts memory: it must not see any."""
+    seen = []
+    own = dense.convolution_backward
+    monkeypatch.setattr(dense, "convolution_backward", lambda problem, *given: (seen.extend(given[:3]), own(problem, *given))[1])
+    problem = ConvProblem.parse(f"n2c{channels}h8w8k6r1s1u{stride}")
+    grad_output, input, weight = tensors = operands(problem, torch.float32, torch.channels_last)
+    results = dense.gradients(problem, *tensors, mask)
+    assert all(tensor.is_contiguous() for tensor in seen) and len(seen) == 3
+    wanted = reference.conv2d_input(problem, weight, grad_output), reference.conv2d_weight(problem, input, grad_output)
+    for result, exact, want in zip(results, wanted, mask):
+        assert (result is None) == (not want)
+        if want:
+            torch.testing.assert_close(result, exact.float(), rtol=1e-4, atol=1e-4)
+            assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("text", ["n2c3h8w8k6r1s1", "n2c8h8w8k6r1s1u2", "n2c3h8w8k6r3s3u2p1"])
+def test_others_keep_their_layout(text, monkeypatch):
+    seen = []
+    monkeypatch.setattr(dense, "convolution_backward", lambda problem, *given: seen.extend(given[:3]))
+    problem = ConvProblem.parse(text)
+    tensors = operands(problem, torch.float32, torch.channels_last)
+    dense.gradients(problem, *tensors, (True, True))
+    assert all(one is two for one, two in zip(seen, tensors))

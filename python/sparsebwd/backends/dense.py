@@ -95,7 +95,14 @@ def gradients(
     weight: Tensor,
     output_mask: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What :func:`convolution_backward` returns; computed in float32 where that is faster, or where PyTorch's is wrong."""
+    """What :func:`convolution_backward` returns; computed in float32 where that is faster, or where PyTorch's is wrong, and
+    of contiguous tensors where it would corrupt memory."""
+    if grad_output.is_cpu and output_mask[1] and _corrupts_memory(problem):
+        wanted = reference.memory_format(input)
+        grad_output, input, weight = (operand.contiguous() for operand in (grad_output, input, weight))
+        if wanted != torch.contiguous_format:
+            results = gradients(problem, grad_output, input, weight, output_mask)
+            return tuple(None if result is None else result.contiguous(memory_format=wanted) for result in results)
     if not grad_output.is_cpu or not goes_through_float32(problem, grad_output.dtype):
         return convolution_backward(problem, grad_output, input, weight, output_mask)
     # Of the operand whose gradient is the only one wanted PyTorch reads nothing but shape and strides.
@@ -156,6 +163,15 @@ def _is_wrong(width: int, kernel_width: int, padding: int, dilation: int) -> boo
     the forward pass of n2c61h3w2k32r3s1u1p2x3d3g1 is a segmentation fault.
     """
     return width < (kernel_width - 1) * dilation + 1 or width <= padding
+
+
+def _corrupts_memory(problem: ConvProblem) -> bool:
+    """Whether oneDNN's gradient of the weight may write where it must not, of channels_last tensors.
+
+    Of PyTorch 2.13 with AVX2: n16c3h16w16k8r1s1u2 ends in "free(): invalid size" or has a wrong gradient, with 2 to 7 input
+    channels and strides of 2 or 4 in either direction; contiguous tensors, and 8 channels and more, are right.
+    """
+    return problem.r * problem.s == 1 and max(problem.stride) > 1 and 1 < problem.c < 8
 
 
 _NATIVE = {

@@ -149,12 +149,10 @@ def test_channels_share_a_counter_but_not_a_number(backend):
             assert abs(products.sum().item()) / deviation < LIMIT, (dim, lag)
 
 
-@pytest.mark.parametrize("percentile", PERCENTILES)
-def test_expectation_and_second_moment(backend, dtype, percentile, generator):
-    """E[pruned] = g and E[pruned^2] <= tau^2 + g^2, in sixteen classes of |g| / tau each."""
-    grad = random_tensor((8, 32, 32, 32), generator=generator, dtype=dtype)
-    values, tau, _, _ = prune_gradient(grad, percentile, generator, backend=backend)
-    g, v, tau = grad.double().flatten(), values.double().flatten(), tau.item()
+def unbiased_classes(grad, values, tau):
+    """Checks E[pruned] = g, and what single values may be, in sixteen classes of |g| / tau. Yields of each the values, what
+    became of them, and the variance of the sum of that."""
+    g, v = grad.double().flatten(), values.double().flatten()
     kept = g.abs() >= tau
     assert torch.equal(v[kept], g[kept])
     g, v = g[~kept], v[~kept]
@@ -165,6 +163,16 @@ def test_expectation_and_second_moment(backend, dtype, percentile, generator):
         a, p, outcome = g[classes == i], probability[classes == i], v[classes == i]
         variance = (tau**2 * p * (1 - p)).sum()
         assert abs((outcome - a).sum() / variance.sqrt()) < LIMIT
+        yield a, outcome, variance
+
+
+@pytest.mark.parametrize("percentile", PERCENTILES)
+def test_expectation_and_second_moment(backend, dtype, percentile, generator):
+    """E[pruned] = g and E[pruned^2] <= tau^2 + g^2, in sixteen classes of |g| / tau each."""
+    grad = random_tensor((8, 32, 32, 32), generator=generator, dtype=dtype)
+    values, tau, _, _ = prune_gradient(grad, percentile, generator, backend=backend)
+    tau = tau.item()
+    for a, outcome, variance in unbiased_classes(grad, values, tau):
         # E[v^2] = tau |g| exactly, which is below the bound tau^2 + g^2.
         excess = (outcome**2 - tau * a.abs()).sum()
         assert abs(excess / (tau * variance.sqrt())) < LIMIT

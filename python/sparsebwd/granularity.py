@@ -94,38 +94,40 @@ def conv2d_backward(
 ) -> BackwardResult:
     """As :meth:`Backend.conv2d_backward`. Of samples, and of channels where there are no groups, the survivors are
     gathered and ``backend`` convolves these; the host waits for their number. Else it skips the zeros."""
-    run = (backend, problem, grad_output, input, weight, key, pruning.unpruned, output_mask, layer_id)
+
+    def convolve(problem: ConvProblem, *operands: Tensor) -> BackwardResult:
+        return backend.conv2d_backward(problem, *operands, key, pruning.unpruned, output_mask, layer_id=layer_id)
+
     if pruning.placement == "input":
-        result = _unpruned(*run)
+        result = convolve(problem, grad_output, input, weight)
         if result.grad_input is None:
             return result
         values, tau, sigma, _ = prune(result.grad_input, key, pruning)
         return result._replace(grad_input=values, tau=tau, sigma=sigma)
     if isinstance(pruning.granularity, tuple) or (pruning.granularity == "channel" and problem.groups > 1):
         values, tau, sigma, density = prune(grad_output, key, pruning)
-        run = (backend, problem, values, *run[3:])
-        return _unpruned(*run)._replace(tau=tau, sigma=sigma, density=density)
+        return convolve(problem, values, input, weight)._replace(tau=tau, sigma=sigma, density=density)
 
     factors, tau, sigma = _factors(grad_output, key, pruning)
     dim = 0 if pruning.granularity == "sample" else 1
     kept = factors.flatten().nonzero().flatten()
     gathered = _scaled(grad_output.index_select(dim, kept), factors.index_select(dim, kept))
-    # Which side of the convolution is smaller: images of input and its gradient, or filters and theirs.
-    if dim == 0:
-        smaller = replace(problem, n=len(kept))
-        small_input, small_weight = input.index_select(0, kept), weight
-    else:
-        smaller = replace(problem, k=len(kept)) if len(kept) else None
-        small_input, small_weight = input, weight.index_select(0, kept)
-    if len(kept) == 0 or smaller is None:
+    if len(kept) == 0:
         grads, name = (_zeros(input), _zeros(weight)), backend.name
     else:
+        # Which side of the convolution is smaller: images of input and its gradient, or filters and theirs.
+        if dim == 0:
+            smaller = replace(problem, n=len(kept))
+            small_input, small_weight = input.index_select(0, kept), weight
+        else:
+            smaller = replace(problem, k=len(kept))
+            small_input, small_weight = input, weight.index_select(0, kept)
         formats = [reference.memory_format(tensor) for tensor in (grad_output, input, weight)]
         small = [
             tensor.contiguous(memory_format=layout)
             for tensor, layout in zip((gathered, small_input, small_weight), formats)
         ]
-        result = _unpruned(backend, smaller, *small, key, pruning.unpruned, output_mask, layer_id)
+        result = convolve(smaller, *small)
         grads, name = [result.grad_input, result.grad_weight], result.implementation
         if grads[dim] is not None:
             grads[dim] = _zeros((input, weight)[dim]).index_copy_(0, kept, grads[dim])
@@ -136,19 +138,3 @@ def conv2d_backward(
 
 def _zeros(like: Tensor) -> Tensor:
     return empty(like.shape, like, reference.memory_format(like)).zero_()
-
-
-def _unpruned(
-    backend: Backend,
-    problem: ConvProblem,
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    key: Tensor,
-    pruning: Pruning,
-    output_mask: Sequence[bool],
-    layer_id: int,
-) -> BackwardResult:
-    return backend.conv2d_backward(
-        problem, grad_output, input, weight, key, pruning, output_mask, sigma_history=None, layer_id=layer_id
-    )

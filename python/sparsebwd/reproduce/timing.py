@@ -17,7 +17,6 @@ from typing import Any
 
 from rich.console import Console
 
-from .. import data
 from ..commands import describe, one_line_errors
 from ..data import write_text
 from ..memory import keep_memory
@@ -65,15 +64,7 @@ def measure(folder: Path, steps: int = STEPS) -> dict[str, Any]:
         if world.device.type == "cpu":
             keep_memory()
         reporter = Reporter(Console(quiet=True))
-        images = data.load(
-            config.data,
-            data_dir=config.data_dir,
-            cache_dir=config.cache_dir,
-            image_size=config.image_size,
-            stream=config.stream,
-            crop=config.crop,
-            strict=not config.skip_unreadable,
-        )
+        images = config.load_images()
         end = Trainer(config, images, folder, world, reporter)
         if not end.resume():
             raise ValueError(f"timing: {folder} holds no checkpoint")

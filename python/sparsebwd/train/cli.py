@@ -165,15 +165,7 @@ def _prepare(
             "or name another folder"
         )
     with world.one_first():
-        images = data.load(
-            config.data,
-            data_dir=config.data_dir,
-            cache_dir=config.cache_dir,
-            image_size=config.image_size,
-            stream=config.stream,
-            crop=config.crop,
-            strict=not config.skip_unreadable,
-        )
+        images = config.load_images()
     trainer = Trainer(config, images, folder, world, reporter, signals)
     about = trainer.data.description
     if config.dense:

@@ -223,6 +223,18 @@ class TrainConfig:
                 )
         return pairs
 
+    def load_images(self) -> data.ImageData:
+        """The images that the run is trained and tested on. Raises as `sparsebwd.data.load` does."""
+        return data.load(
+            self.data,
+            data_dir=self.data_dir,
+            cache_dir=self.cache_dir,
+            image_size=self.image_size,
+            stream=self.stream,
+            crop=self.crop,
+            strict=not self.skip_unreadable,
+        )
+
     def total_steps(self, steps_per_epoch: int) -> int:
         """Length of the run."""
         steps = self.epochs * steps_per_epoch

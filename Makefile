@@ -59,7 +59,7 @@ ceilings:  ## measure how fast the inner loops of the CPU kernels could be at be
 	@$(CXX) -std=c++17 -O3 -ffp-contract=off $(VECTOR_FLAGS) -Icsrc/include -Icsrc/cpu tools/ceilings.cpp -o build/ceilings
 	@build/ceilings
 
-sass: $(CUDA)  ## compile the CUDA kernels, no GPU needed, and show registers, spills, branches
+sass: $(CUDA)  ## compile the CUDA kernels, no GPU needed, and show registers, spills, branches, and the speed that they predict
 	@$(BIN)/python tools/sass.py
 
 lint: $(BUILT) $(LINTER)  ## check the Python sources with ruff, and the types that users see with mypy

@@ -225,13 +225,18 @@ def main() -> None:
     if toolkit is None or toolkit.cuobjdump is None:
         sys.exit("sparsebwd: no CUDA compiler and disassembler are found; run 'pip install -r requirements-cuda.txt'.")
     sources = [Path(name).resolve() for name in sys.argv[1:]] or sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    found = []
     for source, kernels in disassemble_all(toolkit, sources).items():
         print(f"\n{source.name}\n{kernels.exception() or table(kernels.result())}")
+        found += [] if kernels.exception() else kernels.result()
     print(
         "\nwarps: of a multiprocessor, as its registers allow; stack: bytes a thread; local: LDL and STL; guarded: FFMA that\n"
         "are issued whatever their predicate; run: the most FFMA between two branches; table: jumps through a table;\n"
         "LDG128: loads of 16 bytes from global memory; code: instructions"
     )
+    import sass_model  # which needs this module
+
+    print(f"\n{sass_model.predictions(found)}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def command(
     layers: Annotated[
         str | None, typer.Option(help="Names of convolutions, or patterns as stages.1.*, separated by commas.")
     ] = None,
-    batch: training.Batch = 32,
+    batch_size: training.BatchSize = 32,
     percentile: training.Percentile = "90",
     placement: training.Placement = "auto",
     backend: training.Backend = "auto",
@@ -58,7 +58,7 @@ def command(
     if nbytes > max_size * _MB:
         raise typer.BadParameter(
             f"max_size: got {max_size:g} MB, but {len(chosen)} layers at {len(when)} steps take "
-            f"{math.ceil(nbytes / _MB)} MB; choose some with --layers, fewer --steps, a smaller --batch, or allow more",
+            f"{math.ceil(nbytes / _MB)} MB; choose some with --layers, fewer --steps, a smaller --batch-size, or allow more",
             param_hint="--max-size",
         )
     try:

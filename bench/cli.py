@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from itertools import chain, product
@@ -17,7 +18,7 @@ from rich.console import Console
 
 from sparsebwd import models
 from sparsebwd.backends import registered_backends
-from sparsebwd.commands import check_environment, check_seed, check_threads
+from sparsebwd.commands import check_environment, check_seed, check_threads, new_app, one_line_errors
 from sparsebwd.problem import ConvProblem
 from sparsebwd.settings import check_percentile
 
@@ -25,7 +26,7 @@ from . import capture, compare, devices, operations, overhead, results, step, su
 from .inputs import DTYPES, LAYOUTS, PATTERNS, Rotation
 from .runner import AGAINST, Plan, peaks, run
 from .suites import Layer
-from .terminal import FILE, check_writable, checked, fail, measuring, progress_bar, warn
+from .terminal import BATCH_SIZE, FILE, check_writable, checked, fail, measuring, progress_bar, warn
 
 T = TypeVar("T")
 
@@ -36,14 +37,11 @@ _UNKNOWN_CACHE = 32 * 2**20
 # Kinds of tensors that rotate: three operands in two layouts.
 _ROTATED = 6
 
-app = typer.Typer(
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = new_app()
 
-_OPERATIONS = "\n".join(f"{found.name:<20}{found.description}" for found in operations.ALL)
+_OPERATIONS = "\n".join(
+    textwrap.fill(f"{found.name:<20}{found.description}", 76, subsequent_indent=" " * 20) for found in operations.ALL
+)
 
 _HELP = f"""Time the sparse kernels against dense PyTorch.
 
@@ -129,7 +127,9 @@ def main(
     ] = None,
     device: Annotated[str, typer.Option(help=" | ".join(devices.DEVICES) + ": which one is measured.")] = "cpu",
     threads: Annotated[list[str] | None, typer.Option(help="Of a CPU. Default: as PyTorch chooses.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help=f"Images, for suites. Default: {DEFAULT_BATCH}.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(*BATCH_SIZE, min=1, help=f"Images, for suites. Default: {DEFAULT_BATCH}.")
+    ] = None,
     repeats: Annotated[
         int, typer.Option(min=3, help="Samples of which the median is taken, after 2 for warm-up.")
     ] = 15,
@@ -189,12 +189,12 @@ def main(
         backend=backend,
         device=device,
         threads=threads,
-        batch=batch,
+        batch_size=batch_size,
         repeats=repeats,
         memory=memory,
         seed=seed,
     )
-    _check_memory(plan, "--problem" if problem else "--batch")
+    _check_memory(plan, "--problem" if problem else "--batch-size")
     check_writable(json=json, csv=csv, markdown=markdown)
     draw = _pictures(plot or [], plan)
     typer.echo(f"{len(plan)} rows, {repeats} samples each", err=True)
@@ -271,7 +271,7 @@ def _plan(
     backend: list[str] | None,
     device: str,
     threads: list[str] | None,
-    batch: int | None,
+    batch_size: int | None,
     repeats: int,
     memory: int,
     seed: int,
@@ -280,14 +280,14 @@ def _plan(
         for name, value in (
             ("suite", suite),
             ("problem", problem),
-            ("batch", batch),
+            ("batch-size", batch_size),
             ("pattern", pattern),
             ("density", density),
         ):
             if value:
                 raise typer.BadParameter("the file of --gradients has its own", param_hint=f"--{name}")
-    if problem and batch is not None and not suite:
-        raise typer.BadParameter("the batch of a problem is its n; accepted with --suite", param_hint="--batch")
+    if problem and batch_size is not None and not suite:
+        raise typer.BadParameter("the batch of a problem is its n; accepted with --suite", param_hint="--batch-size")
     measured = _checked("device", devices.named, device)
     for name, value, wanted in (("threads", threads, "cpu"), ("math", math, "cuda")):
         if value and device != wanted:
@@ -297,7 +297,7 @@ def _plan(
     else:
         problems = _parse("problem", problem or [], lambda text: Layer(None, str(_problem(text)), _problem(text)))
         suite = suite or ([] if problem else ["resnet18-cifar"])
-        layers = [*chain(*_parse("suite", suite, lambda name: suites.load(name, batch or DEFAULT_BATCH))), *problems]
+        layers = [*chain(*_parse("suite", suite, lambda name: suites.load(name, batch_size or DEFAULT_BATCH))), *problems]
     if layer:
         layers = _checked("layer", suites.select, layers, _parse("layer", layer, str))
     rotated = min(2 * (measured.cache_bytes or _UNKNOWN_CACHE), memory * 2**20 // _ROTATED)
@@ -425,3 +425,8 @@ def _pictures(names: Sequence[str], plan: Plan) -> Callable[[dict[str, Any], Seq
             plot.write(path, environment, rows)
 
     return draw
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m sparsebwd.bench") -> None:
+    with one_line_errors():
+        app(arguments, prog_name=prog)

@@ -19,7 +19,7 @@ from . import training
 from .environment import command_line
 from .inputs import LAYOUTS
 from .phases import WARMUP, PhaseTimer, iqr_ms, median_ms
-from .terminal import FILE, Table, check_writable, measuring, report
+from .terminal import BATCH_SIZE, FILE, Table, check_writable, measuring, report
 from .timing import Call, interleave
 
 PLAIN = "nn.Conv2d"
@@ -40,7 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def command(
     layers: Annotated[int, typer.Option(min=1, help="Convolutions in the chain, each of another geometry.")] = 20,
     image_size: Annotated[int, typer.Option(min=1, help="Height and width of the tensors, in pixels.")] = 4,
-    batch: Annotated[int, typer.Option(min=1, help="Images.")] = 1,
+    batch_size: Annotated[int, typer.Option(*BATCH_SIZE, min=1, help="Images.")] = 1,
     dtype: training.Dtype = "float32",
     layout: training.Layout = "channels_last",
     threads: training.Threads = None,
@@ -66,7 +66,7 @@ def command(
     options = {name: value for name, value in given.items() if name not in ("json", "markdown")}
     setting = options | {"command": command_line(options, "overhead")}
     with measuring() as environment:
-        results = measure(layers, image_size, batch, DTYPES[dtype], LAYOUTS[layout], repeats)
+        results = measure(layers, image_size, batch_size, DTYPES[dtype], LAYOUTS[layout], repeats)
     report([_table(setting, results)], {"environment": environment, "setting": setting, "results": results}, json, markdown)
 
 
@@ -136,7 +136,7 @@ def _table(setting: Mapping[str, Any], results: Mapping[str, dict[str, Any]]) ->
         return name, *(f"{result[f'{phase}_us']:.1f}" for phase in _PHASES), *over
 
     return Table(
-        f"{setting['layers']} layers, batch {setting['batch']}, {setting['image_size']}x{setting['image_size']} pixels, "
+        f"{setting['layers']} layers, batch {setting['batch_size']}, {setting['image_size']}x{setting['image_size']} pixels, "
         f"{setting['dtype']}, {setting['layout']}, threads {setting['threads']}",
         ("", "forward us", "backward us", "over nn.Conv2d: forward us", "backward us"),
         [row(*item) for item in results.items()],

@@ -196,7 +196,7 @@ def _command(plan: Plan, operation: Operation, dtype: str, case: Case, mode: Mod
     if layer.captured is not None:
         source = {"gradients": plan.file, "layer": layer.name}
     elif layer.suite is not None:
-        source = {"suite": layer.suite, "batch": layer.problem.n, "layer": layer.name}
+        source = {"suite": layer.suite, "batch_size": layer.problem.n, "layer": layer.name}
     else:
         source = {"problem": layer.problem}
     options = {

@@ -35,7 +35,7 @@ def command(
     cache_dir: training.CacheDir = None,
     image_size: training.ImageSize = 32,
     steps: training.Steps = "10,150,300",
-    batch: training.Batch = 64,
+    batch_size: training.BatchSize = 64,
     percentile: training.Percentile = "90",
     placement: training.Placement = "auto",
     backend: training.Backend = "auto",
@@ -164,7 +164,7 @@ def _overview(setting: Mapping[str, Any], points: Sequence[dict[str, Any]]) -> T
     percentile = setting["percentile"]
     pruning = "no pruning" if percentile is None else f"percentile {percentile:g}"
     return Table(
-        f"{setting['model']}, {setting['data']}, batch {setting['batch']}, {pruning}, "
+        f"{setting['model']}, {setting['data']}, batch {setting['batch_size']}, {pruning}, "
         f"{setting['dtype']}, {setting['layout']}, {_where(setting)}",
         ("after step", "density", "dense ms", "sparse ms", "speed-up", "bound", "ideal bound"),
         [

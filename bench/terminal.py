@@ -27,6 +27,9 @@ BUSY = 0.1
 FILE = {"dir_okay": False, "metavar": "FILE"}
 """Settings of an option that names a file to write."""
 
+BATCH_SIZE = ("--batch-size", "--batch")
+"""Names of the option: that of all commands, and the one that recorded commands have."""
+
 
 def check_writable(**files: Path | None) -> None:
     """Refuse now rather than after the measurement."""

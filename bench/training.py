@@ -25,7 +25,7 @@ from sparsebwd.train.world import World
 from . import devices
 from .convolutions import Convolution, following
 from .inputs import LAYOUTS
-from .terminal import checked
+from .terminal import BATCH_SIZE, checked
 
 _NEVER = 2**62
 
@@ -35,7 +35,7 @@ DataDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Where the dat
 CacheDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Where decoded images are kept.")]
 ImageSize = Annotated[int, typer.Option(help="Height and width of the images, in pixels.")]
 Steps = Annotated[str, typer.Option(help="Training steps finished before, separated by commas.")]
-Batch = Annotated[int, typer.Option(help="Images a step.")]
+BatchSize = Annotated[int, typer.Option(*BATCH_SIZE, help="Images a step.")]
 Percentile = Annotated[str, typer.Option(help="Pruning percentile in [50, 100), or none.")]
 Placement = Annotated[str, typer.Option(help="Which gradient is pruned: output, input, or auto.")]
 Backend = Annotated[str, typer.Option(help=f"{', '.join(registered_backends())}, or auto.")]
@@ -77,7 +77,6 @@ def prepare(given: Mapping[str, Any]) -> Trainer:
     try:
         options |= {
             "percentile": _percentile(given["percentile"]),
-            "batch_size": given["batch"],
             "channels_last": layout == "channels_last",
             "device": given.get("device", "cpu"),
             "measure_every": _NEVER,

@@ -727,9 +727,9 @@ def test_bad_arguments(arguments, words):
     assert arguments[-2].removeprefix("-") in result.output
 
 
-@pytest.mark.parametrize("option", ["--suite", "--problem", "--density", "--pattern", "--batch"])
+@pytest.mark.parametrize("option", ["--suite", "--problem", "--density", "--pattern", "--batch-size"])
 def test_gradients_come_with_their_layers(captured_file, option):
-    value = "1" if option == "--batch" else "iid"
+    value = "1" if option == "--batch-size" else "iid"
     result = CliRunner().invoke(cli.app, ["--gradients", str(captured_file()), option, value], env={"COLUMNS": "400"})
     assert result.exit_code == 2
     assert f"{option}: the file of --gradients has its own" in result.output

@@ -154,6 +154,7 @@ def test_every_package_is_listed():
     setuptools = PYPROJECT["tool"]["setuptools"]
     assert set(setuptools["packages"]) == packages(ROOT / "python") | packages(ROOT / "bench", "sparsebwd", "bench")
     assert setuptools["package-dir"] == {"": "python", "sparsebwd.bench": "bench"}
+    assert setuptools["py-modules"] == [path.stem for path in (ROOT / "python").glob("*.py")]
 
 
 def test_pinned_requirements_cover_what_the_package_declares():

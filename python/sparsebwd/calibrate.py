@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -17,17 +17,12 @@ from rich.console import Console
 from sparsebwd.backends import break_even, calibration
 from sparsebwd.bench import terminal, training
 from sparsebwd.bench.calibration import DENSITIES, Found, Measured, densities, measure, steps
-from sparsebwd.commands import describe, one_line_errors
+from sparsebwd.commands import describe, new_app, one_line_errors
 from sparsebwd.data.files import write_text
 
 _LEAST_CHANGE = 0.02
 
-app = typer.Typer(
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = new_app()
 
 
 @app.command()
@@ -159,6 +154,10 @@ def _text(found: Found) -> str:
     return f"> {DENSITIES[-1]}" if found.density == DENSITIES[-1] else f"{found.density:.2f} ± {found.noise:.2f}"
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m sparsebwd.calibrate") -> None:
     with one_line_errors():
-        app(prog_name="python -m sparsebwd.calibrate")
+        app(arguments, prog_name=prog)
+
+
+if __name__ == "__main__":
+    main()

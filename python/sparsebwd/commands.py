@@ -7,8 +7,10 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
+import typer
 
 from . import backends
 from .backends import break_even
@@ -16,6 +18,17 @@ from .backends import break_even
 _MOST_THREADS = 1024
 _SEEDS = 2**64
 _NO_MEMORY = ("not enough memory", "can't allocate memory", "invalid argument to memory allocation")
+
+
+def new_app(**settings: Any) -> typer.Typer:
+    """A command, in the style that all have."""
+    return typer.Typer(
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        **settings,
+    )
 
 
 def describe(error: BaseException) -> str:

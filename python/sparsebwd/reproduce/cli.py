@@ -27,14 +27,14 @@ _FIGURE_MODELS = ("alexnet", "resnet18")
 _ESTIMATORS = {"corrected": ("corrected",), "as_printed": ("as_printed",), "both": ("corrected", "as_printed")}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m sparsebwd.reproduce") -> int:
     """Parse the arguments and make what is missing. Returns 0, 1 if runs failed, 128 and its number if a signal ended it.
 
     Raises:
         SystemExit: with status 2 and a message where an argument is refused.
     """
     with one_line_errors():
-        parser = _parser()
+        parser = _parser(prog)
         options = parser.parse_args(arguments)
         table = TABLES["table1" if options.what == _FIGURE else options.what]
         name = options.data if options.data not in (None, "imagefolder") else table.data
@@ -190,9 +190,9 @@ def _kind(text: str) -> str:
         raise argparse.ArgumentTypeError(f"got {text!r}; accepted: numbers in [50, 100), none, dense") from None
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str = "python -m sparsebwd.reproduce") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m sparsebwd.reproduce",
+        prog=prog,
         usage="%(prog)s table1|table2|table3|figure3 [options]",
         description="Repeat a table or the figure of Ye et al. (2019): run what is missing, keep what is done, show all beside the "
         "paper's figures. Any number of processes may do this with one output folder; each may be ended at any time.",

@@ -50,7 +50,7 @@ _DEMO = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m sparsebwd.train") -> int:
     """Parse the arguments and train. Returns the exit status: 0, 1 if training failed, 128 and its number if a signal
     ended it.
 
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: with status 2 and a message where an argument or a file is refused.
     """
     with one_line_errors():
-        parser = _parser()
+        parser = _parser(prog)
         options = parser.parse_args(arguments)
         parser.set_defaults(**{**(_DEMO if options.demo else {}), **RECIPES.get(options.recipe, {})})
         options = parser.parse_args(arguments)
@@ -203,10 +203,10 @@ def _prepare(
     return trainer
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str = "python -m sparsebwd.train") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m sparsebwd.train",
-        usage="%(prog)s [--model NAME] [--data NAME] [--percentile P] [--compare] [options]",
+        prog=prog,
+        usage="%(prog)s [--model NAME] [--data NAME] [options]",
         description="Train a convolutional network with pruned activation gradients and sparse backward convolutions. "
         "The defaults are the settings of Ye et al. (2019) for CIFAR.",
     )

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One command for all: ``sparsebwd``, and ``python -m sparsebwd``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sparsebwd_command
+from sparsebwd_command import COMMANDS, app
+from typer.testing import CliRunner
+
+import sparsebwd
+
+SCRIPT = Path(sys.executable).with_name("sparsebwd")
+
+PAGES = [(name,) for name in COMMANDS] + [("bench", name) for name in ("step", "capture", "overhead", "zoo")]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, arguments, prog_name="sparsebwd", env={"COLUMNS": "80"})
+
+
+@pytest.fixture(params=PAGES, ids=" ".join)
+def page(request, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    result = invoke(*request.param, "--help")
+    assert result.exit_code == 0
+    return request.param, result.output
+
+
+def test_help_names_the_command_and_fits_the_terminal(page):
+    words, text = page
+    assert text.lower().startswith(f"usage: sparsebwd {' '.join(words)} ")
+    assert [line for line in text.splitlines() if len(line) > 80] == []
+
+
+def test_options_have_the_same_names_everywhere(page):
+    options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page[1]))
+    assert not options & {"--batchsize", "--bs", "--images", "--dataset", "--datadir", "--folder", "--root", "--lr-rate"}
+    if "--batch" in options:  # of recorded commands
+        assert "--batch-size, --batch" in page[1]
+
+
+def test_batch_size_and_data_dir_are_options_of_what_has_batches_and_data():
+    for words, names in {
+        ("train",): ("--batch-size", "--data-dir"),
+        ("reproduce",): ("--data-dir",),
+        ("bench",): ("--batch-size",),
+        ("bench", "step"): ("--batch-size", "--data-dir"),
+        ("bench", "capture"): ("--batch-size", "--data-dir"),
+        ("bench", "zoo"): ("--data-dir",),
+    }.items():
+        text = invoke(*words, "--help").output
+        assert all(name in text for name in names), words
+
+
+def test_help_lists_all_commands_whole():
+    text = invoke("--help").output
+    for name, (_, about) in COMMANDS.items():
+        assert f"{name} " in text and about in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "No such command 'trian'"),
+        (["--batch-size", "3"], "No such option: --batch-size"),
+        (["train", "--epochs", "x"], "sparsebwd train: error: argument --epochs"),
+        (["train", "--percentile", "30"], "percentile: got 30.0; accepted: 50 <= percentile < 100"),
+        (["reproduce"], "sparsebwd reproduce: error: the following arguments are required: WHAT"),
+        (["bench", "--density", "2"], "density: got '2'; accepted: 0 <= density <= 1"),
+        (["bench", "step", "--percentile", "3"], "percentile: got 3.0"),
+        (["info", "--jason"], "No such option: --jason"),
+        (["calibrate", "--threads", "0"], "threads: got 0"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_wrong_is_said_with_status_2(arguments, message):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split()) and "Traceback" not in result.output
+
+
+def test_arguments_arrive_as_they_are(monkeypatch):
+    got = []
+
+    def main(arguments, prog):
+        got.append((arguments, prog))
+        return 5
+
+    monkeypatch.setattr(importlib.import_module("sparsebwd.train.cli"), "main", main)
+    words = ["--model", "vgg16", "-x", "--flag=a b", "--help", "rest", "--version"]
+    assert invoke("train", *words).exit_code == 5
+    assert got == [(words, "sparsebwd train")]
+
+
+def test_version():
+    assert invoke("--version").output == f"{sparsebwd.__version__}\n"
+
+
+def test_info_as_json():
+    text = invoke("info", "--json").output
+    assert text.startswith("{") and f'"sparsebwd": "{sparsebwd.__version__}"' in text
+
+
+@pytest.mark.slow
+def test_the_command_is_installed_and_its_help_loads_no_torch():
+    script = subprocess.run([SCRIPT, "--help"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"})
+    assert script.returncode == 0 and script.stdout == invoke("--help").output.replace("python -m sparsebwd ", "sparsebwd ")
+    loaded = "import sys, sparsebwd_command; print('torch' in sys.modules, 'sparsebwd' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True).stdout == "False False\n"
+    module = subprocess.run([sys.executable, "-m", "sparsebwd", "info", "--help"], capture_output=True, text=True)
+    assert module.stdout.startswith("Usage: python -m sparsebwd info")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [["--help"], ["info"], ["train", "--help"]], ids=" ".join)
+def test_output_that_cannot_be_written(arguments):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([SCRIPT, *arguments], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: standard output: No space left on device\n")
+
+
+def test_python_m_runs_each_command():
+    for module, _ in sparsebwd_command.COMMANDS.values():
+        assert callable(importlib.import_module(module).main), module

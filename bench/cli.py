@@ -380,7 +380,7 @@ def _check_memory(plan: Plan, option: str) -> None:
         nbytes = 2 * 2 * elements * DTYPES[dtype].itemsize
         if nbytes > available:
             raise typer.BadParameter(
-                f"{option.removeprefix('--')}: got {problem} in {dtype}, whose tensors take {nbytes / 2**30:.0f} GiB at least; "
+                f"{option[2:].replace('-', '_')}: got {problem} in {dtype}, whose tensors take {nbytes / 2**30:.0f} GiB at least; "
                 f"accepted: what fits into the {available / 2**30:.0f} GiB of this machine",
                 param_hint=option,
             )

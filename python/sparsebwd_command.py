@@ -19,6 +19,7 @@ COMMANDS = {
     "bench": ("sparsebwd.bench.cli", "Time kernels and whole steps against dense PyTorch."),
     "reproduce": ("sparsebwd.reproduce.cli", "Repeat the tables and the figure of the paper."),
     "info": ("sparsebwd.info.cli", "Say what runs on this machine, and what does not."),
+    "profile": ("sparsebwd.profiling.cli", "Show what each layer of a model gains, and why not."),
     "calibrate": ("sparsebwd.calibrate", "Measure where sparse is faster on this machine."),
 }
 """The module of each, whose ``main(arguments, prog)`` returns the exit status or raises SystemExit, and what it is for."""
@@ -46,7 +47,7 @@ def _command(
 ) -> None:
     """Train convolutional networks faster: pruned activation gradients, sparse backward convolutions.
 
-    sparsebwd COMMAND --help says more; python -m sparsebwd.COMMAND is the same command.
+    sparsebwd COMMAND --help says more. python -m sparsebwd is the same.
     """
 
 

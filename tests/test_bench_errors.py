@@ -21,7 +21,7 @@ from sparsebwd.bench.cli import app
         (["zoo", "--threads", "0"], "--threads", "threads: got 0"),
         (["overhead", "--threads", "100000"], "--threads", "threads: got 100000"),
         (["--problem", "n900000c512h300w300k512r3s3"], "--problem", "problem: got n900000c512h300w300k512r3s3"),
-        (["--suite", "resnet18-imagenet", "--batch-size", "999999"], "--batch-size", "batch: got n999999c"),
+        (["--suite", "resnet18-imagenet", "--batch-size", "999999"], "--batch-size", "batch_size: got n999999c"),
     ],
 )
 def test_arguments_out_of_range(arguments, option, message, monkeypatch):

@@ -113,7 +113,7 @@ def test_info_as_json():
 @pytest.mark.slow
 def test_the_command_is_installed_and_its_help_loads_no_torch():
     script = subprocess.run([SCRIPT, "--help"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"})
-    assert script.returncode == 0 and script.stdout == invoke("--help").output.replace("python -m sparsebwd ", "sparsebwd ")
+    assert script.returncode == 0 and script.stdout == invoke("--help").output
     loaded = "import sys, sparsebwd_command; print('torch' in sys.modules, 'sparsebwd' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True).stdout == "False False\n"
     module = subprocess.run([sys.executable, "-m", "sparsebwd", "info", "--help"], capture_output=True, text=True)
@@ -122,7 +122,7 @@ def test_the_command_is_installed_and_its_help_loads_no_torch():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize("arguments", [["--help"], ["info"], ["train", "--help"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["--help"], ["info"], ["bench", "--help"]], ids=" ".join)
 def test_output_that_cannot_be_written(arguments):
     with open("/dev/full", "w") as full:
         done = subprocess.run([SCRIPT, *arguments], stdout=full, stderr=subprocess.PIPE, text=True)

@@ -11,6 +11,8 @@ from .info import Info, info  # the function takes the place of its package, whi
 from .memory import keep_memory
 from .monitor import DensityMonitor
 from .nn import SparseConv2d
+from .profiling import Profile, profile
+from .schedule import PercentileSchedule
 from .settings import Pruning
 
 __all__ = [
@@ -19,6 +21,8 @@ __all__ = [
     "Info",
     "LayerReport",
     "PrunedGradient",
+    "PercentileSchedule",
+    "Profile",
     "Pruning",
     "SparseConv2d",
     "conversion_report",
@@ -28,6 +32,7 @@ __all__ = [
     "info",
     "keep_memory",
     "nn",
+    "profile",
     "prune_gradient",
     "revert",
     "use_calibration",

@@ -14,6 +14,9 @@ log = logging.getLogger("sparsebwd")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
+_kept = False
+
+
 def keep_memory() -> bool:
     """Have malloc keep the memory that this process frees, so that the next training step need not ask for it again.
 
@@ -29,10 +32,17 @@ def keep_memory() -> bool:
         True: done. False: not done, because the C library is not glibc or refused; the logger "sparsebwd" says so at
         level WARNING. Everything works as before then.
     """
+    global _kept
     reason = _keep()
+    _kept = _kept or reason is None
     if reason is not None:
         log.warning("keep_memory: freed memory goes back to the system as before: %s", reason)
     return reason is None
+
+
+def kept() -> bool:
+    """Whether :func:`keep_memory` has been called and did it."""
+    return _kept
 
 
 def _keep() -> str | None:

@@ -251,6 +251,7 @@ def _parser(prog: str = "python -m sparsebwd.train") -> argparse.ArgumentParser:
     value("backend", "NAME", ", ".join(("auto", *registered_backends())))
     value("exclude", "LAYER,...", "layers that stay dense, with all below them: names, or patterns such as *.shortcut*")
     value("layer_percentile", "LAYER=P,...", "percentiles of single layers, by names or patterns")
+    value("percentile_warmup", "EPOCHS", "in which percentiles rise from 50, which prunes nothing", int)
     value("where", "NAME", "everywhere, as in the paper, or faster: only where sparse kernels can gain something")
 
     group = parser.add_argument_group("optimisation")

@@ -58,6 +58,8 @@ class TrainConfig:
         is pruned that the paper prunes, unless where is "faster".
     exclude: layers that stay dense, with all below them: names, or patterns of them, between commas.
     layer_percentile: percentiles of single layers, such as "stem.0=none,stages.3.*=95"; of several that fit, the last counts.
+    percentile_warmup: epochs in which percentiles rise from 50, which prunes nothing, to what was asked for, by half a cosine;
+        `sparsebwd.PercentileSchedule`.
     dense: train the dense model only, by PyTorch's own convolutions; all about sparsity counts for nothing.
     compare: train the dense twin too, from the same weights, on the same batches, in turns.
     batch_size: images per step, over all processes.
@@ -99,6 +101,7 @@ class TrainConfig:
     where: str = "everywhere"
     exclude: str | None = None
     layer_percentile: str | None = None
+    percentile_warmup: int = 0
     dense: bool = False
     compare: bool = False
     epochs: int = 300
@@ -152,6 +155,11 @@ class TrainConfig:
         if self.backend != "auto" and (reason := get_backend(self.backend).available()):
             raise RuntimeError(f"backend: {self.backend!r} cannot run: {reason}")
         self.layer_percentiles()
+        _between("percentile_warmup", self.percentile_warmup, 0, _MOST)
+        if self.percentile_warmup and self.percentile is None and not self.layer_percentile and not self.dense:
+            raise ValueError(
+                f"percentile_warmup: got {self.percentile_warmup} with {pruning.asked}; accepted: with a percentile"
+            )
         for name in ("epochs", "batch_size", "accumulate", "decay_epochs", "image_size", "measure_every"):
             _between(name, getattr(self, name), 1, _MOST)
         if self.form == "imagenet" and self.image_size < SMALLEST_IMAGENET:

@@ -21,6 +21,7 @@ from ..data import Batches, DataError, ImageData, Normalize, available_cores, or
 from ..data.decode import ImageError
 from ..info import info
 from ..monitor import DensityMonitor
+from ..schedule import PercentileSchedule
 from . import checkpoint
 from .board import Board, Gradients, require_tensorboard
 from .config import DTYPES, TrainConfig
@@ -32,6 +33,8 @@ from .twins import Twin, build_twins
 from .world import World
 
 _ADVICE = "try a lower --learning-rate, some --warmup-steps or a lower --percentile"
+
+_COMPILED_CHANGES = 4  # of percentiles in a warm-up; each compiles the model again
 
 
 class TrainingError(RuntimeError):
@@ -94,6 +97,10 @@ class Trainer:
         self._normalize = Normalize(*self.data.statistics, world.device, config.channels_last)
         self.twins = build_twins(config, len(self.data.classes), world, reporter.warn)
         self._total_steps = config.total_steps(len(self._batches))
+        warmup = config.percentile_warmup * len(self._batches)
+        changes = _COMPILED_CHANGES if config.compile else None
+        sparse = [twin.model for twin in self.twins if warmup and twin.sparse_layers]
+        self._schedules = [PercentileSchedule(model, warmup, changes=changes) for model in sparse]
         self._environment = self._describe_environment()
         self._step = 0
         self._history: list[dict[str, Any]] = []
@@ -224,6 +231,8 @@ class Trainer:
         measured = self._step % self.config.measure_every == self.config.measure_every - 1
         order = self.twins if self._step % 2 == 0 else self.twins[::-1]
         losses = dict.fromkeys(twin.name for twin in self.twins)
+        for schedule in self._schedules:
+            schedule.step(self._step)
         for twin in order:
             torch.manual_seed(seed)
             with self._compiling():

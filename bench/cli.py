@@ -58,7 +58,7 @@ to keep what is freed, or either would mostly time the system clearing fresh pag
 
 
 @app.callback(help=_HELP, invoke_without_command=True)
-def main(
+def command(
     context: typer.Context,
     suite: Annotated[
         list[str] | None,

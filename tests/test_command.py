@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import sparsebwd_command
-from sparsebwd_command import COMMANDS, app
 from typer.testing import CliRunner
 
 import sparsebwd
+import sparsebwd_command
+from sparsebwd_command import COMMANDS, app
 
 SCRIPT = Path(sys.executable).with_name("sparsebwd")
 

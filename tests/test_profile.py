@@ -11,7 +11,6 @@ import sys
 import numpy
 import pytest
 import torch
-from sparsebwd_command import app
 from torch import nn
 from typer.testing import CliRunner
 
@@ -19,6 +18,7 @@ import sparsebwd
 from sparsebwd.bench.convolutions import following
 from sparsebwd.problem import ConvProblem
 from sparsebwd.profiling import Alternative, LayerProfile, kept
+from sparsebwd_command import app
 
 
 class Net(nn.Module):

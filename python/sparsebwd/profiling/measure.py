@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from ..arguments import as_int, shown
 from ..backends import break_even, why_not_faster
-from ..conversion import convert, conversion_report
+from ..conversion import conversion_report, convert
 from ..nn import SparseConv2d, a_parameter
 from ..settings import DEFAULT, Pruning
 from .result import Alternative, LayerProfile, Profile

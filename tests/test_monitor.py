@@ -7,6 +7,8 @@ import copy
 import gc
 import json
 import math
+import pickle
+from collections import Counter
 from statistics import NormalDist
 
 import pytest
@@ -15,7 +17,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import sparsebwd
-from sparsebwd import convert
+from sparsebwd import convert, ranges
 from sparsebwd.backends import observers
 from sparsebwd.monitor import DensityMonitor
 
@@ -159,3 +161,39 @@ def test_bad_models():
         DensityMonitor(nn.Sequential(nn.Conv2d(3, 3, 3)))
     with pytest.raises(TypeError, match="model: got str"):
         DensityMonitor("model")
+
+
+# ---- names in torch.profiler
+
+
+def ranges_of(step):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        step()
+    return Counter(event.name for event in profiler.events() if event.name.startswith("sparsebwd backward"))
+
+
+def test_profilers_show_layers_by_name():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)))
+    sparsebwd.convert(model, 90, where="everywhere", exclude="2.2")
+    copied = copy.deepcopy(model)
+    images = torch.randn(2, 3, 8, 8)
+    for net in (model, copied, pickle.loads(pickle.dumps(model))):
+        found = ranges_of(lambda net=net: (net(images) + net(images)).sum().backward())
+        assert found == {"sparsebwd backward: 0": 2, "sparsebwd backward: 2.0": 2}
+    layer = sparsebwd.SparseConv2d(3, 4, 3)
+    assert ranges_of(lambda: layer(images).sum().backward()) == {f"sparsebwd backward: layer {layer.layer_id}": 1}
+    assert "layer_name" not in vars(sparsebwd.revert(model)[0])
+
+
+def test_ranges_cost_nothing_without_a_profiler(monkeypatch):
+    monkeypatch.setattr(torch.profiler, "record_function", lambda name: pytest.fail("a range was opened"))
+    sparsebwd.SparseConv2d(3, 4, 3)(torch.randn(2, 3, 8, 8)).sum().backward()
+
+
+def test_names_of_layers_that_are_gone_are_forgotten():
+    layer = sparsebwd.SparseConv2d(3, 4, 3)
+    number = layer.layer_id
+    assert ranges._layers[number] is layer
+    del layer
+    gc.collect()
+    assert number not in ranges._layers

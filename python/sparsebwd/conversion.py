@@ -249,6 +249,7 @@ def convert(
             # The same object: hooks, their handles, and references held anywhere remain valid.
             module.__class__ = _rebased(type(module), SparseConv2d)
             module._configure(chosen)
+            module.layer_name = name
         if module.groups == module.in_channels > 1:
             depthwise.append(name)
     report = _report(model, placements)

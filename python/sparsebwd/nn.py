@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from . import ranges
 from .arguments import as_int, as_pair, check_choice, check_flag, shown
 from .backends.dense import conv2d
 from .functional import convolve, is_dense, sparse_conv2d
@@ -87,6 +88,9 @@ class SparseConv2d(nn.Conv2d):
     ``sparsebwd.backends.observers``. For torch.compile it is a constant, so that code compiled for
     one layer is not used for another: compile whole models rather than their equal blocks.
 
+    ``layer_name`` is the layer's name in the model that :func:`sparsebwd.convert` was given, "" where it was made by hand.
+    torch.profiler shows backward passes of sparse layers as ranges ``sparsebwd backward: NAME``.
+
     torch.fx traces a layer as one call_module node, and torch.jit.script compiles one in eval mode.
     Tools that look for nn.Conv2d by its exact type (fusion of graphs, quantisation) do not see it: it
     warns where it can tell, and :func:`sparsebwd.revert` gives them an nn.Conv2d. fuse_modules does see it.
@@ -103,6 +107,7 @@ class SparseConv2d(nn.Conv2d):
     backend: str = _setting("backend", '"auto" or the name of one.')
     sigma_estimator: str = _setting("sigma_estimator", '"corrected" or "as_printed".')
     where: str = _setting("where", '"everywhere" or "faster".')
+    layer_name: str = ""
 
     def __init__(
         self,
@@ -149,12 +154,14 @@ class SparseConv2d(nn.Conv2d):
         self.__dict__.pop("_pruning", None)  # that of the layer it was made from, whose history is not this one's
         self.pruning = pruning
         self.layer_id = next(_layer_ids)
+        ranges.register(self)
 
     def _unconfigure(self) -> None:
         """Leave only the attributes of an nn.Conv2d."""
         if self._pruning.threshold == "predicted":
             del self.sigma_history
         del self._pruning, self.layer_id
+        self.__dict__.pop("layer_name", None)
 
     @classmethod
     def from_conv2d(
@@ -351,6 +358,7 @@ class SparseConv2d(nn.Conv2d):
         # Called for copies and when unpickling.
         super().__setstate__(state)
         self.layer_id = next(_layer_ids)
+        ranges.register(self)
         # A shallow copy may have another threshold.
         for name in ("_buffers", "_non_persistent_buffers_set"):
             self.__dict__[name] = copy.copy(self.__dict__[name])

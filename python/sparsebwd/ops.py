@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import conv_backward_flop, conv_flop
 
-from . import granularity
+from . import granularity, ranges
 from .backends import LayerStats, choose_backend, observers, why_not_faster
 from .backends.base import logger, until_choices_change
 from .backends.dense import gradients, widens
@@ -268,11 +268,12 @@ def _conv2d_backward(
             settings = settings.unpruned
         start = time.perf_counter()
         operands = (problem, grad_output, _dense(input), _dense(weight), key, settings, output_mask[:2])
-        if settings.granularity == "element" or not settings.prunes:
-            history = _unversioned(sigma_history)
-            result = chosen.conv2d_backward(*operands, sigma_history=history, layer_id=layer_id)
-        else:
-            result = granularity.conv2d_backward(chosen, *operands, layer_id)
+        with ranges.of_layer(layer_id):
+            if settings.granularity == "element" or not settings.prunes:
+                history = _unversioned(sigma_history)
+                result = chosen.conv2d_backward(*operands, sigma_history=history, layer_id=layer_id)
+            else:
+                result = granularity.conv2d_backward(chosen, *operands, layer_id)
         seconds = time.perf_counter() - start
         if output_mask[0]:
             grad_input = result.grad_input.contiguous(memory_format=memory_format(input))

@@ -137,7 +137,54 @@ def test_copies_of_whole_models(copied):
     assert_as_dense(copied(convert(dense(), percentile=None, where="everywhere")), copied(dense()))
 
 
+def _trained(model: nn.Module, averages: list[nn.Module]) -> None:
+    """A few steps; averages follow, an AveragedModel by its own method and others with a decay of 0.9."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(images()).square().mean().backward()
+        optimizer.step()
+        for average in averages:
+            if isinstance(average, AveragedModel):
+                average.update_parameters(model)
+            else:
+                for mean, value in zip(average.parameters(), model.parameters()):
+                    mean.data.lerp_(value.data, 0.1)
+
+
+def test_averages_of_weights():
+    """Of a converted model, made before or after conversion: as those of the dense model, converted themselves or not."""
+    model, sparse = dense(), dense()
+    expected = [AveragedModel(model), copy.deepcopy(model)]
+    averages = [copy.deepcopy(sparse), AveragedModel(convert(sparse, percentile=None, where="everywhere")), copy.deepcopy(sparse)]
+    _trained(model, expected)
+    _trained(sparse, averages)
+    for average, wanted in zip(averages, (expected[1], *expected)):
+        assert any(isinstance(module, SparseConv2d) for module in average.modules()) == (average is not averages[0])
+        torch.testing.assert_close(average.state_dict(), wanted.state_dict(), rtol=1e-4, atol=1e-4)
+        assert not any(isinstance(module, SparseConv2d) for module in revert(average).modules())
+        x = images()
+        torch.testing.assert_close(average.eval()(x), wanted.eval()(x), rtol=1e-4, atol=1e-4)
+
+
 # ---- what runs modules in other ways
+
+
+def test_accumulated_gradients(stats):
+    """The gradients of parts of a batch add up, and each part is pruned for itself."""
+    model, sparse = dense().eval(), convert(dense(), percentile=None, where="everywhere")
+    sparse[1].eval()
+    for part in images().split(1):
+        (sparse(part).square().sum() / 2).backward()
+    (model(images()).square().sum() / 2).backward()
+    for actual, expected in zip(sparse.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-4, atol=1e-4)
+    stats.clear()
+    convert(sparse, percentile=80, where="everywhere").zero_grad()
+    for part in images().split(1):
+        sparse(part).square().sum().backward()
+    by_layer = {layer: [record.tau for record in stats if record.layer_id == layer] for layer in {r.layer_id for r in stats}}
+    assert all(len(taus) == 2 and taus[0] != taus[1] for taus in by_layer.values()) and len(by_layer) == 2
 
 
 def test_functional_call_and_its_copies():

@@ -34,7 +34,7 @@ def relative(path: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/develop.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/compatibility.md", "docs/develop.md"])
 def test_python_in_the_documentation_runs(page, tmp_path):
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.MULTILINE | re.DOTALL)
     assert blocks or page == "docs/develop.md"
@@ -72,6 +72,13 @@ def test_pages_of_the_site():
             linked.add(target)
             assert "://" in target or target.partition("#")[0] in ("", *listed, *results), f"{relative(path)}: {target}"
     assert results <= linked
+
+
+def test_tests_that_pages_name_exist():
+    named = re.findall(r"(tests/[\w/]+\.py)::(\w+)", (ROOT / "docs" / "compatibility.md").read_text("utf-8"))
+    assert named
+    for path, name in named:
+        assert f"\ndef {name}(" in (ROOT / path).read_text("utf-8"), f"{path}::{name}"
 
 
 def test_make_targets_of_the_documentation_exist():
@@ -169,7 +176,7 @@ def test_pinned_requirements_cover_what_the_package_declares():
     for requirement in declared:
         assert re.match(r"[\w-]+", requirement)[0].lower() in pins, requirement
     assert pins["torch"] == "2.13.0"
-    assert len(pins) == len([line for line in lines if "==" in line]), "a package is pinned twice"
+    assert len(pins) == len({line.lower() for line in lines if "==" in line}), "a package is pinned to two versions"
     assert all(re.fullmatch(r"[\d.]+(post\d+)?", version) for version in pins.values())
 
 

@@ -8,16 +8,15 @@ are those of the papers, what follows them is one linear layer on the averages o
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from torch import nn
 
 from sparsebwd import models
 
+from . import libraries
 from .convnext import ConvNeXt
 from .densenet import DenseNet
 from .inverted import efficientnet_b0, mobilenet_v2, mobilenet_v3_large
@@ -94,10 +93,7 @@ def get(name: str, source: str) -> Model:
     own = next(model for model in _OWN if model.name == name)
     if source == "own":
         return own
-    try:
-        library: Any = importlib.import_module("torchvision.models" if source == "torchvision" else "timm")
-    except ImportError as error:
-        raise RuntimeError(f"source: {source} is not installed ({error}); accepted then: own") from None
+    library = libraries.load(source)
     if source == "torchvision":
         build = partial(library.get_model, name, weights=None)
     else:

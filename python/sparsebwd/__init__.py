@@ -14,6 +14,7 @@ from .nn import SparseConv2d
 from .profiling import Profile, profile
 from .schedule import PercentileSchedule
 from .settings import Pruning
+from .subclasses import register_conv
 
 __all__ = [
     "ConversionReport",
@@ -34,6 +35,7 @@ __all__ = [
     "nn",
     "profile",
     "prune_gradient",
+    "register_conv",
     "revert",
     "use_calibration",
 ]

@@ -22,6 +22,7 @@ from .nn import SparseConv2d, a_parameter
 from .placement import Placement, decide_placements
 from .problem import ConvProblem
 from .settings import DEFAULT, PLACEMENTS, Granularity, Pruning
+from .subclasses import is_registered, original_class, own_class, rebased, shadowed, sparse_class
 
 log = logging.getLogger("sparsebwd")
 
@@ -68,52 +69,22 @@ class ConversionReport:
         return "\n".join(str(layer) for layer in self.layers) or "no convolutions"
 
 
-# How torch names the classes that it derives from that of a module, to put onto the module itself: parametrize, and
-# fully_shard and replicate of torch.distributed.
-_DERIVED = ("Parametrized", "FSDP", "Replicate")
-
-
-def _derivation(cls: type) -> str | None:
-    """The prefix by which torch derived ``cls`` from the last of its bases, or None if it did not."""
-    if cls.__module__.partition(".")[0] == "torch":
-        for prefix in _DERIVED:
-            if cls.__name__ == prefix + cls.__bases__[-1].__name__:
-                return prefix
-    return None
-
-
-def _own_class(module: nn.Module) -> type:
-    """The class of ``module`` without what torch derived from it."""
-    cls = type(module)
-    while _derivation(cls) is not None:
-        cls = cls.__bases__[-1]
-    return cls
-
-
-def _rebased(cls: type, own: type) -> type:
-    """``own``, with all on top of it that ``cls`` has on top of its own class."""
-    prefix = _derivation(cls)
-    if prefix is None:
-        return own
-    base = _rebased(cls.__bases__[-1], own)
-    members = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
-    return type(prefix + base.__name__, (*cls.__bases__[:-1], base), members)
-
-
 def _why_not(module: _ConvNd) -> str | None:
     """Why ``module`` cannot be converted, or None if it can."""
-    own = _own_class(module)
-    if own is not nn.Conv2d:
+    own = own_class(module)
+    if not is_registered(own):
         if isinstance(module, nn.modules.lazy.LazyModuleMixin):
             return "it is lazy: run one forward pass first"
         if isinstance(module, nn.Conv2d):
-            return f"{own.__name__} is a subclass of Conv2d, whose forward may differ"
+            return f"{own.__name__} is a subclass of Conv2d, whose forward may differ: see sparsebwd.register_conv"
         return f"{own.__name__} is not a Conv2d"
     if "forward" in vars(module):
         return "its forward is overridden on the instance"
     dtype = a_parameter(module).dtype
     if dtype not in DTYPES:
         return f"its weight is {dtype}"
+    if names := shadowed(module):
+        return f"it has {', '.join(names)} of its own, which mean something else in a SparseConv2d"
     return None
 
 
@@ -178,8 +149,8 @@ def convert(
     """Make every eligible ``nn.Conv2d`` of ``model`` a :class:`sparsebwd.SparseConv2d`, in place.
 
     Parameters stay the same objects and modules too, so optimisers, hooks and references to layers remain valid.
-    Eligible is what is exactly an ``nn.Conv2d``, parametrized or wrapped by FSDP2 or not; other subclasses, lazy,
-    complex and transposed convolutions are left alone. A layer that is sparse already gets the new settings. What was
+    Eligible is what is exactly an ``nn.Conv2d``, or of a class that :func:`sparsebwd.register_conv` was told of, parametrized
+    or wrapped by FSDP2 or not; other subclasses, lazy, complex and transposed convolutions are left alone. A layer that is sparse already gets the new settings. What was
     decided is logged at level INFO of the logger "sparsebwd" and can be had from :func:`conversion_report`. Convert
     before ``torch.compile``. Random generators stay as they are (Python's and NumPy's as far as forward functions name
     what draws from them), and threads may convert models of their own at the
@@ -247,7 +218,7 @@ def convert(
             module.pruning = chosen
         else:
             # The same object: hooks, their handles, and references held anywhere remain valid.
-            module.__class__ = _rebased(type(module), SparseConv2d)
+            module.__class__ = rebased(type(module), sparse_class(own_class(module)))
             module._configure(chosen)
             module.layer_name = name
         if module.groups == module.in_channels > 1:
@@ -304,7 +275,7 @@ def _warn_of_few(left: Counter[str], share: float, where: str) -> None:
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Make every :class:`sparsebwd.SparseConv2d` of ``model`` a plain ``nn.Conv2d`` again, in place.
+    """Make every :class:`sparsebwd.SparseConv2d` of ``model`` a plain ``nn.Conv2d`` again, or what else it was, in place.
 
     Parameters and modules stay the same objects. Subclasses of SparseConv2d are left alone.
 
@@ -316,9 +287,9 @@ def revert(model: nn.Module) -> nn.Module:
     """
     _check_model(model)
     for module in model.modules():
-        if _own_class(module) is SparseConv2d:
+        if (original := original_class(own_class(module))) is not None:
             module._unconfigure()
-            module.__class__ = _rebased(type(module), nn.Conv2d)
+            module.__class__ = rebased(type(module), original)
     return model
 
 
@@ -339,6 +310,8 @@ def _report(model: nn.Module, placements: dict[str, Placement] | None) -> Conver
             settings = module.percentile, module.placement, module.backend
             amount = module.where, module.density, module.variance, module.granularity
             reason = "as asked for" if placements is None else placements[name].reason
+            if (original := original_class(own_class(module))) not in (None, nn.Conv2d):
+                reason = f"{original.__name__}, {reason}"
             if dense := _why_not_faster(module, module.pruning):
                 reason += f"; but as an nn.Conv2d, except under autocast to bfloat16: {dense}"
             layers.append(LayerReport(name, True, *settings, reason, *amount))

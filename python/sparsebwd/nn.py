@@ -6,8 +6,8 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
-from collections.abc import Callable
-from typing import Any, Optional
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Optional
 
 import torch
 import torch.nn.functional as F
@@ -99,6 +99,8 @@ class SparseConv2d(nn.Conv2d):
     __jit_unused_properties__ = ["percentile", "placement", "backend", "sigma_estimator", "threshold", "where", "pruning"]
     __jit_unused_properties__ += ["density", "variance", "granularity"]
 
+    _original: ClassVar[type[nn.Conv2d]] = nn.Conv2d  # what layers are before conversion and after
+
     percentile: float | None = _setting("percentile", "In [50, 100), or None.")
     density: float | None = _setting("density", "In (0, 1], or None.")
     variance: float | None = _setting("variance", "0 or more, or None.")
@@ -189,10 +191,11 @@ class SparseConv2d(nn.Conv2d):
         return layer
 
     def to_conv2d(self) -> nn.Conv2d:
-        """The plain nn.Conv2d that shares the parameters, hooks and training flag of this layer."""
+        """The plain nn.Conv2d that shares the parameters, hooks and training flag of this layer; of a layer of a class
+        that was registered by :func:`sparsebwd.register_conv`, one of that class."""
         layer = _share(self, SparseConv2d)
         layer._unconfigure()
-        layer.__class__ = nn.Conv2d
+        layer.__class__ = self._original
         return layer
 
     @property
@@ -291,27 +294,39 @@ class SparseConv2d(nn.Conv2d):
     def _symbolic_forward(self, input: fx.Proxy) -> fx.Proxy:
         """What torch.fx traces: the call of a module, as for nn.Conv2d, and for the root of the trace that of a
         function."""
-        tracer = input.tracer
-        if not self.training:
-            warnings.warn(
-                "torch.fx traces a model with SparseConv2d layers: passes over its graph that look for nn.Conv2d by "
-                "exact type, such as fusion with BatchNorm2d and quantization, skip them; for these, call "
-                "sparsebwd.revert(model) first",
-                stacklevel=2,
-            )
-        if self is not getattr(tracer, "root", None):
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
+        call = self._symbolic_call(input)
+        if call is not None:
+            return call
         if not self.training:
             return self._dense_forward(input, self.weight, self.bias)
         padding = self.padding
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
-        geometry = (self.stride, padding, self.dilation, self.groups)
+        return self._symbolic_convolve(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+
+    def _symbolic_call(self, *args: Any, **kwargs: Any) -> fx.Proxy | None:
+        """None for the root of the trace."""
+        tracer = next(value.tracer for value in (*args, *kwargs.values()) if isinstance(value, fx.Proxy))
+        if not self.training:
+            warnings.warn(
+                "torch.fx traces a model with SparseConv2d layers: passes over its graph that look for nn.Conv2d by "
+                "exact type, such as fusion with BatchNorm2d and quantization, skip them; for these, call "
+                "sparsebwd.revert(model) first",
+                stacklevel=3,
+            )
+        if self is getattr(tracer, "root", None):
+            return None
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+
+    def _symbolic_convolve(self, input: fx.Proxy, weight: Any, bias: Any = None, *geometry: Any, **kwargs: Any) -> fx.Proxy:
+        """What is traced of `_convolve`."""
+        if not self.training:
+            return F.conv2d(input, weight, bias, *geometry, **kwargs)
         settings = {name: getattr(self, name) for name in ("placement", "sigma_estimator", "backend", "where", *KNOBS)}
         settings |= {"threshold": self.threshold, "granularity": self.granularity}
         settings |= {"layer_id": self.layer_id, "sigma_history": self._buffers.get("sigma_history")}
-        args = (input, self.weight, self.bias, *geometry)
-        return tracer.create_proxy("call_function", sparse_conv2d, args, settings)
+        args = (input, weight, bias, *geometry)
+        return input.tracer.create_proxy("call_function", sparse_conv2d, args, {**kwargs, **settings})
 
     def __prepare_scriptable__(self) -> SparseConv2d:
         # Called by torch.jit.script, which uses what it returns.
@@ -335,7 +350,20 @@ class SparseConv2d(nn.Conv2d):
         padding = self.padding
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
-        geometry = self.stride, padding, self.dilation, self.groups
+        return self._convolve(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+    def _convolve(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        """F.conv2d, with the settings of this layer."""
+        geometry = stride, padding, dilation, groups
         if not self.training:
             if not isinstance(input, Tensor):
                 raise TypeError(f"input: got {type(input).__name__}; accepted: a torch.Tensor")

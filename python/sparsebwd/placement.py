@@ -143,6 +143,8 @@ def _trace_causes(root: nn.Module, prefix: str, causes: dict[nn.Module, set[_Cau
                 _note_constant(node, tracer.root)
         for node in tracer.graph.nodes:
             if node.op == "call_module" and isinstance(modules[node.target], nn.Conv2d):
+                if node.target in tracer.untraced and next(_parts(modules[node.target]), None):
+                    continue  # what follows the convolution is within
                 causes.setdefault(modules[node.target], set()).update(graph.causes(node))
     for name in tracer.opaque:
         for child_name, child in root.get_submodule(name).named_children():
@@ -368,12 +370,19 @@ class _Order:
 
 
 def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of all that have no children, and of convolutions, whose children are their parametrizations."""
-    if isinstance(module, _ConvNd) or next(module.children(), None) is None:
+    """(name, module) of all that have no children, and of convolutions."""
+    children = list(_parts(module))
+    if isinstance(module, _ConvNd) or not children:
         yield name, module
-    else:
-        for child_name, child in module.named_children():
-            yield from _leaves(child, _join(name, child_name))
+    for child_name, child in children:
+        yield from _leaves(child, _join(name, child_name))
+
+
+def _parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of the children, without what computes the parameters of a convolution."""
+    for name, child in module.named_children():
+        if not (isinstance(module, _ConvNd) and name == "parametrizations"):
+            yield name, child
 
 
 def _in(name: str, part: str) -> bool:

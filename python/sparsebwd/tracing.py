@@ -12,6 +12,7 @@ import logging
 import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from random import Random
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -25,6 +26,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from .subclasses import CatchConvolution, forward_to_follow
+
 log = logging.getLogger("sparsebwd")
 
 
@@ -32,12 +35,15 @@ class Tracer(fx.Tracer):
     """The graph of a model in training mode, in which every convolution is one node, and so is every module that does not trace.
 
     ``graph`` is None if the forward of ``root`` does not trace. Names are those of ``root.named_modules()``;
-    ``opaque`` has those of the modules that do not trace, ``root`` itself ("") included.
+    ``opaque`` has those of the modules that do not trace, ``root`` itself ("") included. Of a layer of a registered
+    subclass of nn.Conv2d, the node is the convolution, with what its forward does before and after around it; it is the whole
+    layer where that does not trace, which ``untraced`` names.
     """
 
     def __init__(self, root: nn.Module) -> None:
         super().__init__(autowrap_modules=())
         self.opaque: set[str] = set()
+        self.untraced: set[str] = set()
         self.graph: fx.Graph | None = fx.Graph(tracer_cls=type(self))
         self.tensor_attrs = {}
         self._functions: dict[type, FunctionType | str] = {}
@@ -62,15 +68,26 @@ class Tracer(fx.Tracer):
     def _call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What a module of the copy does when it is called."""
         name = self.path_of_module(module)
-        if not self.is_leaf_module(module, name) and name not in self.opaque:
+        registered = forward_to_follow(module) is not None
+        if (registered or not self.is_leaf_module(module, name)) and name not in self.opaque | self.untraced:
             last = next(iter(reversed(self.graph.nodes)))
             try:
-                return self._function(module)(module, *args, **kwargs)
+                with self._convolution_of(module, name) if registered else nullcontext():
+                    return self._function(module)(module, *args, **kwargs)
             except Exception as error:
-                self._is_opaque(name, module, error)
+                if registered:
+                    self.untraced.add(name)
+                else:
+                    self._is_opaque(name, module, error)
                 while (node := next(iter(reversed(self.graph.nodes)))) is not last:
                     self.graph.erase_node(node)
         return self.create_proxy("call_module", name, args, kwargs)
+
+    def _convolution_of(self, layer: nn.Conv2d, name: str) -> CatchConvolution:
+        def node(input: fx.Proxy, *args: Any, **kwargs: Any) -> fx.Proxy:
+            return self.create_proxy("call_module", name, (input,), {})
+
+        return CatchConvolution(layer, node)
 
     def _function(self, module: nn.Module) -> Callable:
         """The forward function of ``module``, as it is to be traced. Raises if it is not to be."""
@@ -81,10 +98,10 @@ class Tracer(fx.Tracer):
                 raise TraceError("its forward is overridden on the instance")
             found = self._fit(bound.__func__, cls, own)
         elif own:
-            found = self._fit(cls.forward, cls, own)
+            found = self._fit(forward_to_follow(module) or cls.forward, cls, own)
         else:
             if cls not in self._functions:
-                self._functions[cls] = self._fit(cls.forward, cls, own)
+                self._functions[cls] = self._fit(forward_to_follow(module) or cls.forward, cls, own)
             found = self._functions[cls]
         if isinstance(found, str):
             raise TraceError(found)

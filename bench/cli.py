@@ -22,7 +22,7 @@ from sparsebwd.commands import check_environment, check_seed, check_threads, new
 from sparsebwd.problem import ConvProblem
 from sparsebwd.settings import check_percentile
 
-from . import capture, compare, devices, operations, overhead, results, step, suites, zoo
+from . import capture, compare, devices, operations, overhead, pictures, results, step, suites, zoo
 from .inputs import DTYPES, LAYOUTS, PATTERNS, Rotation
 from .runner import AGAINST, Plan, peaks, run
 from .suites import Layer
@@ -32,7 +32,6 @@ T = TypeVar("T")
 
 DEFAULT_BATCH = 32
 _DENSITIES = ("0.35", "0.1")
-_PICTURES = (".png", ".svg")
 _UNKNOWN_CACHE = 32 * 2**20
 # Kinds of tensors that rotate: three operands in two layouts.
 _ROTATED = 6
@@ -244,6 +243,7 @@ app.command("capture")(capture.command)
 app.command("step")(step.command)
 app.command("overhead")(overhead.command)
 app.command("zoo")(zoo.command)
+app.command("plot")(pictures.command)
 
 
 def _refuse_options_before_command(context: typer.Context) -> None:
@@ -404,9 +404,9 @@ def _pictures(names: Sequence[str], plan: Plan) -> Callable[[dict[str, Any], Seq
     if not paths:
         return lambda environment, rows: None
     for path in paths:
-        if path.suffix.lower() not in _PICTURES:
+        if path.suffix.lower() not in pictures.SUFFIXES:
             raise typer.BadParameter(
-                f"plot: got {str(path)!r}; accepted: {' or '.join(_PICTURES)}", param_hint="--plot"
+                f"plot: got {str(path)!r}; accepted: {' or '.join(pictures.SUFFIXES)}", param_hint="--plot"
             )
         check_writable(plot=path)
     if all(operation.against == results.COPY for operation in plan.operations):

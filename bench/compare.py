@@ -61,14 +61,14 @@ class Comparison:
         return sum(change.regression for change in (*self.rows, *self.summaries))
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, option: str = "compare") -> dict[str, Any]:
     """The record that ``--json`` wrote: environment and rows. Raises ValueError for anything else."""
     try:
         record = json.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise ValueError(f"compare: {path}: {error.strerror}") from error
+        raise ValueError(f"{option}: {path}: {error.strerror}") from error
     except ValueError as error:
-        raise ValueError(f"compare: {path} is not JSON ({error})") from error
+        raise ValueError(f"{option}: {path} is not JSON ({error})") from error
     try:
         for row in record["rows"]:
             for name in ("layer", "problem", "op", "pattern", "dtype", "layout", "backend"):
@@ -84,7 +84,7 @@ def load(path: Path) -> dict[str, Any]:
             raise TypeError("environment is not an object")
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"compare: {path} was not written by `python -m sparsebwd.bench --json` ({type(error).__name__}: {error})"
+            f"{option}: {path} was not written by `python -m sparsebwd.bench --json` ({type(error).__name__}: {error})"
         ) from error
     return record
 

@@ -39,9 +39,7 @@ def write(path: Path, environment: Mapping[str, Any], rows: Sequence[Row]) -> No
 
     Raises OSError if the file cannot be written, ValueError if nothing is left to draw.
     """
-    rows = [row for row in rows if row.speedup is not None and row.baseline != COPY and row.density > 0]
-    if not rows:
-        raise ValueError("plot: there is no speed-up against dense to draw")
+    rows = _drawable(rows)
     panels: dict[tuple, list[Row]] = {}
     for row in rows:
         panels.setdefault(tuple(getattr(row, name) for name in _PANEL), []).append(row)
@@ -75,6 +73,66 @@ def write(path: Path, environment: Mapping[str, Any], rows: Sequence[Row]) -> No
         handles.append(Line2D([], [], **_MEAN, label="geometric mean"))
     handles.append(Line2D([], [], color="0.3", marker="x", linestyle="none", label="break-even"))
     figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False, ncols=legend_columns)
+    _save(figure, path)
+
+
+def overview(path: Path, environment: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    """Draw one panel: for each operation the geometric mean over all layers, and the range of these as a band.
+
+    Crosses are the break-even densities of layers, where they are among the densities of the rows. Rows are those of one dtype,
+    layout, backend and number of threads. Raises as :func:`write` does, and ValueError for rows that differ in these.
+    """
+    rows = _drawable(rows)
+    settings = {tuple(getattr(row, name) for name in ("pattern", "dtype", "layout", "backend", "threads")) for row in rows}
+    if len(settings) > 1:
+        raise ValueError(f"plot: got rows of {len(settings)} settings; accepted: of one dtype, layout, backend and number of threads")
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axis = figure.subplots()
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.axhline(1, color="0.2", linewidth=1.2)
+    for colour, (operation, group) in zip(matplotlib.color_sequences["tab10"], _by(rows, "op").items()):
+        # What was asked for: random zeros miss it by little, in each layer by as much as it is small.
+        lines = {density: [row.speedup for row in some] for density, some in sorted(_by(group, "nominal_density").items())}
+        densities = list(lines)
+        axis.fill_between(densities, [min(v) for v in lines.values()], [max(v) for v in lines.values()], color=colour, alpha=0.15)
+        axis.plot(densities, [geometric_mean(v) for v in lines.values()], "o-", color=colour, linewidth=2.5, label=_NAMES[operation])
+        crossings = [entry["break_even"] for entry in break_even(group) if entry["relation"] == "="]
+        axis.plot(crossings, [1] * len(crossings), "x", color=colour, markersize=8, markeredgewidth=2, zorder=3)
+    axis.plot([], [], "x", color="0.3", label="break-even of a layer")
+    axis.grid(color="0.9")
+    axis.set_axisbelow(True)
+    axis.set_xlabel("density of the gradient")
+    axis.set_ylabel("speed-up over dense PyTorch")
+    _limit(axis, rows)
+    axis.legend(frameon=False)
+    ((pattern, dtype, layout, _, threads),) = settings
+    layers = len({(row.suite, row.layer) for row in rows})
+    networks = " and ".join(sorted({str(row.suite) for row in rows}))
+    words = [f"{layers} layers of {networks}", dtype, layout, f"{threads} thread{'s' if threads != 1 else ''}" if threads else ""]
+    figure.suptitle(f"{', '.join(filter(None, words))}\n{hardware(environment)}", fontsize=10)
+    _save(figure, path)
+
+
+_NAMES = {"agb": "gradient of the input (AGB)", "wgc": "gradient of the weight (WGC)", "agb+wgc": "both", "backward": "pruning and both"}
+_NAMES["backward-predicted"] = "pruning at a predicted threshold, and both"
+
+
+def _by(rows: Sequence[Row], name: str) -> dict[Any, list[Row]]:
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(getattr(row, name), []).append(row)
+    return groups
+
+
+def _drawable(rows: Sequence[Row]) -> list[Row]:
+    rows = [row for row in rows if row.speedup is not None and row.baseline != COPY and row.density > 0]
+    if not rows:
+        raise ValueError("plot: there is no speed-up against dense to draw")
+    return rows
+
+
+def _save(figure: Figure, path: Path) -> None:
     with atomic_write(path) as temporary:
         # Text in SVG stays text, which can be searched and read aloud.
         with matplotlib.rc_context({"svg.fonttype": "none"}):
@@ -130,18 +188,26 @@ def _draw(axis: Axes, rows: Sequence[Row], styles: Mapping[str, Mapping[str, Any
 def _limit(axis: Axes, rows: Sequence[Row]) -> None:
     """Show all rows, and speed-up 1, on axes that all panels share."""
     densities, speedups = [row.density for row in rows], [1.0, *(row.speedup for row in rows)]
-    for direction, values in ((axis.xaxis, densities), (axis.yaxis, speedups)):
+    for direction, values, space in ((axis.xaxis, densities, 0.1), (axis.yaxis, speedups, 0.05)):
         low, high = min(values) / 1.2, max(values) * 1.2
-        ticks = (_ticks(*mantissas) for mantissas in _MANTISSAS)
-        shown = [[tick for tick in some if low <= tick <= high] for some in ticks]
-        direction.set_ticks(next((some for some in shown if len(some) >= _LEAST_TICKS), shown[-1]))
+        direction.set_ticks(_ticks(low, high, space))
         direction.set_minor_locator(NullLocator())
         direction.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         (axis.set_xlim if direction is axis.xaxis else axis.set_ylim)(low, high)
 
 
-def _ticks(*mantissas: float) -> list[float]:
-    return [mantissa * 10.0**exponent for exponent in range(-5, 5) for mantissa in mantissas]
+def _ticks(low: float, high: float, space: float) -> list[float]:
+    """Numbers from `low` to `high`, the roundest first until there are enough, none nearer to the next than `space`, a share of the
+    logarithmic axis."""
+    chosen: list[float] = []
+    for mantissas in _MANTISSAS:
+        for tick in (mantissa * 10.0**exponent for exponent in range(-5, 5) for mantissa in mantissas):
+            near = any(abs(math.log(tick / other)) < space * math.log(high / low) for other in chosen)
+            if low <= tick <= high and not near:
+                chosen.append(tick)
+        if len(chosen) >= _LEAST_TICKS:
+            break
+    return sorted(chosen)
 
 
 def _value(name: str, key: tuple) -> str:

@@ -19,7 +19,7 @@ from sparsebwd_command import COMMANDS, app
 
 SCRIPT = Path(sys.executable).with_name("sparsebwd")
 
-PAGES = [(name,) for name in COMMANDS] + [("bench", name) for name in ("step", "capture", "overhead", "zoo")]
+PAGES = [(name,) for name in COMMANDS] + [("bench", name) for name in ("step", "capture", "overhead", "zoo", "plot")]
 
 
 def invoke(*arguments):

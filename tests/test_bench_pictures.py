@@ -118,12 +118,13 @@ def test_an_overview_is_of_one_setting():
         plot.overview(Path("x.png"), record["environment"], rows)
 
 
+@pytest.mark.parametrize("density", [0.2, None])
 @pytest.mark.parametrize("count", [1, 20, 120])
-def test_pictures_of_profiles_are_readable(count, monkeypatch, tmp_path):
+def test_pictures_of_profiles_are_readable(count, density, monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, path, **_: drawn.append(figure) or Path(path).touch())
     layers = tuple(
-        LayerProfile(f"stages.{i}.with.a.very.long.name.conv1", "n32c64h32w32k64r3s3u1p1d1g1", 0.2, 1234.5, 400.0, "sparse", "", "cpu")
+        LayerProfile(f"stages.{i}.with.a.very.long.name.conv1", "n32c64h32w32k64r3s3u1p1d1g1", density, 1234.5, 400.0, "sparse", "", "cpu")
         for i in range(count)
     )
     times = {"total": 1.0, "forward": 1.0, "backward": 1.0, "optimizer": 1.0, "convolutions": 1.0}

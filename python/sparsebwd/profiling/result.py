@@ -201,7 +201,8 @@ class Profile:
         except ModuleNotFoundError as error:
             raise ValueError(f"plot: needs {error.name}: pip install matplotlib") from error
         picture = matplotlib.figure.Figure(figsize=(9, 1.6 + 0.22 * len(self.layers)), layout="constrained")
-        times, densities = picture.subplots(1, 2, sharey=True, width_ratios=(3, 1))
+        known = [(place, layer.density) for place, layer in enumerate(self.layers) if layer.density is not None]
+        times, *rest = picture.subplots(1, 2 if known else 1, sharey=True, width_ratios=(3, 1)[: 2 if known else 1], squeeze=False)[0]
         places = range(len(self.layers))
         for shift, name, colour in ((-0.2, "dense", "tab:grey"), (0.2, "sparse", "tab:blue")):
             widths = [getattr(layer, f"{name}_ms") for layer in self.layers]
@@ -212,12 +213,12 @@ class Profile:
         times.margins(y=0.01)
         times.set_xlabel("backward pass of the layer, ms")
         times.legend(loc="best")
-        known = [(place, layer.density) for place, layer in enumerate(self.layers) if layer.density is not None]
-        densities.plot([density for _, density in known], [place for place, _ in known], "o", color="tab:blue", markersize=4)
-        densities.set_xlim(0, 1)
-        densities.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))
-        densities.grid(axis="x", alpha=0.4)
-        densities.set_xlabel("density of its gradient")
+        for densities in rest:
+            densities.plot([density for _, density in known], [place for place, _ in known], "o", color="tab:blue", markersize=4)
+            densities.set_xlim(0, 1)
+            densities.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))
+            densities.grid(axis="x", alpha=0.4)
+            densities.set_xlabel("density of its gradient")
         picture.suptitle(
             f"A training step: {self.dense['total']:.0f} ms dense, {self.sparse['total']:.0f} ms converted, {self.speedup:.2f}x"
         )

@@ -11,11 +11,12 @@ import sys
 import pytest
 import torch
 from torch import nn
-from training import SMALL, TINY, refused, saved_state, tiny, train  # noqa: F401
+from training import SMALL, TINY, assert_same_run, refused, saved_state, tiny, train  # noqa: F401
 
 import sparsebwd
-from sparsebwd import models
-from sparsebwd.train import TrainConfig, cli, twins
+from sparsebwd import NoiseController, models
+from sparsebwd.data.records import load_record, save_record
+from sparsebwd.train import TrainConfig, checkpoint, cli, twins
 from sparsebwd.train.world import World
 
 # Smooth: where rounding takes a value across the bend of a ReLU, weights differ by far more than rounding.
@@ -76,6 +77,47 @@ def test_density_or_variance_instead_of_a_percentile(tmp_path):
     train(tmp_path / "a", "--density", "0.15", "--max-steps", "2", "--resume")
     with pytest.raises(ValueError, match="got both percentile and density"):
         build(percentile=90, density=0.15)
+
+
+def test_noise_and_its_controller_resume_to_the_same_bits(tmp_path, monkeypatch, capsys):
+    """Whole, and stopped between two measurements and at one."""
+    monkeypatch.setattr("sparsebwd.train.trainer.NoiseController", functools.partial(NoiseController, start=2, every=3))
+    noise = ["--noise", "0.2", "--compare", "--backend", "reference"]  # whose time is in proportion to the density
+    train(tmp_path / "whole", *noise)
+    said = capsys.readouterr().out
+    assert "% of SGD's (budget 20 %), density 0." in said
+    for stop in (3, 4, 7):
+        train(tmp_path / "parts", *noise, "--max-steps", str(stop), "--overwrite")
+        train(tmp_path / "parts", *noise, "--resume")
+        assert_same_run(tmp_path / "whole", tmp_path / "parts")
+        states = [saved_state(tmp_path / name)["twins"]["sparse"]["noise"] for name in ("whole", "parts")]
+        assert states[0] == states[1] and any(states[0]["ratios"].values())
+    assert "noise" not in saved_state(tmp_path / "whole")["twins"]["dense"]
+
+
+def test_damaged_states_of_a_controller_are_refused(tmp_path, capsys):
+    train(tmp_path, "--noise", "0.2", "--max-steps", "2")
+    path = tmp_path / checkpoint.FILE
+    record = load_record(path)
+    state = record["state"]["twins"]["sparse"]["noise"]
+    for name, value, message in (
+        ("ratios", {"0": 1.0}, r"sparse.noise.ratios lacks 3"),
+        ("step", "1", "sparse.noise.step: got str"),
+        ("ratios", {"0": -1.0, "3": 0.0}, "sparse.noise.ratios.0: got -1.0"),
+        ("off", {"0": 3}, "sparse.noise.off.0: got int, accepted is str"),
+    ):
+        record["state"]["twins"]["sparse"]["noise"] = state | {name: value}
+        save_record(path, record)
+        assert message in refused(capsys, *SMALL, "--noise", "0.2", "--output", str(tmp_path), "--resume")
+
+
+def test_groups_from_the_command_line(tmp_path):
+    assert build(granularity="row:32")[3].granularity == ("row", 32)
+    train(tmp_path / "a", "--granularity", "sample", "--noise", "0.5", "--max-steps", "1")
+    with pytest.raises(ValueError, match="granularity: got 'pixel'"):
+        build(granularity="pixel")
+    with pytest.raises(ValueError, match="noise: got 0.1 with 3 images a step in 2 parts; accepted: with two images"):
+        build(noise=0.1, batch_size=3, accumulate=2)
 
 
 def test_layers_from_the_command_line(tmp_path):

@@ -11,6 +11,7 @@ from .info import Info, info  # the function takes the place of its package, whi
 from .memory import keep_memory
 from .monitor import DensityMonitor
 from .nn import SparseConv2d
+from .noise import NoiseController
 from .profiling import Profile, profile
 from .schedule import PercentileSchedule
 from .settings import Pruning
@@ -21,6 +22,7 @@ __all__ = [
     "DensityMonitor",
     "Info",
     "LayerReport",
+    "NoiseController",
     "PrunedGradient",
     "PercentileSchedule",
     "Profile",

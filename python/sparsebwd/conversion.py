@@ -21,7 +21,7 @@ from .functional import DTYPES
 from .nn import SparseConv2d, a_parameter
 from .placement import Placement, decide_placements
 from .problem import ConvProblem
-from .settings import DEFAULT, PLACEMENTS, Granularity, Pruning
+from .settings import DEFAULT, KNOBS, PLACEMENTS, Granularity, Pruning
 from .subclasses import is_registered, original_class, own_class, rebased, shadowed, sparse_class
 
 log = logging.getLogger("sparsebwd")
@@ -31,8 +31,8 @@ log = logging.getLogger("sparsebwd")
 class LayerReport:
     """What one convolution of a model is, and why.
 
-    ``converted``: it is a :class:`sparsebwd.SparseConv2d`; then ``percentile``, ``density``, ``variance``, ``granularity``,
-    ``placement``, ``backend`` and ``where`` are its settings, and ``reason`` says what follows it in the model. Otherwise these are None, and ``reason`` says why
+    ``converted``: it is a :class:`sparsebwd.SparseConv2d`; then ``percentile``, ``density``, ``variance``, ``noise``,
+    ``granularity``, ``placement``, ``backend`` and ``where`` are its settings, and ``reason`` says what follows it in the model. Otherwise these are None, and ``reason`` says why
     :func:`convert` leaves it alone.
     """
 
@@ -46,13 +46,13 @@ class LayerReport:
     density: float | None = None
     variance: float | None = None
     granularity: Granularity | None = None
+    noise: float | None = None
 
     def __str__(self) -> str:
         name = self.name or "the model"
         if not self.converted:
             return f"{name}: not converted: {self.reason}"
-        asked = {"density": self.density, "variance": self.variance}
-        asked = {knob: value for knob, value in asked.items() if value is not None} or {"percentile": self.percentile}
+        asked = {knob: getattr(self, knob) for knob in KNOBS if getattr(self, knob) is not None} or {"percentile": None}
         if self.granularity != "element":
             asked["granularity"] = self.granularity
         asked = ", ".join(f"{knob}={value}" for knob, value in asked.items())
@@ -143,6 +143,7 @@ def convert(
     *,
     density: float | None = None,
     variance: float | None = None,
+    noise: float | None = None,
     granularity: Granularity = "element",
     exclude: str | Iterable[str] = (),
 ) -> nn.Module:
@@ -161,6 +162,8 @@ def convert(
         percentile: in [50, 100), or None: nothing is pruned, zeros are skipped all the same.
         density, variance: instead of a percentile, for each layer the fraction of elements that are kept, or the variance
             that pruning may add; see :class:`sparsebwd.Pruning`.
+        noise: instead of these, the noise that pruning may add to the weight gradients of the whole network, as a fraction of
+            what minibatches have. Nothing is pruned before a :class:`sparsebwd.NoiseController` has measured.
         placement: which gradient is pruned. "output": that of the convolution's output, for Conv-BN-ReLU; "input":
             that of its input, for Conv-ReLU; "auto" chooses for each layer. It follows the output of the convolution
             through the model as torch.fx traces it: where a rectifier or max-pooling comes first on every path, the
@@ -193,6 +196,7 @@ def convert(
         density=density,
         variance=variance,
         granularity=granularity,
+        noise=noise,
     )
     excluded = _excluded(model, exclude)
     placements = decide_placements(model) if placement == "auto" else None
@@ -308,7 +312,7 @@ def _report(model: nn.Module, placements: dict[str, Placement] | None) -> Conver
     for name, module in model.named_modules():
         if isinstance(module, SparseConv2d):
             settings = module.percentile, module.placement, module.backend
-            amount = module.where, module.density, module.variance, module.granularity
+            amount = module.where, module.density, module.variance, module.granularity, module.noise
             reason = "as asked for" if placements is None else placements[name].reason
             if (original := original_class(own_class(module))) not in (None, nn.Conv2d):
                 reason = f"{original.__name__}, {reason}"

@@ -23,11 +23,13 @@ __all__ = ["PrunedGradient", "prune_gradient", "sparse_conv2d"]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_sigma_history(sigma_history: Tensor | None, like: Tensor) -> None:
-    """Raise unless it is None, or a contiguous int32 tensor of the right size on the device of ``like``."""
+def check_sigma_history(sigma_history: Tensor | None, like: Tensor, noise: bool = False) -> None:
+    """Raise unless it is None, or a contiguous int32 tensor of the right size on the device of ``like``. noise: with tau / sigma
+    at the end."""
     if sigma_history is None:
         return
-    accepted = f"accepted: None, or a contiguous int32 tensor of shape ({1 + SIGMA_HISTORY},) on {like.device}"
+    size = 1 + SIGMA_HISTORY + noise
+    accepted = f"accepted: None, or a contiguous int32 tensor of shape ({size},) on {like.device}"
     if not isinstance(sigma_history, Tensor):
         raise TypeError(f"sigma_history: got {type(sigma_history).__name__}; {accepted}")
     if sigma_history.layout is not torch.strided or sigma_history.is_nested:
@@ -35,7 +37,7 @@ def check_sigma_history(sigma_history: Tensor | None, like: Tensor) -> None:
     if sigma_history.dtype != torch.int32:
         raise TypeError(f"sigma_history: got {sigma_history.dtype}; {accepted}")
     if not torch.jit.is_tracing() and (  # sizes are tensors then
-        sigma_history.shape != (1 + SIGMA_HISTORY,) or not sigma_history.is_contiguous()
+        sigma_history.shape != (size,) or not sigma_history.is_contiguous()
     ):
         raise ValueError(
             f"sigma_history: got shape {tuple(sigma_history.shape)}, strides {sigma_history.stride()}; {accepted}"
@@ -77,15 +79,19 @@ def _settings(
     density: float | None,
     variance: float | None,
     granularity: Granularity,
+    noise: float | None = None,
 ) -> Pruning:
     """A function for torch.compile, to which settings are constants. predicted: there is a history to predict from."""
     check_choice("threshold", threshold, THRESHOLDS)
+    settings = (density, variance, granularity, noise)
+    if noise is not None:
+        return Pruning(percentile, placement, sigma_estimator, threshold, backend, where, *settings)
     if predicted and threshold == "sampled":
         raise ValueError("threshold: got 'sampled' with a sigma_history; accepted: one of both")
     if threshold == "predicted" and not predicted:
         raise ValueError("threshold: got 'predicted'; accepted: with a sigma_history to predict it from")
     threshold = "predicted" if predicted else threshold
-    return Pruning(percentile, placement, sigma_estimator, threshold, backend, where, density, variance, granularity)
+    return Pruning(percentile, placement, sigma_estimator, threshold, backend, where, *settings)
 
 
 def _autocasts(device_type: str) -> bool:
@@ -209,6 +215,7 @@ def sparse_conv2d(
     layer_id: int = 0,
     sigma_history: Tensor | None = None,
     where: str = "everywhere",
+    noise: float | None = None,
 ) -> Tensor:
     """:func:`torch.nn.functional.conv2d` whose backward pass prunes and skips zeros.
 
@@ -230,7 +237,9 @@ def sparse_conv2d(
         generator: draws the key of the random numbers, by default PyTorch's own generator. Not
             traceable by torch.compile.
         layer_id: reported to ``sparsebwd.backends.observers``.
-        sigma_history: as in :func:`prune_gradient`; read and written in the backward pass.
+        sigma_history: as in :func:`prune_gradient`; read and written in the backward pass. With ``noise`` int32[6], to begin
+            with all 0: the last has the bits of tau / sigma as a float32, at which the gradient is pruned.
+        noise: instead of a percentile; see :class:`sparsebwd.Pruning`. Nothing is pruned without a ``sigma_history``.
         where: "everywhere", or "faster": plain :func:`torch.nn.functional.conv2d` where nothing can be faster, and
             unpruned where this very gradient is too dense; see :class:`sparsebwd.Pruning`.
 
@@ -258,6 +267,7 @@ def sparse_conv2d(
             density,
             variance,
             granularity,
+            noise,
         ),
         generator,
         as_int(layer_id, "layer_id"),
@@ -285,7 +295,7 @@ def convolve(
         padding = as_pair(padding, "padding")
     direct = plain(input, weight) if bias is None else plain(input, weight, bias)
     problem, padding, extra = (_known if direct else _check)(input, weight, bias, stride, padding, dilation, groups)
-    check_sigma_history(sigma_history, input)
+    check_sigma_history(sigma_history, input, pruning.noise is not None)
     _check_generator(generator, input)
     batched = input.dim() == 4
     if not batched:

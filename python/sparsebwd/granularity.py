@@ -39,14 +39,14 @@ def norms(grad: Tensor, pruning: Pruning) -> Tensor:
         return _norm(grad, (1, 2, 3), True)
     if pruning.granularity == "channel":
         return _norm(grad, (0, 2, 3), True)
-    return _norm(_as_rows(grad, pruning.granularity[1]), 2, False)
+    return _norm(as_rows(grad, pruning.granularity[1]), 2, False)
 
 
 def _norm(grad: Tensor, dim: int | tuple[int, ...], keepdim: bool) -> Tensor:
     return torch.linalg.vector_norm(grad, dim=dim, keepdim=keepdim, dtype=torch.float64).float()
 
 
-def _as_rows(grad: Tensor, width: int) -> Tensor:
+def as_rows(grad: Tensor, width: int) -> Tensor:
     """(N, C, H, W) as (N, rows, width, H, W), with zeros for channels that there are not."""
     missing = -grad.shape[1] % width
     padded = F.pad(grad, (0, 0, 0, 0, 0, missing)) if missing else grad

@@ -33,13 +33,13 @@ def count(values: Tensor) -> Tensor:
     return counts.scatter_add_(0, bins.long(), counts.new_ones(()).expand(bins.shape))
 
 
-def sample(grad: Tensor) -> Tensor:
+def sample(grad: Tensor, samples: int = SAMPLES) -> Tensor:
     """Elements of a gradient (N, C, H, W), spread evenly over it by their logical positions: 1-D, of its dtype. All of
-    them, in logical order, if there are no more than SAMPLES; else element ⌊i numel / SAMPLES⌋ for each i.
+    them, in logical order, if there are no more than ``samples``; else element ⌊i numel / samples⌋ for each i.
 
     It depends on the shape alone, not on the layout, and on nothing that is drawn.
     """
-    if grad.numel() <= SAMPLES:
+    if grad.numel() <= samples:
         return grad.flatten()
     shape = tuple(grad.shape)
     if grad.is_contiguous():
@@ -49,14 +49,14 @@ def sample(grad: Tensor) -> Tensor:
     else:
         memory, order = grad.flatten(), "nchw"
     # Not kept on devices, where memory may belong to a graph that is being captured.
-    places = _kept_places(shape, order) if grad.is_cpu else _places(shape, order, grad.device)
+    places = _kept_places(shape, order, samples) if grad.is_cpu else _places(shape, order, samples, grad.device)
     return memory.index_select(0, places)
 
 
-def _places(shape: tuple[int, int, int, int], order: str, device: torch.device) -> Tensor:
+def _places(shape: tuple[int, int, int, int], order: str, samples: int, device: torch.device) -> Tensor:
     """Where in memory the elements of a sample are."""
     n, c, h, w = shape
-    positions = torch.arange(SAMPLES, device=device) * (n * c * h * w) // SAMPLES
+    positions = torch.arange(samples, device=device) * (n * c * h * w) // samples
     if order == "nchw":
         return positions
     image, pixel = positions // (c * h * w), positions % (h * w)
@@ -64,9 +64,9 @@ def _places(shape: tuple[int, int, int, int], order: str, device: torch.device) 
 
 
 @lru_cache(maxsize=64)
-def _kept_places(shape: tuple[int, int, int, int], order: str) -> Tensor:
+def _kept_places(shape: tuple[int, int, int, int], order: str, samples: int) -> Tensor:
     with torch.inference_mode(False):
-        return _places(shape, order, torch.device("cpu"))
+        return _places(shape, order, samples, torch.device("cpu"))
 
 
 @lru_cache(maxsize=1)

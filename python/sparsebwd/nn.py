@@ -17,7 +17,6 @@ from . import ranges
 from .arguments import as_int, as_pair, check_choice, check_flag, shown
 from .backends.dense import conv2d
 from .functional import convolve, is_dense, sparse_conv2d
-from .reference import SIGMA_HISTORY
 from .settings import DEFAULT, KNOBS, Granularity, Pruning
 
 __all__ = ["SparseConv2d"]
@@ -38,7 +37,7 @@ def _setting(name: str, doc: str) -> Any:
 
 
 # What a record of sigma was made with.
-_DEFINING_SIGMA = ("threshold", "placement", "sigma_estimator")
+_DEFINING_SIGMA = ("threshold", "placement", "sigma_estimator", "state_size")
 
 
 _PADDINGS = ("valid", "same")
@@ -64,8 +63,9 @@ class SparseConv2d(nn.Conv2d):
 
     Args:
         percentile: in [50, 100), or None: nothing is pruned, zeros are skipped all the same.
-        density, variance: instead of a percentile, the fraction of elements that are kept, or the variance that pruning may
-            add; see :class:`sparsebwd.Pruning`.
+        density, variance, noise: instead of a percentile, the fraction of elements that are kept, the variance that pruning may
+            add to the gradient, or the noise that it may add to the weight gradients of the whole network, which takes a
+            :class:`sparsebwd.NoiseController`; see :class:`sparsebwd.Pruning`.
         granularity: "element", "row" or ("row", width), "sample" or "channel": what is kept or dropped as a whole.
         placement: "output" (Conv-BN-ReLU) or "input" (Conv-ReLU): which gradient is pruned.
         backend: "auto" or the name of one.
@@ -75,14 +75,14 @@ class SparseConv2d(nn.Conv2d):
         where: "everywhere", or "faster": it is an nn.Conv2d where sparse kernels cannot be faster, known by the sizes, dtype
             and device of a call, and prunes nothing where this very gradient is too dense for them to be.
 
-    All may be set later, one by one or as one :class:`sparsebwd.Pruning`, the attribute ``pruning``; of percentile, density and
-    variance, setting one resets the others.
+    All may be set later, one by one or as one :class:`sparsebwd.Pruning`, the attribute ``pruning``; of percentile, density,
+    variance and noise, setting one resets the others.
     Raises TypeError or ValueError naming the one that is wrong, both times, and RuntimeError for a
     backend that is only planned; RuntimeError in forward if the backend asked for cannot run.
 
     What the threshold is predicted from is in the buffer ``sigma_history``, int32[5], which a layer
-    has only if its threshold is "predicted". It is not in the state_dict. Setting ``threshold``, or
-    another ``placement`` or ``sigma_estimator``, begins a new one.
+    has only if its threshold is "predicted"; with ``noise`` it has one of int32[6], where the last is tau / sigma. It is not in
+    the state_dict. Setting ``threshold``, or another ``placement`` or ``sigma_estimator``, begins a new one.
 
     ``layer_id`` is an int unique in the process, fresh for copies, as reported to
     ``sparsebwd.backends.observers``. For torch.compile it is a constant, so that code compiled for
@@ -97,13 +97,14 @@ class SparseConv2d(nn.Conv2d):
     """
 
     __jit_unused_properties__ = ["percentile", "placement", "backend", "sigma_estimator", "threshold", "where", "pruning"]
-    __jit_unused_properties__ += ["density", "variance", "granularity"]
+    __jit_unused_properties__ += ["density", "variance", "granularity", "noise"]
 
     _original: ClassVar[type[nn.Conv2d]] = nn.Conv2d  # what layers are before conversion and after
 
     percentile: float | None = _setting("percentile", "In [50, 100), or None.")
     density: float | None = _setting("density", "In (0, 1], or None.")
     variance: float | None = _setting("variance", "0 or more, or None.")
+    noise: float | None = _setting("noise", "Above 0, or None.")
     granularity: Granularity = _setting("granularity", '"element", ("row", width), "sample" or "channel".')
     placement: str = _setting("placement", '"output" or "input".')
     backend: str = _setting("backend", '"auto" or the name of one.')
@@ -134,8 +135,10 @@ class SparseConv2d(nn.Conv2d):
         density: float | None = None,
         variance: float | None = None,
         granularity: Granularity = "element",
+        noise: float | None = None,
     ) -> None:
-        pruning = Pruning(percentile, placement, sigma_estimator, threshold, backend, where, density, variance, granularity)
+        settings = (threshold, backend, where, density, variance, granularity, noise)
+        pruning = Pruning(percentile, placement, sigma_estimator, *settings)
         super().__init__(
             as_int(in_channels, "in_channels", least=0),
             as_int(out_channels, "out_channels", least=0),
@@ -160,7 +163,7 @@ class SparseConv2d(nn.Conv2d):
 
     def _unconfigure(self) -> None:
         """Leave only the attributes of an nn.Conv2d."""
-        if self._pruning.threshold == "predicted":
+        if "sigma_history" in self._buffers:
             del self.sigma_history
         del self._pruning, self.layer_id
         self.__dict__.pop("layer_name", None)
@@ -178,6 +181,7 @@ class SparseConv2d(nn.Conv2d):
         density: float | None = None,
         variance: float | None = None,
         granularity: Granularity = "element",
+        noise: float | None = None,
     ) -> SparseConv2d:
         """A layer that shares the parameters of ``conv`` (the same Parameter objects), with its
         settings, hooks and training flag.
@@ -187,7 +191,8 @@ class SparseConv2d(nn.Conv2d):
         if type(conv) not in (nn.Conv2d, cls):
             raise TypeError(f"conv: got {type(conv).__name__}; accepted: torch.nn.Conv2d")
         layer = _share(conv, cls)
-        layer._configure(Pruning(percentile, placement, sigma_estimator, threshold, backend, where, density, variance, granularity))
+        settings = (threshold, backend, where, density, variance, granularity, noise)
+        layer._configure(Pruning(percentile, placement, sigma_estimator, *settings))
         return layer
 
     def to_conv2d(self) -> nn.Conv2d:
@@ -226,8 +231,12 @@ class SparseConv2d(nn.Conv2d):
     def _begin_history(self) -> None:
         if "sigma_history" in self._buffers:
             del self.sigma_history
-        if self.pruning.threshold == "predicted":
-            self.register_buffer("sigma_history", empty_history(self._device()), persistent=False)
+        if self.pruning.state_size:
+            self.register_buffer("sigma_history", self._empty_history(self._device()), persistent=False)
+
+    def _empty_history(self, device: torch.device) -> Tensor:
+        """What ``sigma_history`` begins with."""
+        return torch.zeros(self.pruning.state_size, dtype=torch.int32, device=device)
 
     def _device(self) -> torch.device:
         return a_parameter(self).device
@@ -256,7 +265,7 @@ class SparseConv2d(nn.Conv2d):
         if type(history) is Tensor and history.device == device:
             history.zero_()  # in place, as captured CUDA graphs and other processes may hold its address
         else:
-            self._buffers["sigma_history"] = empty_history(device)
+            self._buffers["sigma_history"] = self._empty_history(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseConv2d:
         before = self._buffers.get("sigma_history")
@@ -271,7 +280,7 @@ class SparseConv2d(nn.Conv2d):
         history = self._buffers.get("sigma_history")
         if history is None or history.device == weight.device:
             return history
-        new = empty_history(weight.device)
+        new = self._empty_history(weight.device)
         if not weight.is_meta:  # which would only be shapes, for which what was learnt is not given up
             self._buffers["sigma_history"] = new
         return new
@@ -406,11 +415,6 @@ class SparseConv2d(nn.Conv2d):
         if self.where != "everywhere":
             text += f", where={self.where}"
         return text
-
-
-def empty_history(device: torch.device) -> Tensor:
-    """What :attr:`SparseConv2d.sigma_history` begins with."""
-    return torch.zeros(1 + SIGMA_HISTORY, dtype=torch.int32, device=device)
 
 
 def _moved(before: Tensor, after: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from .backends import LayerStats, choose_backend, observers, why_not_faster
 from .backends.base import logger, until_choices_change
 from .backends.dense import gradients, widens
 from .problem import ConvProblem
-from .reference import density, memory_format
+from .reference import density, memory_format, resolve
 from .registration import (
     begin,
     define,
@@ -124,10 +124,10 @@ def _prune(
     pruning: str,
     sigma_history: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    settings = Pruning.parse(pruning)
+    settings, history = resolve(Pruning.parse(pruning), _unversioned(sigma_history))
     chosen = choose_backend(settings.backend, None, grad.device.type, grad.dtype)
     if settings.granularity == "element":
-        values, tau, sigma, density = chosen.prune(_dense(grad), key, settings, _unversioned(sigma_history))
+        values, tau, sigma, density = chosen.prune(_dense(grad), key, settings, history)
     else:
         values, tau, sigma, density = granularity.prune(_dense(grad), key, settings)
     return values.contiguous(memory_format=memory_format(grad)), tau, sigma, density
@@ -262,7 +262,7 @@ def _conv2d_backward(
         grad_bias = _bias_gradient(grad_output)
     if output_mask[0] or output_mask[1]:
         problem = _problem(input.shape, weight.shape, stride, padding, dilation, groups)
-        settings = Pruning.parse(pruning)
+        settings, history = resolve(Pruning.parse(pruning), _unversioned(sigma_history))
         chosen = choose_backend(settings.backend, problem, grad_output.device.type, grad_output.dtype)
         if not may_be_faster(settings, problem, grad_output):
             settings = settings.unpruned
@@ -270,7 +270,6 @@ def _conv2d_backward(
         operands = (problem, grad_output, _dense(input), _dense(weight), key, settings, output_mask[:2])
         with ranges.of_layer(layer_id):
             if settings.granularity == "element" or not settings.prunes:
-                history = _unversioned(sigma_history)
                 result = chosen.conv2d_backward(*operands, sigma_history=history, layer_id=layer_id)
             else:
                 result = granularity.conv2d_backward(chosen, *operands, layer_id)

@@ -122,10 +122,26 @@ def threshold_of_counts(counts: Tensor, pruning: Pruning, dtype: torch.dtype) ->
 def find_threshold(grad: Tensor, pruning: Pruning, sigma_history: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(sigma, tau) of a gradient (N, C, H, W), as tensors on its device."""
     measured = sample(grad) if pruning.threshold == "sampled" else grad
-    if pruning.percentile is None:
+    if pruning.needs_counts:
         return threshold_of_counts(count(measured), pruning, grad.dtype)
     abs_sum = measured.abs().sum(dtype=torch.float64)
     return threshold(abs_sum, measured.numel(), pruning, grad.dtype, sigma_history)
+
+
+def resolve(pruning: Pruning, state: Tensor | None) -> tuple[Pruning, Tensor | None]:
+    """The settings with their tau / sigma, and what :func:`predict` takes.
+
+    state: int32[1 + SIGMA_HISTORY], or with noise one more, at the end: the bits of tau / sigma as a float32. Read on the
+    host only if it is on the CPU.
+    """
+    if pruning.noise is None or state is None:
+        return pruning, state
+    if state.is_cpu:
+        ratio = struct.unpack("f", struct.pack("i", state[-1].item()))[0]
+        pruning = pruning.at(ratio) if ratio > 0 else pruning.unpruned
+    else:
+        pruning = pruning.at(state[-1:].view(torch.float32)[0].double())
+    return pruning, state[:-1] if pruning.threshold == "predicted" else None
 
 
 def predict(sigma_history: Tensor, sigma: Scalar) -> Scalar:

@@ -7,6 +7,7 @@ written as text (:attr:`Pruning.text`), and read back on the other side (:meth:`
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -15,8 +16,10 @@ from functools import cached_property, lru_cache
 from numbers import Real
 from typing import Any
 
+from torch import Tensor
+
 from .arguments import as_int, check_choice, shown
-from .reference import SIGMA_COEFFICIENT, normal_density, quantile
+from .reference import SIGMA_COEFFICIENT, SIGMA_HISTORY, normal_density, quantile
 
 __all__ = ["DEFAULT", "PLACEMENTS", "THRESHOLDS", "WHERE", "Pruning", "check_backend", "check_percentile"]
 
@@ -26,7 +29,7 @@ WHERE = ("everywhere", "faster")
 GRANULARITIES = ("element", "sample", "channel")
 ROW = 64
 """Channels of a row where no other number is given."""
-KNOBS = ("percentile", "density", "variance")
+KNOBS = ("percentile", "density", "variance", "noise")
 """The ways to say how much is pruned, of which one is used at a time."""
 
 
@@ -41,7 +44,7 @@ class _Default(float, Enum):  # an Enum, which torch.compile takes for a constan
 
 
 DEFAULT = _Default.PERCENTILE
-"""Percentile 90 where nothing else is asked for: unlike a percentile that is given, it yields to ``density`` and ``variance``."""
+"""Percentile 90 where nothing else is asked for: unlike a percentile that is given, it yields to the other :data:`KNOBS`."""
 
 
 def check_percentile(percentile: float | None, or_none: bool = True) -> float | None:
@@ -65,6 +68,11 @@ def check_density(density: float | None) -> float | None:
 def check_variance(variance: float | None) -> float | None:
     """Return ``variance`` as a float, or None. Raises TypeError, or ValueError below 0 and for what is not finite."""
     return _check_real("variance", variance, "0 <= variance < infinity", lambda value: 0 <= value < math.inf)
+
+
+def check_noise(noise: float | None) -> float | None:
+    """Return ``noise`` as a float, or None. Raises TypeError, or ValueError for 0, below it, and what is not finite."""
+    return _check_real("noise", noise, "0 < noise < infinity", lambda value: 0 < value < math.inf)
 
 
 def _check_real(name: str, value: float | None, accepted: str, accepts: Callable[[Real], bool]) -> float | None:
@@ -93,6 +101,12 @@ def check_granularity(granularity: Granularity) -> Granularity:
     raise error(f"granularity: got {shown(granularity)}; accepted: 'row', ('row', width), {', '.join(map(repr, GRANULARITIES))}")
 
 
+def parse_granularity(text: str) -> Granularity:
+    """``text`` as it is, but "row:32" as ("row", 32)."""
+    kind, colon, width = text.partition(":")
+    return ("row", int(width)) if kind == "row" and colon and width.isdecimal() else text
+
+
 def check_backend(backend: str) -> str:
     """Return ``backend``. Raises TypeError if it is not a string, ValueError if no backend has this
     name, RuntimeError if it is one that is only planned."""
@@ -117,6 +131,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "density": check_density,
     "variance": check_variance,
     "granularity": check_granularity,
+    "noise": check_noise,
 }
 
 
@@ -124,12 +139,15 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
 class Pruning:
     """How a convolution prunes its gradients, and what runs its backward pass. Immutable and hashable.
 
-    How much is pruned is said by one of three; where all are None nothing is, and zeros are skipped all the same.
+    How much is pruned is said by one of four; where all are None nothing is, and zeros are skipped all the same.
 
-    percentile: in [50, 100), the p of the paper. The default, 90, where neither of the others is given.
+    percentile: in [50, 100), the p of the paper. The default, 90, where none of the others is given.
     density: in (0, 1], the fraction of elements that are kept, on average over the draws. A gradient that has no more
         non-zeros than that stays as it is.
     variance: 0 or more, the V = E||pruned - g||^2 / ||g||^2 of each gradient that is pruned.
+    noise: above 0, what pruning the whole network may add to the variance of the weight gradients, as a fraction of what
+        minibatches have: .1 is the noise of a batch of 58 instead of 64. Nothing is pruned until a
+        :class:`sparsebwd.NoiseController` has measured, which gives each layer its own tau / sigma.
 
     placement: which gradient is pruned: "output", that of the output, for Conv-BN-ReLU; or "input", that of the
         input, for Conv-ReLU.
@@ -157,21 +175,23 @@ class Pruning:
     density: float | None = None
     variance: float | None = None
     granularity: Granularity = "element"
+    noise: float | None = None
     # Derived, and ready for every call of a layer.
     text: str = field(init=False, repr=False, compare=False)
     active: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.percentile is DEFAULT and (self.density is not None or self.variance is not None):
+        if self.percentile is DEFAULT and any(getattr(self, name) is not None for name in KNOBS[1:]):
             object.__setattr__(self, "percentile", None)
         for name, check in _CHECKS.items():
             object.__setattr__(self, name, check(getattr(self, name)))
         asked = [name for name in KNOBS if getattr(self, name) is not None]
         if len(asked) > 1:
             raise ValueError(f"got both {asked[0]} and {asked[1]}; accepted: one of {', '.join(KNOBS)}")
-        if self.threshold == "predicted" and asked not in ([], ["percentile"]):
+        if self.threshold == "predicted" and self.needs_counts:
             raise ValueError(
-                f"threshold: got 'predicted' with {asked[0]}; accepted: with a percentile; 'sampled' reads as little of a gradient"
+                f"threshold: got 'predicted' with {asked[0]}; accepted: with a percentile or noise; 'sampled' reads as little of "
+                "a gradient"
             )
         if self.threshold == "predicted" and self.granularity != "element":
             raise ValueError(
@@ -179,7 +199,7 @@ class Pruning:
             )
         object.__setattr__(self, "text", self._as_text())
         # At these the threshold is 0.
-        object.__setattr__(self, "active", self.prunes and (self.percentile, self.density, self.variance) not in _IDLE)
+        object.__setattr__(self, "active", self.prunes and tuple(getattr(self, name) for name in KNOBS) not in _IDLE)
 
     # The text says all, and keeps its hash.
 
@@ -216,10 +236,28 @@ class Pruning:
         """Whether the gradient of the input is pruned, which AGB has computed."""
         return self.prunes and self.placement == "input"
 
+    @property
+    def needs_counts(self) -> bool:
+        """Whether the threshold comes from a histogram; else it is sigma times :attr:`quantile`."""
+        return self.density is not None or self.variance is not None
+
+    @property
+    def state_size(self) -> int:
+        """Of the buffer ``sigma_history`` of a layer: tau / sigma is one more with noise. 0: it needs none."""
+        noise = self.noise is not None
+        return 1 + SIGMA_HISTORY + noise if noise or self.threshold == "predicted" else 0
+
     @cached_property
-    def quantile(self) -> float:
-        """tau / sigma, the standard normal quantile of the percentile. Only with a percentile."""
-        return quantile(self.percentile)
+    def quantile(self) -> float | Tensor:
+        """tau / sigma: the standard normal quantile of the percentile; with noise what :meth:`at` was given, else 0. A
+        number, or a 0-dim float64 tensor on the device of the gradient."""
+        return 0.0 if self.percentile is None else quantile(self.percentile)
+
+    def at(self, quantile: float | Tensor) -> Pruning:
+        """The same, with this tau / sigma, which its text does not say."""
+        settings = copy.copy(self)
+        settings.__dict__["quantile"] = quantile
+        return settings
 
     @cached_property
     def sigma_coefficient(self) -> float:
@@ -239,7 +277,7 @@ class Pruning:
             # What reaches the next convolution, through a rectifier, has fewer.
             return self.density if self.placement == "output" else self.density / 4
         if self.percentile is None:
-            return 0.0
+            return 0.05 if self.noise is not None else 0.0
         # The threshold in true standard deviations, if what is pruned is normal.
         return normal_density(self.quantile * self.sigma_coefficient / SIGMA_COEFFICIENT["corrected"]) / 4
 
@@ -260,9 +298,8 @@ class Pruning:
             if name not in _CHECKS or not equals or name in settings:
                 raise ValueError(f"pruning: got {shown(text)}; accepted: settings such as 'percentile=95.0,placement=input'")
             settings[name] = value
-        kind, colon, width = str(settings.get("granularity", "")).partition(":")
-        if kind == "row" and colon and width.isdecimal():
-            settings["granularity"] = ("row", int(width))
+        if "granularity" in settings:
+            settings["granularity"] = parse_granularity(settings["granularity"])
         for name in KNOBS:
             value = settings.get(name)
             if value is not None:
@@ -273,5 +310,5 @@ class Pruning:
         return Pruning(**settings)
 
 
-# percentile, density, variance
-_IDLE = ((50.0, None, None), (None, 1.0, None), (None, None, 0.0))
+# As KNOBS.
+_IDLE = ((50.0, None, None, None), (None, 1.0, None, None), (None, None, 0.0, None))

@@ -95,6 +95,11 @@ class Backend(ABC):
         cannot, whatever its gradients. channels_last: the layout of its tensors, else contiguous."""
         return f"the backend {self.name!r}, which is what runs {dtype} here, is not faster than PyTorch's convolutions"
 
+    def break_even(self, problem: ConvProblem, dtype: torch.dtype, channels_last: bool) -> tuple[float, float]:
+        """Densities up to which AGB and WGC are faster than dense ones, taken to take time in proportion to the density. 1:
+        nothing is known."""
+        return 1.0, 1.0
+
     @abstractmethod
     def can_run(self, problem: ConvProblem | None, device_type: str, dtype: torch.dtype) -> str | None:
         """None if it can compute this, else the reason why not. Without a problem: prune."""

@@ -53,7 +53,7 @@ def _in_format(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
 def _threshold(grad: Tensor, pruning: Pruning, sigma_history: Tensor | None) -> tuple[float, float]:
     """(sigma, tau) of ``grad``, see :func:`sparsebwd.reference.find_threshold`."""
     measured = histogram.sample(grad) if pruning.threshold == "sampled" else grad
-    if pruning.percentile is None:
+    if pruning.needs_counts:
         sigma, tau = reference.threshold_of_counts(_counts(measured), pruning, grad.dtype)
         return sigma.item(), tau.item()
     abs_sum, _ = _raw.abs_sum(measured)
@@ -250,6 +250,9 @@ class AdaptiveCpuBackend(CpuBackend):
             )
         return why_not_worth_it(problem, pruning.active)
 
+    def break_even(self, problem: ConvProblem, dtype: torch.dtype, channels_last: bool) -> tuple[float, float]:
+        return break_even(problem, dtype, channels_last)
+
     def may_pay(self, problem: ConvProblem, grad: Tensor) -> bool:
         return any(break_even(problem, grad.dtype, grad.is_contiguous(memory_format=torch.channels_last)))
 
@@ -299,7 +302,7 @@ def _expected_density(grad: Tensor, pruning: Pruning) -> float:
     distance = grad.numel() // runs
     length = min(_RUN_LENGTH, distance)
     magnitudes = grad.as_strided((runs, length), (distance, 1)).abs().float()
-    if pruning.prunes_output and pruning.active and pruning.percentile is None:
+    if pruning.prunes_output and pruning.active and pruning.needs_counts:
         found = histogram.Histogram(_counts(magnitudes))
         if not math.isfinite(found.mean):
             return 1.0  # nothing will be pruned

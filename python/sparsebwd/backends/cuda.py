@@ -67,7 +67,7 @@ def _raw_pruning(grad: Tensor, key: Tensor, pruning: Pruning, sigma_history: Ten
         return _RawPruning(key, pruning.sigma_coefficient, pruning.quantile, sigma_history)
     # The kernels find no such threshold. They are given this one as what they predict one from: the only value recorded,
     # of a fresh history. A recorded 0 would be none; below the smallest magnitude there are only zeros, which become +0.
-    _, tau = reference.find_threshold(grad, pruning)
+    _, tau = reference.find_threshold(grad, pruning, sigma_history)
     history = torch.zeros(1 + reference.SIGMA_HISTORY, dtype=torch.int32, device=grad.device)
     history[:1].fill_(1)
     history[1:2].view(torch.float32).copy_(tau.clamp(min=_SMALLEST))
@@ -79,7 +79,7 @@ _SMALLEST = 2.0**-149
 
 def _finds_threshold(pruning: Pruning) -> bool:
     """Whether the kernels do."""
-    return pruning.percentile is not None and pruning.threshold != "sampled"
+    return not pruning.needs_counts and pruning.threshold != "sampled" and not isinstance(pruning.quantile, Tensor)
 
 
 def _tau(tau: Tensor, pruning: Pruning) -> Tensor:
@@ -380,6 +380,11 @@ class AdaptiveCudaBackend(CudaBackend):
                 f"{pruning.asked} hardly ever leaves so little"
             )
         return None
+
+    def break_even(self, problem: ConvProblem, dtype: torch.dtype, channels_last: bool) -> tuple[float, float]:
+        limit = _break_even(problem, dtype, channels_last)
+        agb, wgc = self._may_pay(problem, dtype)
+        return limit * agb, limit * wgc
 
     def sparse_pays(self, problem: ConvProblem, grad: Tensor, layer_id: int) -> tuple[bool, bool]:
         layer = self._layer(problem, grad, layer_id)

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..settings import Pruning
+from ..settings import KNOBS, Pruning
 from ..train import checkpoint, log
 from ..train.config import TrainConfig
 from ..train.recipes import RECIPES
@@ -125,7 +125,7 @@ def plan(
     """All combinations, in an order in which the first runs tell most: seed by seed.
 
     Args:
-        kinds: percentiles as text, "none" and "dense".
+        kinds: percentiles as text, "none" and "dense". Percentiles are none where ``also`` says how much is pruned.
         data_set: names the runs; options["data"] is what the training command reads it from.
         also: options that appear in the names, unless they change no result.
         options: of `TrainConfig`; those that are None are left to the recipe.
@@ -137,6 +137,8 @@ def plan(
     options = {name: value for name, value in options.items() if value is not None}
     for seed, model, kind, estimator in product(seeds, models, kinds, estimators):
         dense = kind == DENSE
+        if not dense and any(name in also for name in KNOBS[1:]):
+            kind = "none"
         given = {**options, "model": model, "seed": seed, "dense": dense}
         if not dense:
             given["percentile"] = None if kind == "none" else float(kind)

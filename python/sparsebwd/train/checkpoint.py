@@ -127,6 +127,8 @@ def _check_state(
         momenta = parameters[name] if step and config.momentum else {}
         _check_tensors(f"{name}.momenta", twin["momenta"], momenta)
         _check_tally(f"{name}.tally", twin["tally"])
+        if "noise" in expected:
+            _check_noise(f"{name}.noise", twin["noise"], expected["noise"])
     _check_history(state["history"], step, like["twins"])
 
 
@@ -145,6 +147,19 @@ def _check_tensors(where: str, got: Any, expected: Mapping[str, Tensor]) -> None
             raise _Wrong(f"{where}.{name} is negative")
         if name.endswith("sigma_history"):
             require_finite({f"{where}.{name}": tensor[1:].view(torch.float32)})  # behind the count
+
+
+def _check_noise(where: str, got: Any, like: Any) -> None:
+    """What a NoiseController has said of itself: ``like`` that of the beginning, where numbers may be None."""
+    if isinstance(like, dict):
+        # Layers that are dense now are none in the beginning.
+        _check_keys(where, got, got if where.endswith(".off") and isinstance(got, dict) else like)
+        for name, value in got.items():
+            _check_noise(f"{where}.{name}", value, like.get(name, ""))
+    elif isinstance(like, bool | str):
+        _check_type(where, got, type(like))
+    elif got is not None:
+        _check_number(where, got, finite=False)
 
 
 def _check_tally(where: str, tally: Any) -> None:

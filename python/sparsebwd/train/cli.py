@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sparsebw
 def _run(
     parser: argparse.ArgumentParser, options: argparse.Namespace, config: TrainConfig, world: World, signals: Signals
 ) -> int:
-    asked = {"d": config.density, "v": config.variance, "p": config.percentile}
+    asked = {"d": config.density, "v": config.variance, "noise": config.noise, "p": config.percentile}
     kind = next((f"{letter}{value}" for letter, value in asked.items() if value is not None), "pnone")
     kind = "dense" if config.dense else kind
     folder = Path(options.output or f"runs/{config.model}-{config.data}-{kind}")
@@ -171,7 +171,8 @@ def _prepare(
     if config.dense:
         pruning = "dense"
     else:
-        pruning = Pruning(config.percentile, density=config.density, variance=config.variance).asked
+        pruning = Pruning(config.percentile, density=config.density, variance=config.variance, noise=config.noise).asked
+        pruning += f" of each {config.granularity}" if config.granularity != "element" else ""
         pruning += f" with {config.threshold} thresholds" if config.threshold != "exact" else ""
     reporter.say(
         f"{config.model} in its {_FORMS[config.network_form]} form ({trainer.parameters / 1e6:.2f} million parameters), "
@@ -245,6 +246,8 @@ def _parser(prog: str = "python -m sparsebwd.train") -> argparse.ArgumentParser:
     value("percentile", "P", "in [50, 100), or none: skip exact zeros only", _percentile)
     value("density", "D", "instead of a percentile: the fraction of elements kept, in (0, 1]", float)
     value("variance", "V", "instead of a percentile: the variance that pruning adds to each gradient, of its norm squared", float)
+    value("noise", "R", "instead of a percentile: the noise that pruning adds to weight gradients, of that of minibatches", float)
+    value("granularity", "NAME", "what is kept or dropped as a whole: element, row (64 channels of a pixel), row:32, sample, channel")
     value("placement", "WHERE", "prune the gradient of the output (Conv-BN-ReLU), of the input (Conv-ReLU), or auto")
     value("sigma_estimator", "NAME", "corrected, or as_printed in the paper")
     value("threshold", "NAME", "exact; sampled, of a part of each gradient; or predicted from the last few")

@@ -13,7 +13,7 @@ import torch
 from .. import data, models
 from ..backends import get_backend
 from ..commands import check_seed, check_threads
-from ..settings import DEFAULT, KNOBS, Pruning, check_percentile
+from ..settings import DEFAULT, KNOBS, Pruning, check_percentile, parse_granularity
 from .recipes import RECIPES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -52,8 +52,9 @@ class TrainConfig:
     recipe: one of `RECIPES` that the other options were taken from, see `from_recipe`; None: of none.
     form: of the network, "cifar" or "imagenet"; "auto" takes "imagenet" for images above 112 pixels.
     width: channels of the first layer, all others in proportion; None: as published.
-    percentile: in [50, 100), or None: nothing is pruned, only exact zeros are skipped; density, variance: instead of it, see
-        `sparsebwd.Pruning`.
+    percentile: in [50, 100), or None: nothing is pruned, only exact zeros are skipped; density, variance, noise: instead of it,
+        see `sparsebwd.Pruning`. With noise, a `sparsebwd.NoiseController` sets the thresholds.
+    granularity: "element", "row", "row:32" and so on, "sample" or "channel".
     placement: "auto", "output" or "input"; backend, sigma_estimator, threshold, where: see `sparsebwd.convert`. Here all
         is pruned that the paper prunes, unless where is "faster".
     exclude: layers that stay dense, with all below them: names, or patterns of them, between commas.
@@ -94,6 +95,8 @@ class TrainConfig:
     percentile: float | None = DEFAULT
     density: float | None = None
     variance: float | None = None
+    noise: float | None = None
+    granularity: str = "element"
     placement: str = "auto"
     sigma_estimator: str = "corrected"
     threshold: str = "exact"
@@ -149,11 +152,17 @@ class TrainConfig:
         _among("device", self.device, ("auto", "cpu", "cuda"))
         placement = "output" if self.placement == "auto" else self.placement
         settings = (placement, self.sigma_estimator, self.threshold, self.backend, self.where)
-        pruning = Pruning(self.percentile, *settings, self.density, self.variance)
+        amount = (self.density, self.variance, parse_granularity(self.granularity), self.noise)
+        pruning = Pruning(self.percentile, *settings, *amount)
         for name in KNOBS:
             object.__setattr__(self, name, getattr(pruning, name))
         if self.backend != "auto" and (reason := get_backend(self.backend).available()):
             raise RuntimeError(f"backend: {self.backend!r} cannot run: {reason}")
+        if self.noise is not None and self.batch_size < 2 * self.accumulate:
+            raise ValueError(
+                f"noise: got {self.noise} with {self.batch_size} images a step in {self.accumulate} parts; accepted: with two images "
+                "or more in each, as it is measured between halves"
+            )
         self.layer_percentiles()
         _between("percentile_warmup", self.percentile_warmup, 0, _MOST)
         if self.percentile_warmup and self.percentile is None and not self.layer_percentile and not self.dense:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from .measure import BackwardTimer, EpochTally, speedups, summarize
 from .report import Reporter
 from .stop import Signals, Stopped
 from .twins import Twin, build_twins
+from ..nn import SparseConv2d
+from ..noise import NoiseController
 from .world import World
 
 _ADVICE = "try a lower --learning-rate, some --warmup-steps or a lower --percentile"
@@ -96,6 +99,10 @@ class Trainer:
         )
         self._normalize = Normalize(*self.data.statistics, world.device, config.channels_last)
         self.twins = build_twins(config, len(self.data.classes), world, reporter.warn)
+        for twin in self.twins:
+            if any(isinstance(module, SparseConv2d) and module.noise is not None for module in twin.model.modules()):
+                # Of the model as it is written: processes share measurements, not gradients.
+                twin.controller = NoiseController(twin.model, partial(self._loss, twin.model), seed=config.seed)
         self._total_steps = config.total_steps(len(self._batches))
         warmup = config.percentile_warmup * len(self._batches)
         changes = _COMPILED_CHANGES if config.compile else None
@@ -279,6 +286,12 @@ class Trainer:
         with torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32):
             return model(inputs).float()
 
+    def _criterion(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(outputs, labels, label_smoothing=self.config.label_smoothing)
+
+    def _loss(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+        return self._criterion(self.forward(model, inputs), labels)
+
     def show_notes(self) -> None:
         """Warns of what the data have to say since the last call: files that are no images, or cannot be read."""
         for note in self.data.notes.take():
@@ -300,6 +313,9 @@ class Trainer:
         for group in twin.optimizer.param_groups:
             group["lr"] = rate
         twin.optimizer.zero_grad()
+        parts = list(zip(inputs.chunk(self.config.accumulate), labels.chunk(self.config.accumulate)))
+        if twin.controller is not None:
+            twin.controller.step(*parts[0])
         timer = BackwardTimer(self.world.synchronize) if measured else None
         monitor = DensityMonitor(twin.model) if measured and twin.sparse_layers else None
         # Of the first step of an epoch that is measured.
@@ -307,7 +323,6 @@ class Trainer:
         gradients = Gradients(twin.model) if first and self._board is not None else None
         losses, logits = [], []
         begin, forward, backward = self._clock(), 0.0, 0.0
-        parts = list(zip(inputs.chunk(self.config.accumulate), labels.chunk(self.config.accumulate)))
         for number, (part, answers) in enumerate(parts, 1):
             with ExitStack() as stack:
                 if self.world.size > 1 and number < len(parts):
@@ -316,7 +331,7 @@ class Trainer:
                     stack.enter_context(gradients.watched())
                 start = self._clock()
                 outputs = self.forward(twin.parallel, part)
-                loss = cross_entropy(outputs, answers, label_smoothing=self.config.label_smoothing)
+                loss = self._criterion(outputs, answers)
                 # The mean over all parts, which may differ in size.
                 loss = loss if len(parts) == 1 else loss * (len(answers) / len(labels))
                 middle = self._clock()
@@ -350,6 +365,8 @@ class Trainer:
         twin.tally.loss += total
         twin.tally.correct += correct
         twin.tally.images += count
+        if twin.controller is not None:
+            twin.controller.observe(sum(losses))
         return total / count
 
     @torch.no_grad()
@@ -398,6 +415,9 @@ class Trainer:
         self._save()
         self._write_log()
         self.reporter.epoch(entry)
+        for twin in self.twins:
+            if twin.controller is not None:
+                self.reporter.say(f"  {twin.controller}")
         self.show_notes()
 
     def _write_log(self, summary: dict[str, Any] | None = None) -> None:

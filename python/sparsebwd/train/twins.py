@@ -17,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import models
 from ..conversion import convert
 from ..nn import SparseConv2d
+from ..noise import NoiseController
+from ..settings import parse_granularity
 from .config import TrainConfig
 from .measure import EpochTally
 from .sync import synchronize_norms
@@ -32,6 +34,7 @@ class Twin:
     parallel: nn.Module
     optimizer: torch.optim.Optimizer
     tally: EpochTally
+    controller: NoiseController | None = None  # of the thresholds, with noise=
 
     @property
     def sparse_layers(self) -> bool:
@@ -45,7 +48,8 @@ class Twin:
             name: state[value].get("momentum_buffer") for name, value in self.model.named_parameters() if value in state
         }
         histories = {name: value for name, value in self.model.named_buffers() if name.endswith("sigma_history")}
-        return {
+        noise = {} if self.controller is None else {"noise": self.controller.state_dict()}
+        return noise | {
             "model": self.model.state_dict(),
             "sigma_histories": histories,
             "momenta": {name: value for name, value in momenta.items() if value is not None},
@@ -61,6 +65,8 @@ class Twin:
             if name in state["momenta"]:
                 momentum = torch.empty_like(value, requires_grad=False).copy_(state["momenta"][name])
                 self.optimizer.state[value]["momentum_buffer"] = momentum
+        if self.controller is not None:
+            self.controller.load_state_dict(state["noise"])
         self.tally = EpochTally(**state["tally"])
 
 
@@ -88,6 +94,8 @@ def _convert(model: nn.Module, config: TrainConfig, warn: Callable[[str], None])
             percentile=config.percentile,
             density=config.density,
             variance=config.variance,
+            noise=config.noise,
+            granularity=parse_granularity(config.granularity),
             placement=config.placement,
             backend=config.backend,
             sigma_estimator=config.sigma_estimator,

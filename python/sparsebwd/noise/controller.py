@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NoiseController: gives layers the thresholds at which the noise of the whole network is what was asked for."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..arguments import as_int, check_flag
+from ..nn import SparseConv2d
+from ..settings import Pruning
+from . import allocate
+from .guard import LossGuard
+from .measure import Measured, Measurement, this_process
+
+log = logging.getLogger("sparsebwd")
+
+# Noise of a network, as a fraction of that of minibatches, that layers with a threshold of their own may add.
+_MOST = 1.0
+# Looks in one measurement, at most; fewer where noise is as near to the budget as this.
+_LOOKS = 5
+_CLOSE = 1.15
+# Of the ratios that fit the noise of a dense pass.
+_FIRST = 0.65
+# Where there is a budget: how many times it noise has to be for the network to become dense.
+_RUNAWAY = 5.0
+
+
+class NoiseController:
+    """Keeps what pruning adds to the noise of a training run at what ``noise=`` says, and lets no run collapse.
+
+    ::
+
+        model = sparsebwd.convert(model, noise=0.1)
+        controller = sparsebwd.NoiseController(model, lambda images, labels: F.cross_entropy(model(images), labels))
+        for images, labels in batches:
+            optimiser.zero_grad()
+            controller(images, labels).backward()  # in the place of the loss
+            optimiser.step()
+
+    Now and then, on a batch of the training itself, it measures the variance that weight gradients have between minibatches,
+    and what pruning adds to it as a function of the threshold of each layer (:mod:`sparsebwd.noise.measure`); it sets the
+    thresholds, as tau / sigma, so that what is added to the weight gradients of all layers together is the budget, and that the
+    backward pass takes the least time. Training starts dense. Parameters, their gradients, buffers and random generators
+    are left as they are; a measurement takes as long as one and a half steps, dense ones, and no more memory.
+
+    The guard makes the network dense where the loss, or the measured noise, runs away, says so once in the log, and comes back
+    later. It also works for layers with a percentile, density or variance, whose thresholds stay as they are: those with most noise
+    for the time they save become dense while noise is above 1, that of the minibatches themselves.
+
+    With several processes each measures on its part of the batch, and all get the same thresholds. The model may be compiled,
+    nothing is compiled again when thresholds change. On a GPU the host waits in measurements, not in other steps.
+
+    Args:
+        model: a module with SparseConv2d layers, or one that holds it, as DistributedDataParallel does.
+        loss: takes a batch, or a part of one, and returns the loss that is trained on, a mean (or a sum) over its images.
+        start: steps before the first measurement. The next are as many steps later as there were before, at most ``every``.
+        every: steps between measurements.
+        guard: whether to look after the run.
+        seed: of what is random in measurements.
+
+    Attributes:
+        budget: what ``noise=`` of the layers says, or None where none has it.
+        noise: as measured last, in the whole network, at the thresholds of that time; None before.
+        density: of the gradients, weighted by multiply-adds, and
+        speedup: of the backward passes of the convolutions, dense time / sparse time, both as expected at the thresholds set last,
+            by the break-even densities; None before.
+        seconds: host time spent on measurements.
+
+    Raises:
+        TypeError: ``model`` or ``loss`` is of another type.
+        ValueError: there is no sparse layer, layers differ in ``noise``, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[..., Tensor],
+        *,
+        start: int = 20,
+        every: int = 400,
+        guard: bool = True,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: got {type(model).__name__}; accepted: an nn.Module")
+        if not callable(loss):
+            raise TypeError(f"loss: got {type(loss).__name__}; accepted: a function of a batch that returns its loss")
+        self._model, self._loss = model, loss
+        self._layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseConv2d)}
+        if not self._layers:
+            raise ValueError("model: has no SparseConv2d layer; call sparsebwd.convert(model, noise=...) first")
+        budgets = {layer.noise for layer in self._layers.values()} - {None}
+        if len(budgets) > 1:
+            raise ValueError(f"noise: got layers with {', '.join(map(str, sorted(budgets)))}; accepted: one for the whole network")
+        self.budget = budgets.pop() if budgets else None
+        self._start, self._every = as_int(start, "start", least=1), as_int(every, "every", least=1)
+        self._guard = LossGuard() if check_flag(guard, "guard") else None
+        self._seed = as_int(seed, "seed")
+        self.noise: float | None = None
+        self.density: float | None = None
+        self.speedup: float | None = None
+        self.seconds = 0.0
+        self._step, self._next = 0, self._start
+        self._ratios = {name: 0.0 for name, layer in self._layers.items() if layer.noise is not None}
+        # Layers with a threshold of their own that are dense now, and what they had.
+        self._off: dict[str, Pruning] = {}
+        self._rests, self._resting = 0, False
+        self._loaded = False
+
+    def __call__(self, *batch: Any) -> Tensor:
+        """The loss of the batch, as ``loss`` returns it: :meth:`step`, ``loss`` and :meth:`observe`."""
+        self.step(*batch)
+        loss = self._loss(*batch)
+        self.observe(loss)
+        return loss
+
+    def step(self, *batch: Any) -> None:
+        """Call it before each step; measures on this batch where it is time to."""
+        if self._loaded:  # after the model, whose load_state_dict() makes its layers dense
+            self._write()
+            self._loaded = False
+        if self._step >= self._next:
+            start = time.perf_counter()
+            self._measure(batch)
+            self.seconds += time.perf_counter() - start
+        self._step += 1
+
+    def observe(self, loss: Tensor) -> None:
+        """Call it after each step with its loss; for the guard."""
+        if self._guard is not None and self._guard.runs_away(loss) and not self._resting:
+            self._rest("the loss has run away")
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """tau / sigma of each layer with ``noise``, by name; 0: nothing is pruned."""
+        return dict(self._ratios)
+
+    def __str__(self) -> str:
+        if self.noise is None:
+            return f"noise not measured yet ({self._budget_text()})"
+        text = f"noise {100 * self.noise:.2g} % of SGD's ({self._budget_text()})"
+        return text + ("" if self.density is None else f", density {self.density:.2f}, backward {self.speedup:.1f}x (expected)")
+
+    def _budget_text(self) -> str:
+        return "thresholds are fixed" if self.budget is None else f"budget {100 * self.budget:.3g} %"
+
+    def _measure(self, batch: tuple) -> None:
+        off = set(self._off)
+        for name, pruning in self._off.items():
+            self._layers[name].pruning = pruning
+        seed = hash((self._seed, self._step, this_process())) % 2**31
+        measurement = Measurement(self._model, list(self._layers.values()), self._loss, batch, seed)
+        with measurement.opened() as measured:
+            for _ in range(_LOOKS):
+                measurement.look({self._layers[name] for name in off})
+                curves = {self._name_of(curve.layer): curve for curve in allocate.curves_of(measured.calls)}
+                self.noise = self._noise(curves, off, measured)
+                self._choose(curves, measured)
+                self._write()
+                if not self._ratios or 1 / _CLOSE < self.noise / self.budget < _CLOSE:
+                    break
+        if self._resting:
+            self._resting = False
+            if self._guard is not None:
+                self._guard.forget()
+        self._next = self._step + min(self._every, max(self._start, self._step))
+        if self._guard is not None and self.budget is not None and not self.noise <= _RUNAWAY * self.budget:
+            self._rest(f"noise is {100 * self.noise:.3g} % of that of minibatches, the budget {100 * self.budget:.3g} %")
+            return
+        self._write()  # as measuring leaves buffers as they were
+        self._expect(curves, measured)
+        log.info("step %d: %s", self._step, self)
+
+    def _noise(self, curves: dict[str, allocate.Curves], off: set[str], measured: Measured) -> float:
+        """At the thresholds of the last look."""
+        total = sum(
+            curve.at(self._ratios.get(name, curve.fixed))[0] for name, curve in curves.items() if name not in off
+        )
+        if not measured.variance > 0:
+            return 0.0 if total == 0 else math.nan
+        return total / measured.variance
+
+    def _choose(self, curves: dict[str, allocate.Curves], measured: Measured) -> None:
+        free = [name for name in self._ratios if name in curves]
+        if self.budget is not None:
+            chosen = allocate.share([curves[name] for name in free], self.budget * measured.variance)
+            # Curves hold at the noise that there was. It compounds: what is changed is changed by half.
+            before, self._ratios = self._ratios, dict.fromkeys(self._ratios, 0.0)
+            for name, ratio in zip(free, chosen):
+                self._ratios[name] = math.sqrt(before[name] * ratio) if before[name] else _FIRST * ratio
+        fixed = [name for name in curves if name not in self._ratios]
+        if self._guard is not None:
+            kept = allocate.share([curves[name].or_dense() for name in fixed], _MOST * measured.variance, stretch=False)
+            off = {name: self._layers[name].pruning for name, ratio in zip(fixed, kept) if ratio == 0}
+            if off.keys() - self._off.keys():
+                log.warning(
+                    "noise: pruning adds %.3g %% of the noise of minibatches; dense until it is less: %s",
+                    100 * self.noise,
+                    ", ".join(off),
+                )
+            self._off = off
+
+    def _rest(self, reason: str) -> None:
+        """Make the network dense for a while, longer each time."""
+        steps = min(self._every, self._start * 2 ** (self._rests + 1))
+        log.warning("noise: %s: the network is dense for %d steps", reason, steps)
+        self._rests, self._resting = self._rests + 1, True
+        self._next = self._step + steps
+        self._ratios = dict.fromkeys(self._ratios, 0.0)
+        self._off = {
+            name: self._off.get(name, layer.pruning) for name, layer in self._layers.items() if name not in self._ratios
+        }
+        self._write()
+        if self._guard is not None:
+            self._guard.forget()
+
+    def _expect(self, curves: dict[str, allocate.Curves], measured: Measured) -> None:
+        """What the cost model says of the thresholds that are set now."""
+        dense = time = allocate.dense_work(measured.calls)
+        left = dense
+        for name, curve in curves.items():
+            ratio = 0.0 if name in self._off else self._ratios.get(name, curve.fixed)
+            _, changed, remaining = curve.at(ratio)
+            time += changed - curve.dense
+            left += remaining - curve.dense
+        self.density, self.speedup = left / dense, dense / time
+
+    @torch.no_grad()
+    def _write(self) -> None:
+        for name, ratio in self._ratios.items():
+            self._layers[name].sigma_history[-1:].view(torch.float32).fill_(ratio)
+        for name in self._off:
+            self._layers[name].pruning = self._layers[name].pruning.unpruned
+
+    def _name_of(self, layer: SparseConv2d) -> str:
+        return next(name for name, known in self._layers.items() if known is layer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run needs to go on to the same bits: plain numbers, strings and None."""
+        return {
+            "step": self._step,
+            "next": self._next,
+            "ratios": dict(self._ratios),
+            "off": {name: pruning.text for name, pruning in self._off.items()},
+            "rests": self._rests,
+            "resting": self._resting,
+            "noise": self.noise,
+            "density": self.density,
+            "speedup": self.speedup,
+            "guard": None if self._guard is None else self._guard.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what :meth:`state_dict` of a controller of such a model has returned, before or after the model's own.
+
+        Raises ValueError where it is of other layers.
+        """
+        if not isinstance(state, dict) or state.keys() != self.state_dict().keys():
+            raise ValueError("state: accepted: what state_dict() of a NoiseController has returned")
+        if state["ratios"].keys() != self._ratios.keys() or not state["off"].keys() <= self._layers.keys():
+            raise ValueError("state: its layers are not those of this model")
+        if (state["guard"] is None) != (self._guard is None):
+            raise ValueError("state: got one with another guard=")
+        for name, pruning in self._off.items():
+            self._layers[name].pruning = pruning
+        self._step, self._next = state["step"], state["next"]
+        self._ratios = {name: state["ratios"][name] for name in self._ratios}
+        self._off = {name: Pruning.parse(text) for name, text in state["off"].items()}
+        self._rests, self._resting = state["rests"], state["resting"]
+        self.noise, self.density, self.speedup = state["noise"], state["density"], state["speedup"]
+        if self._guard is not None:
+            self._guard.load_state_dict(state["guard"], next(self._model.parameters()).device)
+        self._write()
+        self._loaded = True

@@ -152,19 +152,23 @@ class NoiseController:
         return "thresholds are fixed" if self.budget is None else f"budget {100 * self.budget:.3g} %"
 
     def _measure(self, batch: tuple) -> None:
-        off = set(self._off)
         for name, pruning in self._off.items():
             self._layers[name].pruning = pruning
+        dense, noisiest = self._off, 0.0
         seed = hash((self._seed, self._step, this_process())) % 2**31
         measurement = Measurement(self._model, list(self._layers.values()), self._loss, batch, seed)
         with measurement.opened() as measured:
-            for _ in range(_LOOKS):
+            for look in range(_LOOKS):
+                off = set(self._off)
                 measurement.look({self._layers[name] for name in off})
                 curves = {self._name_of(curve.layer): curve for curve in allocate.curves_of(measured.calls)}
                 self.noise = self._noise(curves, off, measured)
-                self._choose(curves, measured)
-                self._write()
-                if not self._ratios or 1 / _CLOSE < self.noise / self.budget < _CLOSE:
+                noisiest = max(noisiest, self.noise)
+                self._share(curves, measured)
+                # What is to prune again is looked at before it does; within a measurement layers only become dense then.
+                self._look_after(curves, measured, off if look else set())
+                self._write_ratios()
+                if off == set(self._off) and (self.budget is None or 1 / _CLOSE < self.noise / self.budget < _CLOSE):
                     break
         if self._resting:
             self._resting = False
@@ -174,6 +178,12 @@ class NoiseController:
         if self._guard is not None and self.budget is not None and not self.noise <= _RUNAWAY * self.budget:
             self._rest(f"noise is {100 * self.noise:.3g} % of that of minibatches, the budget {100 * self.budget:.3g} %")
             return
+        if self._off.keys() - dense.keys():
+            log.warning(
+                "noise: pruning adds %.3g %% of the noise of minibatches; dense until it is less: %s",
+                100 * noisiest,
+                ", ".join(self._off),
+            )
         self._write()  # as measuring leaves buffers as they were
         self._expect(curves, measured)
         log.info("step %d: %s", self._step, self)
@@ -187,25 +197,29 @@ class NoiseController:
             return 0.0 if total == 0 else math.nan
         return total / measured.variance
 
-    def _choose(self, curves: dict[str, allocate.Curves], measured: Measured) -> None:
+    def _share(self, curves: dict[str, allocate.Curves], measured: Measured) -> None:
+        """Set the ratios of layers with ``noise``."""
+        if self.budget is None:
+            return
         free = [name for name in self._ratios if name in curves]
-        if self.budget is not None:
-            chosen = allocate.share([curves[name] for name in free], self.budget * measured.variance)
-            # Curves hold at the noise that there was. It compounds: what is changed is changed by half.
-            before, self._ratios = self._ratios, dict.fromkeys(self._ratios, 0.0)
-            for name, ratio in zip(free, chosen):
-                self._ratios[name] = math.sqrt(before[name] * ratio) if before[name] else _FIRST * ratio
-        fixed = [name for name in curves if name not in self._ratios]
-        if self._guard is not None:
-            kept = allocate.share([curves[name].or_dense() for name in fixed], _MOST * measured.variance, stretch=False)
-            off = {name: self._layers[name].pruning for name, ratio in zip(fixed, kept) if ratio == 0}
-            if off.keys() - self._off.keys():
-                log.warning(
-                    "noise: pruning adds %.3g %% of the noise of minibatches; dense until it is less: %s",
-                    100 * self.noise,
-                    ", ".join(off),
-                )
-            self._off = off
+        chosen = allocate.share([curves[name] for name in free], self.budget * measured.variance)
+        # Curves hold at the noise that there was. It compounds: what is changed is changed by half.
+        before, self._ratios = self._ratios, dict.fromkeys(self._ratios, 0.0)
+        for name, ratio in zip(free, chosen):
+            self._ratios[name] = math.sqrt(before[name] * ratio) if before[name] else _FIRST * ratio
+
+    def _look_after(self, curves: dict[str, allocate.Curves], measured: Measured, stay: set[str]) -> None:
+        """Choose those of the layers with a threshold of their own that become dense; those in ``stay`` are and remain so."""
+        if self._guard is None:
+            return
+        fixed = [name for name in curves if name not in self._ratios and name not in stay]
+        choices = [curves[name].or_dense() for name in fixed]
+        kept = [choice.ratios[-1].item() for choice in choices]
+        most = _MOST * measured.variance
+        if not sum(choice.noise[-1].item() for choice in choices) <= most:
+            kept = allocate.share(choices, most, stretch=False)
+        off = stay.union(name for name, ratio in zip(fixed, kept) if ratio == 0)
+        self._off = {name: layer.pruning for name, layer in self._layers.items() if name in off}
 
     def _rest(self, reason: str) -> None:
         """Make the network dense for a while, longer each time."""
@@ -233,9 +247,12 @@ class NoiseController:
         self.density, self.speedup = left / dense, dense / time
 
     @torch.no_grad()
-    def _write(self) -> None:
+    def _write_ratios(self) -> None:
         for name, ratio in self._ratios.items():
             self._layers[name].sigma_history[-1:].view(torch.float32).fill_(ratio)
+
+    def _write(self) -> None:
+        self._write_ratios()
         for name in self._off:
             self._layers[name].pruning = self._layers[name].pruning.unpruned
 

@@ -22,6 +22,8 @@ from ..data import Batches, DataError, ImageData, Normalize, available_cores, or
 from ..data.decode import ImageError
 from ..info import info
 from ..monitor import DensityMonitor
+from ..nn import SparseConv2d
+from ..noise import NoiseController
 from ..schedule import PercentileSchedule
 from . import checkpoint
 from .board import Board, Gradients, require_tensorboard
@@ -31,8 +33,6 @@ from .measure import BackwardTimer, EpochTally, speedups, summarize
 from .report import Reporter
 from .stop import Signals, Stopped
 from .twins import Twin, build_twins
-from ..nn import SparseConv2d
-from ..noise import NoiseController
 from .world import World
 
 _ADVICE = "try a lower --learning-rate, some --warmup-steps or a lower --percentile"

@@ -22,7 +22,7 @@ from sparsebwd.commands import check_environment, check_seed, check_threads, new
 from sparsebwd.problem import ConvProblem
 from sparsebwd.settings import check_percentile
 
-from . import capture, compare, devices, operations, overhead, pictures, results, step, suites, zoo
+from . import capture, compare, devices, noise, operations, overhead, pictures, results, step, suites, zoo
 from .inputs import DTYPES, LAYOUTS, PATTERNS, Rotation
 from .runner import AGAINST, Plan, peaks, run
 from .suites import Layer
@@ -241,6 +241,7 @@ def command(
 
 app.command("capture")(capture.command)
 app.command("step")(step.command)
+app.command("noise")(noise.command)
 app.command("overhead")(overhead.command)
 app.command("zoo")(zoo.command)
 app.command("plot")(pictures.command)

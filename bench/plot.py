@@ -73,7 +73,7 @@ def write(path: Path, environment: Mapping[str, Any], rows: Sequence[Row]) -> No
         handles.append(Line2D([], [], **_MEAN, label="geometric mean"))
     handles.append(Line2D([], [], color="0.3", marker="x", linestyle="none", label="break-even"))
     figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False, ncols=legend_columns)
-    _save(figure, path)
+    save(figure, path)
 
 
 def overview(path: Path, environment: Mapping[str, Any], rows: Sequence[Row]) -> None:
@@ -111,7 +111,7 @@ def overview(path: Path, environment: Mapping[str, Any], rows: Sequence[Row]) ->
     networks = " and ".join(sorted({str(row.suite) for row in rows}))
     words = [f"{layers} layers of {networks}", dtype, layout, f"{threads} thread{'s' if threads != 1 else ''}" if threads else ""]
     figure.suptitle(f"{', '.join(filter(None, words))}\n{hardware(environment)}", fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
 _NAMES = {"agb": "gradient of the input (AGB)", "wgc": "gradient of the weight (WGC)", "agb+wgc": "both", "backward": "pruning and both"}
@@ -132,7 +132,8 @@ def _drawable(rows: Sequence[Row]) -> list[Row]:
     return rows
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write it; the suffix names the format. Raises OSError."""
     with atomic_write(path) as temporary:
         # Text in SVG stays text, which can be searched and read aloud.
         with matplotlib.rc_context({"svg.fonttype": "none"}):

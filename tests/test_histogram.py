@@ -125,7 +125,7 @@ def test_thresholds_solve_the_closed_forms(bins, density, variance):
 @pytest.mark.parametrize("shape", [(64, 64, 32, 32), (2, 1024, 16, 16), (5, 7, 31, 33), (1, 3, 128, 128)])
 def test_a_sample_is_spread_over_all_dimensions(shape):
     n, c, h, w = shape
-    positions = histogram._places(shape, "nchw", torch.device("cpu"))
+    positions = histogram._places(shape, "nchw", SAMPLES, torch.device("cpu"))
     assert positions.numel() == SAMPLES and torch.all(positions.diff() > 0)
     for size, place in ((n, positions // (c * h * w)), (c, positions // (h * w) % c), (w, positions % w)):
         counts = torch.bincount(place, minlength=size).double()

@@ -20,7 +20,6 @@ from torch.nn.functional import cross_entropy
 
 from ..data import Batches, DataError, ImageData, Normalize, available_cores, ordered_batches
 from ..data.decode import ImageError
-from ..info import info
 from ..monitor import DensityMonitor
 from ..nn import SparseConv2d
 from ..noise import NoiseController
@@ -108,7 +107,7 @@ class Trainer:
         changes = _COMPILED_CHANGES if config.compile else None
         sparse = [twin.model for twin in self.twins if warmup and twin.sparse_layers]
         self._schedules = [PercentileSchedule(model, warmup, changes=changes) for model in sparse]
-        self._environment = self._describe_environment()
+        self._environment = world.environment()
         self._step = 0
         self._history: list[dict[str, Any]] = []
         self._log = self._steps = self._board = None
@@ -440,20 +439,6 @@ class Trainer:
             "step": self._step,
             "history": self._history,
             "twins": {twin.name: twin.state() for twin in self.twins},
-        }
-
-    def _describe_environment(self) -> dict[str, Any]:
-        """What else the last bits of a result depend on."""
-        here = info()
-        return {
-            "sparsebwd": here["sparsebwd"],
-            "torch": str(here["torch"]),  # a subclass of str, which a checkpoint must not hold
-            "device": self.world.device.type,
-            "cpu": here["cpu"]["name"],
-            "isa": here["cpu"]["isa"]["in_use"],
-            "break_even": here["cpu"]["break_even"] and here["cpu"]["break_even"]["float32"]["name"],
-            "threads": torch.get_num_threads(),
-            "processes": self.world.size,
         }
 
     def _clock(self) -> float:

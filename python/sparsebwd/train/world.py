@@ -8,11 +8,13 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import distributed
 
 from ..commands import describe
+from ..info import info
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,20 @@ class World:
         values = [value]
         distributed.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
+
+    def environment(self) -> dict[str, Any]:
+        """What the last bits of a result depend on, besides the options of the run."""
+        here = info()
+        return {
+            "sparsebwd": here["sparsebwd"],
+            "torch": str(here["torch"]),  # a subclass of str, which a checkpoint must not hold
+            "device": self.device.type,
+            "cpu": here["cpu"]["name"],
+            "isa": here["cpu"]["isa"]["in_use"],
+            "break_even": here["cpu"]["break_even"] and here["cpu"]["break_even"]["float32"]["name"],
+            "threads": torch.get_num_threads(),
+            "processes": self.size,
+        }
 
     def synchronize(self) -> None:
         """Wait for the device, so that the clock can be read."""

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -402,3 +406,55 @@ def test_refusals():
     sparse_layers(model)[0].noise = 0.2
     with pytest.raises(ValueError, match="noise: got layers with 0.1, 0.2; accepted: one for the whole network"):
         NoiseController(model, loss_of(model))
+
+
+def test_cuda_kernels_get_the_threshold_from_the_device(generator):
+    """Where the ratio is a tensor: as what they predict from, and the host reads nothing."""
+    from sparsebwd.backends import cuda
+
+    grad, ratio = torch.randn((2, 8, 5, 5), generator=generator), torch.tensor(2.5, dtype=torch.float64)
+    pruning = Pruning(noise=0.1).at(ratio)
+    raw = cuda._raw_pruning(grad, torch.zeros(2, dtype=torch.int64), pruning, None)
+    _, tau = reference.find_threshold(grad, pruning)
+    assert raw.quantile == 1.0 and raw.sigma_history[0] == 1
+    assert_bit_equal(raw.sigma_history[1:2].view(torch.float32)[0], tau)
+    by_number = cuda._raw_pruning(grad, torch.zeros(2, dtype=torch.int64), Pruning(noise=0.1).at(2.5), None)
+    assert by_number.quantile == 2.5 and by_number.sigma_history is None
+
+
+PROCESSES = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+from test_noise import convert, loss_of, network, NoiseController
+
+distributed.init_process_group("gloo")
+rank = distributed.get_rank()
+model = convert(network(), noise=0.2, where="everywhere", backend="reference")
+parallel = DistributedDataParallel(model)
+controller = NoiseController(parallel, loss_of(parallel), start=2, every=3)
+generator = torch.Generator().manual_seed(rank)
+for _ in range(6):
+    images, labels = torch.randn(8, 3, 8, 8, generator=generator), torch.randint(5, (8,), generator=generator)
+    controller(images, labels).backward()
+states = [None, None]
+distributed.all_gather_object(states, (controller.ratios, controller.noise, controller.density))
+assert states[0] == states[1] and any(states[0][0].values()), states
+grads = [None, None]
+distributed.all_gather_object(grads, [parameter.grad.sum().item() for parameter in model.parameters()])
+assert grads[0] == grads[1]
+print("the same", states[0][0])
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_processes_have_the_same_thresholds(tmp_path):
+    program = tmp_path / "processes.py"
+    program.write_text(PROCESSES.format(tests=str(Path(__file__).parent)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the same") == 2

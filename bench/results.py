@@ -18,7 +18,7 @@ from rich.text import Text
 
 from sparsebwd.data.files import atomic_write, json_text, write_text
 
-from .terminal import Table, machine
+from .terminal import Table, fitting, machine, not_shown
 
 COPY = "copy"
 """The baseline of pruning."""
@@ -260,8 +260,12 @@ def place(setting: Mapping[str, Any]) -> str:
 
 
 def show(rows: Sequence[Row], console: Console) -> None:
-    """Print the table, as wide as it has to be, a line for each summary, and the break-even densities."""
+    """Print the table, a line for each summary, and the break-even densities."""
     columns, common = _visible(rows)
+    cells = {column.heading: [column.cell(row) for row in rows] for column in columns}
+    shown = fitting(cells, _OPTIONAL if "layer" in cells else _OPTIONAL[1:], console.width)
+    left_out = [heading for heading in cells if heading not in shown]
+    columns = [column for column in columns if column.heading in shown]
     table = RichTable(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column.heading, justify="right" if column.right else "left", no_wrap=True)
@@ -272,6 +276,8 @@ def show(rows: Sequence[Row], console: Console) -> None:
     console.print(table)
     if common:
         console.print(Text(f"all rows: {common}"), soft_wrap=True)
+    if left_out:
+        console.print(Text(not_shown(left_out)), soft_wrap=True)
     for row in rows:
         if row.error:
             console.print(Text(f"WRONG RESULT, not timed: {row.command}\n  {row.error}", "bold red"), soft_wrap=True)
@@ -281,6 +287,10 @@ def show(rows: Sequence[Row], console: Console) -> None:
     table = break_even_table(rows)
     if table is not None:
         table.show(console)
+
+
+_OPTIONAL = ("problem", "times", "error", "GFLOP/s", "against", "of peak")
+"""Columns that are left out where there is no room for them, the first first."""
 
 
 def _visible(rows: Sequence[Row]) -> tuple[list[Column], str]:

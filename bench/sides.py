@@ -203,4 +203,5 @@ def layer_table(title: str, layers: Sequence[Mapping[str, Any]]) -> Table:
             for layer in layers
         ],
         ("layer", "problem", "ran"),
+        optional=("compressed MB", "dense MB", "problem", "ran"),
     )

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,28 +105,53 @@ def hardware(environment: dict[str, Any]) -> str:
     return f"{environment['cpu']['name']}, {environment['cpu']['isa']['in_use']}"
 
 
+def fitting(columns: Mapping[str, Sequence[str]], optional: Sequence[str], width: int) -> list[str]:
+    """The headings of the columns that a table of this width has: all, or without those of `optional`, the first first, until
+    the rest fits. columns: cells by heading."""
+    shown = {heading: max(map(len, (heading, *cells))) for heading, cells in columns.items()}
+    for heading in optional:
+        if sum(shown.values()) + _GAP * (len(shown) - 1) <= width:
+            break
+        shown.pop(heading, None)
+    return list(shown)
+
+
+def not_shown(headings: Iterable[str]) -> str:
+    """What a table says that has no room for these."""
+    return f"not shown for want of width: {', '.join(headings)}; --json and --markdown have all, and so has a wider terminal"
+
+
+_GAP = 2  # between columns
+
+
 @dataclass(frozen=True)
 class Table:
-    """Cells as text. Columns whose heading is in `left` are aligned to the left. `notes` stand below, one a line."""
+    """Cells as text. Columns whose heading is in `left` are aligned to the left. `notes` stand below, one a line. On a narrow
+    terminal the columns `optional` are left out, the first first, as many as need be."""
 
     title: str
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
     left: Sequence[str]
     notes: Sequence[str] = ()
+    optional: Sequence[str] = ()
 
     def show(self, console: Console) -> None:
         table = RichTable(box=None, pad_edge=False, show_edge=False, header_style="bold")
-        for heading in self.headings:
+        shown = list(self.headings)
+        if self.optional:
+            shown = fitting(dict(zip(self.headings, zip(*self.rows))), self.optional, console.width)
+        for heading in shown:
             table.add_column(heading, justify="left" if heading in self.left else "right", no_wrap=True)
         for row in self.rows:
-            table.add_row(*map(Text, row))
+            table.add_row(*(Text(cell) for heading, cell in zip(self.headings, row) if heading in shown))
         # A cell that is cut off tells nothing; a terminal wraps long lines.
         unlimited = console.options.update(max_width=10_000)
         console.width = max(console.width, console.measure(table, options=unlimited).maximum)
         console.print(Text(f"\n{self.title}", "bold"), soft_wrap=True)
         console.print(table)
-        for note in self.notes:
+        left_out = [heading for heading in self.headings if heading not in shown]
+        for note in (*self.notes, *([not_shown(left_out)] if left_out else [])):
             console.print(Text(note), soft_wrap=True)
 
     def markdown(self) -> str:

@@ -165,18 +165,20 @@ class DensityMonitor:
                 writer.add_scalar(f"backward_ms/{name}", 1e3 * values["seconds"] / values["steps"], step)
 
     def table(self) -> str:
-        """The record as a plain-text table."""
-        console = Console(file=io.StringIO(), width=160, color_system=None)
-        console.print(self.__rich__())
+        """The record as a plain-text table, of 80 columns if the names of layers allow that."""
+        console, table = Console(file=io.StringIO(), width=80, color_system=None), self.__rich__()
+        console.width = max(80, console.measure(table, options=console.options.update(max_width=10_000)).minimum)
+        console.print(table)
         return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
     __str__ = table
 
     def __rich__(self) -> Table:
         record = self.as_dict()
-        table = Table(box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
         for column in ("layer", "density", "sigma", "tau", "ms/step", "steps", "implementation"):
-            table.add_column(column, justify="left" if column in ("layer", "implementation") else "right")
+            justify = "left" if column in ("layer", "implementation") else "right"
+            table.add_column(column, justify=justify, no_wrap=column != "implementation")
         for name, values in record["layers"].items():
             table.add_row(name, *_cells(values))
         table.add_section()
@@ -194,4 +196,4 @@ def _cells(values: dict[str, Any]) -> list[str]:
     ]
 
 
-_FORMATS = {"density": ".3f", "sigma": ".3g", "tau": ".3g"}
+_FORMATS = {"density": ".3f", "sigma": ".2g", "tau": ".2g"}

@@ -33,6 +33,12 @@ def test_types_of_what_users_call() -> None:
         model(torch.randn(1, 3, 5, 5)).sum().backward()
     assert_type(monitor, sparsebwd.DensityMonitor)
     assert_type(monitor.as_dict(), dict[str, Any])
+    schedule = sparsebwd.PercentileSchedule(model, warmup=2)
+    assert_type(schedule.percentiles(), dict[str, float])
+    assert_type(schedule.state_dict(), dict[str, Any])
+    found = sparsebwd.profile(model, torch.randn(1, 3, 5, 5), loss=lambda output, _: output.sum(), steps=2, alternatives=False)
+    assert_type(found, sparsebwd.Profile)
+    assert_type(found.speedup, float)
     assert_type(sparsebwd.revert(model), nn.Module)
 
     pruned = sparsebwd.prune_gradient(torch.randn(2, 3, 4, 4))

@@ -184,6 +184,17 @@ def convert(
     Raises:
         TypeError, ValueError: an argument is wrong; the model is then unchanged.
         RuntimeError: the backend is one that is only planned; likewise.
+
+    Examples:
+        >>> import sparsebwd
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 8, 1))
+        >>> model = sparsebwd.convert(model, percentile=90, where="everywhere", exclude="3")
+        >>> model[0].percentile, model[0].placement
+        (90.0, 'output')
+        >>> type(model[3]).__name__
+        'Conv2d'
+        >>> model[0].density = 0.2  # layers may be set apart afterwards
     """
     _check_model(model)
     check_choice("placement", placement, ("auto", *PLACEMENTS))
@@ -288,6 +299,13 @@ def revert(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
+
+    Examples:
+        >>> import sparsebwd
+        >>> from torch import nn
+        >>> model = sparsebwd.convert(nn.Sequential(nn.Conv2d(3, 8, 3)), where="everywhere")
+        >>> type(sparsebwd.revert(model)[0]).__name__
+        'Conv2d'
     """
     _check_model(model)
     for module in model.modules():
@@ -301,7 +319,16 @@ _FASTER = Pruning(where="faster")
 
 
 def conversion_report(model: nn.Module) -> ConversionReport:
-    """What each convolution of ``model`` is now, and why; prints one line for each."""
+    """What each convolution of ``model`` is now, and why; prints one line for each.
+
+    Examples:
+        >>> import sparsebwd
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 8, 1))
+        >>> print(sparsebwd.conversion_report(sparsebwd.convert(model, 95, where="everywhere", exclude="3")))
+        0: placement='output', percentile=95.0 (followed by BatchNorm2d '1')
+        3: not converted: ...
+    """
     _check_model(model)
     return _report(model, decide_placements(model))
 

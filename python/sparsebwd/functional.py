@@ -174,6 +174,18 @@ def prune_gradient(
         TypeError: another type or dtype.
         ValueError: another value or number of dimensions.
         RuntimeError: the backend asked for cannot run.
+
+    Examples:
+        >>> import torch, sparsebwd
+        >>> gradient = torch.randn(64, 64, 8, 8, generator=torch.Generator().manual_seed(0))
+        >>> pruned = sparsebwd.prune_gradient(gradient, percentile=90)
+        >>> print(f"{pruned.density:.2f}")  # 90 is not 90 % sparsity
+        0.55
+        >>> large = gradient.abs() >= pruned.tau
+        >>> torch.equal(pruned.values[large], gradient[large])
+        True
+        >>> print(f"{sparsebwd.prune_gradient(gradient, density=0.1).density:.2f}")
+        0.10
     """
     check_operands(grad=grad)
     if density is None and variance is None:
@@ -247,6 +259,15 @@ def sparse_conv2d(
         TypeError: another type or dtype.
         ValueError: another value, or shapes or devices that do not fit together.
         RuntimeError: the backend asked for cannot run.
+
+    Examples:
+        >>> import torch
+        >>> from sparsebwd.functional import sparse_conv2d
+        >>> images = torch.randn(2, 3, 8, 8, requires_grad=True)
+        >>> weight = torch.randn(16, 3, 3, 3, requires_grad=True)
+        >>> sparse_conv2d(images, weight, padding=1, percentile=90).square().sum().backward()
+        >>> images.grad.shape, weight.grad.shape
+        (torch.Size([2, 3, 8, 8]), torch.Size([16, 3, 3, 3]))
     """
     return convolve(
         input,

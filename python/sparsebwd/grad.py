@@ -45,6 +45,13 @@ def conv2d_input(
         TypeError: another type or dtype.
         ValueError: another value, or shapes or devices that do not fit together.
         RuntimeError: the backend asked for cannot run.
+
+    Examples:
+        >>> import torch, sparsebwd
+        >>> weight, gradient = torch.randn(16, 3, 3, 3), torch.randn(2, 16, 8, 8)
+        >>> values = sparsebwd.prune_gradient(gradient, percentile=90).values  # whose zeros are skipped
+        >>> sparsebwd.grad.conv2d_input((2, 3, 8, 8), weight, values, padding=1).shape
+        torch.Size([2, 3, 8, 8])
     """
     check_operands(weight=weight, grad_output=grad_output)
     check_backend(backend)
@@ -79,6 +86,12 @@ def conv2d_weight(
         TypeError: another type or dtype.
         ValueError: another value, or shapes or devices that do not fit together.
         RuntimeError: the backend asked for cannot run.
+
+    Examples:
+        >>> import torch, sparsebwd
+        >>> images, gradient = torch.randn(2, 3, 8, 8), torch.randn(2, 16, 8, 8)
+        >>> sparsebwd.grad.conv2d_weight(images, (16, 3, 3, 3), gradient.relu(), padding=1).shape
+        torch.Size([16, 3, 3, 3])
     """
     check_operands(input=input, grad_output=grad_output)
     check_backend(backend)

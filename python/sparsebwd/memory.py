@@ -31,6 +31,11 @@ def keep_memory() -> bool:
     Returns:
         True: done. False: not done, because the C library is not glibc or refused; the logger "sparsebwd" says so at
         level WARNING. Everything works as before then.
+
+    Examples:
+        >>> import sparsebwd
+        >>> sparsebwd.keep_memory()  # at the start of a program, where the C library is glibc
+        True
     """
     global _kept
     reason = _keep()

@@ -83,6 +83,16 @@ class DensityMonitor:
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
         ValueError: ``model`` has no SparseConv2d.
+
+    Examples:
+        >>> import torch, sparsebwd
+        >>> model = sparsebwd.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3)), where="everywhere")
+        >>> with sparsebwd.DensityMonitor(model) as monitor:
+        ...     model(torch.randn(4, 3, 16, 16)).square().mean().backward()
+        >>> monitor.as_dict()["total"]["steps"]
+        1
+        >>> 0.3 < monitor.as_dict()["layers"]["0"]["density"] < 0.8
+        True
     """
 
     def __init__(self, model: nn.Module) -> None:

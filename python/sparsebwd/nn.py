@@ -94,6 +94,14 @@ class SparseConv2d(nn.Conv2d):
     torch.fx traces a layer as one call_module node, and torch.jit.script compiles one in eval mode.
     Tools that look for nn.Conv2d by its exact type (fusion of graphs, quantisation) do not see it: it
     warns where it can tell, and :func:`sparsebwd.revert` gives them an nn.Conv2d. fuse_modules does see it.
+
+    Examples:
+        >>> import torch, sparsebwd
+        >>> layer = sparsebwd.SparseConv2d(3, 16, 3, padding=1, percentile=95)
+        >>> layer(torch.randn(2, 3, 8, 8)).sum().backward()
+        >>> layer.percentile = None  # nothing is pruned, zeros are skipped all the same
+        >>> layer.to_conv2d()
+        Conv2d(3, 16, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
     """
 
     __jit_unused_properties__ = ["percentile", "placement", "backend", "sigma_estimator", "threshold", "where", "pruning"]

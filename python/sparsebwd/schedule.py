@@ -27,14 +27,7 @@ _SHAPES: dict[str, Callable[[float], float]] = {
 class PercentileSchedule:
     """Warm-up of pruning: takes the percentile of each layer from 50, which prunes nothing, to its own.
 
-    As a scheduler of torch.optim: it is made after :func:`sparsebwd.convert`, takes effect at once, and is told of each step::
-
-        sparsebwd.convert(model, percentile=95)
-        schedule = sparsebwd.PercentileSchedule(model, warmup=1000)
-        for images, labels in loader:
-            ...
-            optimizer.step()
-            schedule.step()
+    As a scheduler of torch.optim: it is made after :func:`sparsebwd.convert`, takes effect at once, and is told of each step.
 
     After n calls of :meth:`step` a layer with the percentile p that it had when the schedule was made has
     ``50 + (p - 50) * shape((n - start) / warmup)``, rounded to two decimals: 50 up to ``start``, p from ``start + warmup``
@@ -54,6 +47,16 @@ class PercentileSchedule:
     Raises:
         TypeError: an argument is of another type.
         ValueError: another value, or no layer has a percentile above 50.
+
+    Examples:
+        >>> import sparsebwd
+        >>> from torch import nn
+        >>> model = sparsebwd.convert(nn.Sequential(nn.Conv2d(3, 8, 3)), 90, where="everywhere")
+        >>> schedule = sparsebwd.PercentileSchedule(model, warmup=4, shape="linear")
+        >>> for step in range(5):
+        ...     print(model[0].percentile, end=" ")  # a step of training, then
+        ...     schedule.step()
+        50.0 60.0 70.0 80.0 90.0
     """
 
     def __init__(

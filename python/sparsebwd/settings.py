@@ -164,6 +164,14 @@ class Pruning:
     for the default), which operators take; and ``active``, whether a gradient can come out changed.
 
     Raises TypeError or ValueError naming the setting that is wrong, RuntimeError for a backend that is only planned.
+
+    Examples:
+        >>> import sparsebwd
+        >>> pruning = sparsebwd.Pruning(95, placement="input")
+        >>> pruning.replace(density=0.2).asked
+        'density 0.2'
+        >>> pruning.text
+        'percentile=95.0,placement=input'
     """
 
     percentile: float | None = DEFAULT

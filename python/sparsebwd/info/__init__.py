@@ -77,6 +77,14 @@ def info() -> Info:
             gpus: descriptions, [str]; no_gpu: why the list is empty, or None.
             backends: {name: None if it runs, else the reason}, in the order of preference, the last first choice;
                 then those that are planned.
+
+    Examples:
+        >>> import sparsebwd
+        >>> found = sparsebwd.info()
+        >>> found["cpu"]["isa"]["in_use"] in ("avx512", "avx2", "baseline", None)
+        True
+        >>> print(found)
+        sparsebwd ...
     """
     reasons = {name: backends.get_backend(name).available() for name in backends.registered_backends()}
     reasons = reasons | {name: reason for name, reason in backends.PLANNED.items() if name not in reasons}

@@ -53,6 +53,12 @@ def create(name: str, num_classes: int, form: str = "cifar", width: int | None =
     Raises:
         TypeError: a name or form that is no string, `num_classes` or `width` that is no integer.
         ValueError: unknown `name` or `form`, or `num_classes` or `width` below 1.
+
+    Examples:
+        >>> from sparsebwd import models
+        >>> model = models.create("resnet18", num_classes=10, width=16)
+        >>> sum(parameter.numel() for parameter in model.parameters())
+        701466
     """
     check_choice("name", name, names())
     num_classes = as_int(num_classes, "num_classes", least=1)

@@ -77,6 +77,18 @@ def profile(
             no tensor (N, classes, ...).
         ValueError: ``steps`` below 2, a percentile for a model that is converted, or a model without parameters.
         RuntimeError: what the model, the loss or the copying of them raises.
+
+    Examples:
+        >>> import sparsebwd
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 8, 1))
+        >>> import torch
+        >>> batch = torch.randn(4, 16, 12, 12), torch.randint(8, (4,))
+        >>> found = sparsebwd.profile(model, batch, loss=lambda output, target: output.square().mean(), steps=2, alternatives=False)
+        >>> [layer.name for layer in found.layers]
+        ['0', '3']
+        >>> found.speedup > 0
+        True
     """
     _check(model, optimizer, loss, percentile)
     steps = as_int(steps, "steps", least=2)

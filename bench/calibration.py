@@ -15,7 +15,8 @@ from sparsebwd.problem import ConvProblem
 
 from .environment import last_level_cache
 from .inputs import DTYPES, LAYOUTS, Gradient, Inputs, Operands, Rotation
-from .operations import Agb, Case, Convolution, Wgc
+from .operation import Case
+from .operations import Agb, Convolution, Wgc
 from .suites import Layer
 from .timing import Call, Sampler, interleave
 

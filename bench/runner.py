@@ -15,7 +15,7 @@ from sparsebwd.backends import choose_backend
 from .devices import Device, Mode
 from .environment import command_line, copy_gbs, peak_gflops
 from .inputs import DTYPES, Inputs, Rotation
-from .operations import TORCH, Case, Operation
+from .operation import TORCH, Case, Operation
 from .results import Row
 from .suites import Layer
 from .timing import Call, interleave

@@ -12,6 +12,7 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 import hypothesis
 import pytest
 import torch
+from benching import captured_file, gpu  # noqa: F401  fixtures
 from strategies import backends_on
 
 from sparsebwd.backends import observers

@@ -18,13 +18,13 @@ from pathlib import Path
 import gpu_workload
 import pytest
 import torch
+from benching import CudaOnCpu
 from gpu_check import __main__ as command
 from gpu_check import bench as benching
 from gpu_check import build as building
 from gpu_check import counters, machine, record, report, sanitizer, tiers, units
 from gpu_check import steps as whole_steps
 from gpu_check import tests as testing
-from test_bench import CudaOnCpu
 from test_bench_reports import make_row
 from typer.testing import CliRunner
 

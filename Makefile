@@ -20,7 +20,7 @@ VECTOR_FLAGS = $(shell grep -qw avx2 /proc/cpuinfo && echo -mavx2 -mfma -mbmi -m
 SOURCES   := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check build bench fuzz sanitize gpu-check gpu-modules ceilings sass lint docs clean
+.PHONY: help demo test check build bench fuzz sanitize aarch64 gpu-check gpu-modules ceilings sass lint docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -46,6 +46,9 @@ fuzz: $(BUILT)  ## random convolutions through the CPU kernels, against the refe
 
 sanitize: $(BUILT)  ## the CPU kernels compiled with AddressSanitizer and UBSan, through their tests and the fuzz (ARGS= for pytest)
 	@$(BIN)/python tools/sanitize.py $(ARGS)
+
+aarch64:  ## the CPU kernels for aarch64, cross-compiled and run by an emulator, against plain loops (ARGS=)
+	@PYTHONPATH=tools '$(PYTHON)' -m kernel_parity $(ARGS)
 
 # With the Python that has PyTorch with CUDA, not that of .venv. ARGS="--tier first" is what to do in the first minutes.
 gpu-check:  ## on a machine with a GPU: build, test, sanitize, measure and profile the CUDA kernels (PARTS=, ARGS=)

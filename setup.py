@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -43,39 +42,10 @@ except ImportError:
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 sys.path.insert(0, str(ROOT / "tools"))
+import cpu_kernels  # noqa: E402
 from cuda_toolkit import ARCHITECTURES, NVCC_FLAGS, CudaToolkit, find_cuda_toolkit, gencode  # noqa: E402
 
-X86 = platform.machine().lower() in ("x86_64", "amd64")
-
-# Compiled once: the choice of kernels, and drivers that hand tasks to the thread pool.
-PLAIN_SOURCES = [
-    "isa", "prune", "conv_backward", "conv_plan", "layout", "lists", "agb", "wgc", "depthwise", "depthwise_plan",
-]  # fmt: skip
-# Compiled for each instruction set, from csrc/cpu/<kernel>_<instruction set>.cpp.
-KERNELS = ["prune", "conv", "depthwise"]
-AVX2_FLAGS = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mpopcnt"]
-ISA_FLAGS = {
-    "baseline": [],
-    **(
-        {"avx2": AVX2_FLAGS, "avx512": [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]}
-        if X86
-        else {}
-    ),
-}
-FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-ffp-contract=off",
-    "-Wall",
-    "-Wextra",
-    "-Wno-uninitialized",  # GCC 12 finds its own AVX-512 intrinsics at fault
-    "-Icsrc/include",
-    "-Icsrc/cpu",
-    *(["-DSPARSEBWD_X86"] if X86 else []),
-]
-
+FLAGS = cpu_kernels.flags()
 # Its functions then run only in processes that preload the sanitizers.
 SANITIZED = os.environ.get("SPARSEBWD_SANITIZE") == "1"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined", "-g1"]
@@ -174,11 +144,8 @@ def kernel_objects(build_dir: Path) -> dict[str, list[str]]:
         rules.append(f"build {output}: {rule} csrc/{source}\n  own_flags = {shlex.join(flags)}\n")
         objects[extension].append(output)
 
-    for name in PLAIN_SOURCES:
-        compile("sparsebwd._C", f"cpu/{name}.cpp", "compile", [])
-    for kernel in KERNELS:
-        for isa, flags in ISA_FLAGS.items():
-            compile("sparsebwd._C", f"cpu/{kernel}_{isa}.cpp", "compile", flags)
+    for source, flags in cpu_kernels.sources().items():
+        compile("sparsebwd._C", f"cpu/{source}", "compile", flags)
     if not isinstance(CUDA, str):
         for source in sorted((CSRC / "cuda").glob("*.cu")):
             compile("sparsebwd._C_cuda", f"cuda/{source.name}", "nvcc", nvcc_flags(CUDA.architectures))

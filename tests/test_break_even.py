@@ -58,7 +58,7 @@ def test_tables_have_a_density_for_each_class(table):
         assert layout["first"].agb == 0
 
 
-@pytest.mark.parametrize("name", ["amx", "avx2 against avx512"])
+@pytest.mark.parametrize("name", ["amx", "avx2 against avx512", "neon against bf16"])
 def test_bfloat16_at_percentile_90_is_dense_where_dense_is_much_faster(name):
     """It leaves densities from about 0.2."""
     table = BFLOAT16[name]
@@ -70,6 +70,8 @@ def test_bfloat16_at_percentile_90_is_dense_where_dense_is_much_faster(name):
     [
         ("baseline", False, False, False, "baseline", "baseline, dense through float32"),
         ("baseline", True, False, False, "baseline", "avx2 against avx512"),
+        ("neon", False, False, False, "neon", "neon, dense through float32"),
+        ("neon", True, False, False, "neon", "neon against bf16"),
         ("avx2", False, False, False, "avx2", "avx2, dense through float32"),
         ("avx2", True, True, False, "avx2 against avx512", "avx2 against avx512"),
         ("avx512", True, False, False, "avx512", "avx512_bf16"),
@@ -81,6 +83,13 @@ def test_bfloat16_at_percentile_90_is_dense_where_dense_is_much_faster(name):
 def test_kind_of_cpu(isa, native, amx, units_256_bits, float32, bfloat16):
     assert module._kinds(isa, native, amx, units_256_bits) == (float32, bfloat16)
     assert float32 in FLOAT32 and bfloat16 in BFLOAT16
+
+
+@pytest.mark.parametrize("tables, name, other", [(FLOAT32, "neon", "avx2"), (BFLOAT16, "neon against bf16", "avx512_bf16")])
+def test_what_was_never_timed_says_so_and_is_cautious(tables, name, other):
+    assert "nothing was timed on aarch64" in tables[name].origin
+    for kind, limits in tables[name].channels_last.items():
+        assert all(limit <= 0.6 * measured for limit, measured in zip(limits, tables[other].channels_last[kind])), kind
 
 
 @pytest.mark.parametrize(
@@ -95,6 +104,15 @@ def test_zen4_is_told_by_its_family(vendor, family, expected, monkeypatch):
 
     monkeypatch.setattr(machine.Path, "read_text", read)
     assert machine.has_256_bit_units() is expected
+
+
+def test_arm_cpus_are_told_apart(monkeypatch):
+    """They have no name, and a calibration of one is not that of another."""
+    text = "processor\t: 0\nBogoMIPS\t: 243.75\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\n\nprocessor\t: 1\n"
+    monkeypatch.setattr(machine.Path, "read_text", lambda self: text)
+    monkeypatch.setattr(machine.platform, "processor", lambda: "")
+    monkeypatch.setattr(machine.platform, "machine", lambda: "aarch64")
+    assert machine.cpu_name() == "aarch64 (implementer 0x41, part 0xd0c)"
 
 
 @pytest.mark.slow

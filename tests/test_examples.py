@@ -19,8 +19,12 @@ FOLDER = Path(__file__).resolve().parent.parent / "examples"
 # The arguments that make each quick, and what it then says.
 TOTAL = r"(?s:.*)\ntotal +0\.\d{3} "
 EXAMPLES = {
+    "timm_recipe.py": ("--epochs 1 --steps 1 --batch-size 4 --size 32", r"step 1: loss \d\.\d{3}, (?s:.*)\ntotal .*averaged model: \(4, 10\)\n"),
     "own_loop.py": ("--model mobilenet --epochs 1 --steps 1", r"epoch 1: training loss \d\.\d{3}, test accuracy \d+\.\d%\n"),
-    "densities.py": ("--steps 1 --batch-size 4", TOTAL + r"(?s:.*)a step: .* ms sparse, .* ms dense: \d+\.\d\dx\n"),
+    "profile_first.py": (
+        "--model alexnet --batch-size 4 --before 1 --steps 1 --rounds 2 --least 0 --no-alternatives",
+        r"(?s:.*)a step is \d+\.\d\dx as fast: training with pruned gradients\nstep 1: loss \d\.\d{3}\n",
+    ),
     "mixed_precision.py": ("--steps 1 --batch-size 4", r"step 1: loss \d\.\d{3}\n" + TOTAL),
     "distributed.py": ("--steps 2 --batch-size 4", r"step 2: loss \d\.\d{3}\n.* one process of 2:\n" + TOTAL),
 }
@@ -30,14 +34,28 @@ def test_each_is_run():
     assert sorted(EXAMPLES) == sorted(path.name for path in FOLDER.glob("*.py"))
 
 
-@pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "distributed.py"])
+SLOW = {"profile_first.py", "timm_recipe.py"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in EXAMPLES if name != "distributed.py"],
+)
 def test_example(name, monkeypatch, capsys):
+    if name == "timm_recipe.py":
+        pytest.importorskip("timm", reason="timm is not installed", exc_type=ImportError)
     arguments, expected = EXAMPLES[name]
     monkeypatch.setattr(sys, "argv", [name, *arguments.split()])
     monkeypatch.setattr(sparsebwd, "keep_memory", lambda: True)  # it would keep that of the tests
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     runpy.run_path(str(FOLDER / name), run_name="__main__")
     assert re.search(expected, capsys.readouterr().out)
+
+
+def test_what_an_example_lacks_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(SystemExit, match=r"^this example needs timm, .*: pip install timm$"):
+        runpy.run_path(str(FOLDER / "timm_recipe.py"), run_name="__main__")
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cpu_kernels import instruction_sets
 
 from sparsebwd import reference
 from sparsebwd.backends import available_backends
@@ -32,12 +33,7 @@ if "cpu" not in available_backends():
 RAW = torch.ops.sparsebwd_cpu
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 COMPILER = shlex.split(os.environ.get("CXX", "c++"))
-AVX2_FLAGS = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mpopcnt"]
-ISA_FLAGS = {
-    "baseline": [],
-    "avx2": AVX2_FLAGS,
-    "avx512": [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
-}
+ISA_FLAGS = instruction_sets()
 KEYS = [(0, 0), (-1, 2**63 - 1), (0x123456789ABCDEF, -0x76543210FEDCBA98)]
 SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-40, -1e-40, 3e38]
 
@@ -327,7 +323,8 @@ def test_unknown_instruction_set():
         text=True,
     )
     assert process.returncode != 0
-    message = "SPARSEBWD_MAX_ISA: got 'avx1024', accepted are baseline, avx2 and avx512"
+    *others, last = instruction_sets()
+    message = f"SPARSEBWD_MAX_ISA: got 'avx1024', accepted are {', '.join(others)} and {last}"
     assert message in process.stderr
 
 
@@ -344,6 +341,9 @@ static const PruneKernels& kernels(const char* isa) {
 #endif
 #ifdef HAVE_avx512
   if (!strcmp(isa, "avx512")) return prune_kernels_avx512;
+#endif
+#ifdef HAVE_neon
+  if (!strcmp(isa, "neon")) return prune_kernels_neon;
 #endif
   return prune_kernels_baseline;
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -154,6 +155,13 @@ def test_one_version():
     assert f"\n## {version} " in (ROOT / "CHANGELOG.md").read_text("utf-8")
 
 
+def test_the_paper_is_cited_by_one_name():
+    for path in [*SOURCES, *PAGES, ROOT / "CITATION.cff"]:
+        if path != Path(__file__):
+            named = re.findall(r"Ye\s+et\s+al\.?(?:\s+\(\d+\))?", path.read_text("utf-8"))
+            assert {re.sub(r"\s+", " ", name) for name in named} <= {"Ye et al. (2019)"}, relative(path)
+
+
 def test_every_package_is_listed():
     def packages(root: Path, *prefix: str) -> set[str]:
         return {".".join([*prefix, *init.parent.relative_to(root).parts]) for init in root.rglob("__init__.py")}
@@ -205,6 +213,18 @@ def test_the_source_distribution_is_complete(tmp_path):
     wanted = [path for path in [*SOURCES, *PAGES, *results, *map(ROOT.joinpath, REQUIREMENTS)] if path.parent.name != ".ci"]
     assert not {relative(path) for path in wanted} - packed
     assert not [name for name in packed if name.endswith((".so", ".o", ".pyc"))]
+
+
+def test_one_binary_serves_every_python():
+    """What makes the tag cp311-abi3 of wheels true."""
+    assert PYPROJECT["project"]["requires-python"] == ">=3.11"
+    assert '"py_limited_api": "cp311"' in (ROOT / "setup.py").read_text("utf-8")
+    module = pytest.importorskip("sparsebwd._C")
+    assert module.__file__.endswith("/_C.abi3.so")
+    if shutil.which("nm") is None:
+        pytest.skip("nm is not found: install binutils")
+    used = subprocess.run(["nm", "-D", "--undefined-only", module.__file__], capture_output=True, text=True, check=True)
+    assert set(re.findall(r"\b_?Py\w+", used.stdout)) == {"PyModule_Create2"}
 
 
 @pytest.mark.parametrize(

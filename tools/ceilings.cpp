@@ -15,6 +15,8 @@
 #include "vec_avx512.h"
 #elif defined(__AVX2__)
 #include "vec_avx2.h"
+#elif defined(__aarch64__)
+#include "vec_neon.h"
 #else
 #include "vec_baseline.h"
 #endif

@@ -113,5 +113,6 @@ struct ConvKernels {
 extern const ConvKernels conv_kernels_baseline;
 extern const ConvKernels conv_kernels_avx2;
 extern const ConvKernels conv_kernels_avx512;
+extern const ConvKernels conv_kernels_neon;
 
 }  // namespace sparsebwd

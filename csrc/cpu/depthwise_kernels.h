@@ -66,5 +66,6 @@ struct DepthwiseKernels {
 extern const DepthwiseKernels depthwise_kernels_baseline;
 extern const DepthwiseKernels depthwise_kernels_avx2;
 extern const DepthwiseKernels depthwise_kernels_avx512;
+extern const DepthwiseKernels depthwise_kernels_neon;
 
 }  // namespace sparsebwd

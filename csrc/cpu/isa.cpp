@@ -37,19 +37,32 @@ const Isa kIsas[] = {
     {has_avx2, {"avx2", prune_kernels_avx2, conv_kernels_avx2, depthwise_kernels_avx2}},
     {has_avx512, {"avx512", prune_kernels_avx512, conv_kernels_avx512, depthwise_kernels_avx512}},
 #endif
+#ifdef SPARSEBWD_AARCH64
+    {always, {"neon", prune_kernels_neon, conv_kernels_neon, depthwise_kernels_neon}},
+#endif
 };
+
+// "baseline, avx2 and avx512"
+std::string names() {
+  constexpr size_t kCount = sizeof(kIsas) / sizeof(kIsas[0]);
+  std::string result;
+  for (size_t i = 0; i < kCount; ++i)
+    result += (i == 0 ? "" : i + 1 < kCount ? ", " : " and ") + std::string(kIsas[i].kernels.name);
+  return result;
+}
 
 const IsaKernels& choose_kernels() {
   const char* variable = getenv("SPARSEBWD_MAX_ISA");
-  const std::string limit = variable && *variable ? variable : "avx512";
-  if (limit != "baseline" && limit != "avx2" && limit != "avx512")
-    throw std::invalid_argument("SPARSEBWD_MAX_ISA: got '" + limit +
-                                "', accepted are baseline, avx2 and avx512");
+  const std::string limit = variable ? variable : "";
   const IsaKernels* chosen = nullptr;
+  bool known = limit.empty();
   for (const Isa& isa : kIsas) {
     if (isa.runs_here()) chosen = &isa.kernels;
+    known = known || limit == isa.kernels.name;
     if (limit == isa.kernels.name) break;
   }
+  if (!known)
+    throw std::invalid_argument("SPARSEBWD_MAX_ISA: got '" + limit + "', accepted are " + names());
   return *chosen;
 }
 
@@ -60,11 +73,11 @@ const IsaKernels& active_kernels() {
   return kernels;
 }
 
-std::vector<std::string> supported_isas() {
-  std::vector<std::string> names;
+std::vector<const IsaKernels*> supported_kernels() {
+  std::vector<const IsaKernels*> found;
   for (const Isa& isa : kIsas)
-    if (isa.runs_here()) names.push_back(isa.kernels.name);
-  return names;
+    if (isa.runs_here()) found.push_back(&isa.kernels);
+  return found;
 }
 
 }  // namespace sparsebwd

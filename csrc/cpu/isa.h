@@ -20,11 +20,11 @@ struct IsaKernels {
 };
 
 // The kernels to use: those of the best instruction set that this CPU runs and that
-// SPARSEBWD_MAX_ISA (baseline, avx2 or avx512; read once) allows. Throws std::invalid_argument if
+// SPARSEBWD_MAX_ISA (a name of one that this build has; read once) allows. Throws std::invalid_argument if
 // that variable holds anything else.
 const IsaKernels& active_kernels();
 
-// Names of the instruction sets that this build has and this CPU runs, lowest first.
-std::vector<std::string> supported_isas();
+// Those of the instruction sets that this build has and this CPU runs, lowest first.
+std::vector<const IsaKernels*> supported_kernels();
 
 }  // namespace sparsebwd

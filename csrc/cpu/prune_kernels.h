@@ -43,5 +43,6 @@ struct PruneKernels {
 extern const PruneKernels prune_kernels_baseline;
 extern const PruneKernels prune_kernels_avx2;
 extern const PruneKernels prune_kernels_avx512;
+extern const PruneKernels prune_kernels_neon;
 
 }  // namespace sparsebwd

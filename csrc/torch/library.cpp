@@ -90,7 +90,11 @@ std::string why_no_cuda() {
 
 std::string isa() { return sparsebwd::active_kernels().name; }
 
-std::vector<std::string> supported_isas() { return sparsebwd::supported_isas(); }
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (const sparsebwd::IsaKernels* kernels : sparsebwd::supported_kernels()) names.push_back(kernels->name);
+  return names;
+}
 
 std::tuple<double, int64_t> abs_sum(const Tensor& g) {
   check_on_cpu(g, "g");

@@ -142,7 +142,7 @@ def prune_gradient(
 ) -> PrunedGradient:
     """Prune an activation gradient stochastically and without bias: E[values] = grad.
 
-    Ye et al. 2019, "Threshold determination" and Algorithm 1, with the corrections described in
+    Ye et al. (2019), "Threshold determination" and Algorithm 1, with the corrections described in
     docs/numerics. Elements below tau = sigma * Phi^-1(percentile / 100) in magnitude become 0 or
     +-tau; the others stay as they are.
 

@@ -2,7 +2,7 @@
 """Pruning of groups of elements instead of single ones: rows of channels, images, channels.
 
 A group B is kept with probability min(1, ||g_B|| / tau) and divided by it, else it is 0. So its expectation is g_B, and its
-variance ||g_B|| (tau - ||g_B||): Algorithm 1 of Ye et al. 2019, and all that follows from it for thresholds, with the norms of
+variance ||g_B|| (tau - ||g_B||): Algorithm 1 of Ye et al. (2019), and all that follows from it for thresholds, with the norms of
 groups in the place of the magnitudes of elements.
 """
 

@@ -94,8 +94,8 @@ def threshold(
 
     abs_sum: 0-dim float64 tensor, whose value stays on its device, or a float. Returns (sigma, tau): 0-dim float32
     tensors, or floats of the same values. tau is rounded to ``dtype``, so that the probabilities computed from it are
-    those of the values written. sigma = C mean|g| and tau = sigma Phi^-1(p/100): "Threshold determination" in Ye et al.
-    2019, corrected as docs/numerics says. tau is 0, which prunes nothing, where sum |g| or tau itself is not finite.
+    those of the values written. sigma = C mean|g| and tau = sigma Phi^-1(p/100): "Threshold determination" in
+    Ye et al. (2019), corrected as docs/numerics says. tau is 0, which prunes nothing, where sum |g| or tau itself is not finite.
 
     sigma_history: None, or what :func:`predict` takes. Then tau comes from the sigma that it predicts.
     """
@@ -241,7 +241,7 @@ def uniform(shape: tuple[int, int, int, int], key: Tensor, first: int = 0) -> Te
 
 
 def prune_at(grad: Tensor, key: Tensor, tau: Tensor, first: int = 0) -> Tensor:
-    """Stochastic pruning (Ye et al. 2019, Algorithm 1) at the threshold ``tau``.
+    """Stochastic pruning (Ye et al. (2019), Algorithm 1) at the threshold ``tau``.
 
     grad: (N, C, H, W); key: int64[2]; tau: 0-dim float32, representable in the dtype of grad.
     first: the image of the batch that ``grad`` begins with, where it is a part of one.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stochastic pruning of one element (Algorithm 1 of Ye et al. 2019): the definition that every
+// Stochastic pruning of one element (Algorithm 1 of Ye et al. (2019)): the definition that every
 // kernel agrees with bit for bit. Scalar, for host and device.
 #pragma once
 

@@ -2,7 +2,7 @@
 """The break-even densities that come with this package: a :class:`Table` for each dtype and kind of CPU.
 
 Each says where its numbers come from: "measured" (on which CPU, with how many threads), or "estimated", from what. What no
-kind fits (other vector lengths, other architectures) runs the portable kernels and has the table "baseline", whose densities are
+kind fits (other architectures) runs the portable kernels and has the table "baseline", whose densities are
 the lowest: where dense convolutions are slower than those it was measured against, sparse kernels could run more often, and none
 runs at a loss. :mod:`.break_even` says what the densities are for, and which are in force.
 """
@@ -65,6 +65,10 @@ def _table(name: str, origin: str, channels_last: dict[str, BreakEven], contiguo
     return Table(name, origin, channels_last, scaled)
 
 
+_HALF = _classes((0, 0), (0, 0.20), (0.25, 0.35), (0.25, 0.30), (0, 0), (0.20, 0.20), (0.30, 0.20), (0.20, 0.20))
+_MUCH_FASTER = _classes((0, 0), (0, 0), (0.08, 0.12), (0.08, 0.12), (0, 0), (0, 0), (0, 0), (0, 0))
+_UNMEASURED = "estimated, as nothing was timed on aarch64: "
+
 # first, narrow, kernel, large kernel, 1x1 narrow, 1x1 half narrow, 1x1 strided, 1x1; (AGB, WGC) of each.
 FLOAT32 = {
     table.name: table
@@ -93,8 +97,9 @@ FLOAT32 = {
         _table(
             "avx2 against avx512",
             "estimated: half of what it is where both have the same vectors",
-            _classes((0, 0), (0, 0.20), (0.25, 0.35), (0.25, 0.30), (0, 0), (0.20, 0.20), (0.30, 0.20), (0.20, 0.20)),
+            _HALF,
         ),
+        _table("neon", _UNMEASURED + "half of what it is with AVX2, where both have the same vectors too", _HALF),
         _table(
             "baseline",
             "measured on a Zen 3 (2026-11-28), the portable kernels against dense with AVX2; elsewhere estimated to be the same",
@@ -114,13 +119,14 @@ BFLOAT16 = {
         _table(
             "amx",
             "estimated: dense at least twice as fast as with AVX512_BF16",
-            _classes((0, 0), (0, 0), (0.08, 0.12), (0.08, 0.12), (0, 0), (0, 0), (0, 0), (0, 0)),
+            _MUCH_FASTER,
         ),
         _table(
             "avx2 against avx512",
             "estimated: dense has twice the vectors, and instructions for bfloat16",
-            _classes((0, 0), (0, 0), (0.08, 0.12), (0.08, 0.12), (0, 0), (0, 0), (0, 0), (0, 0)),
+            _MUCH_FASTER,
         ),
+        _table("neon against bf16", _UNMEASURED + "dense has instructions for bfloat16, these kernels have not", _MUCH_FASTER),
         _table(
             "avx2, dense through float32",
             _ZEN3,
@@ -128,11 +134,14 @@ BFLOAT16 = {
                 (0, 0.12), (0.70, 0.80), (0.55, 0.90), (0.75, 0.80), (0.70, 0.60), (0.70, 0.55), (0.85, 0.85), (0.58, 0.56)
             ),
         ),
-        Table(
-            "baseline, dense through float32",
-            "as baseline in float32",
-            FLOAT32["baseline"].channels_last,
-            FLOAT32["baseline"].contiguous,
+        *(
+            Table(
+                f"{name}, dense through float32",
+                f"as {name} in float32: {FLOAT32[name].origin}",
+                FLOAT32[name].channels_last,
+                FLOAT32[name].contiguous,
+            )
+            for name in ("neon", "baseline")
         ),
     )
 }

@@ -37,7 +37,7 @@ def takes(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, output_
     if dtype not in (torch.float32, torch.bfloat16) or (dtype == torch.bfloat16 and dense.is_native(dtype)):
         return False
     isa = _raw.isa()
-    if isa == "baseline" or refusal(problem):
+    if isa not in ("avx2", "avx512") or refusal(problem):
         return False
     large = problem.r > 3
     if channels_last:

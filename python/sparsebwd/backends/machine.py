@@ -8,8 +8,11 @@ from pathlib import Path
 
 
 def cpu_name() -> str:
-    """As the CPU calls itself, else as the system does."""
-    return _first_cpu().get("model name") or platform.processor() or platform.machine()
+    """As the CPU calls itself, else as the system does, with the numbers of its maker and design where it has these."""
+    cpu = _first_cpu()
+    name = cpu.get("model name") or platform.processor() or platform.machine()
+    numbers = [f"{what} {cpu[f'CPU {what}']}" for what in ("implementer", "part") if f"CPU {what}" in cpu]
+    return f"{name} ({', '.join(numbers)})" if numbers else name
 
 
 def has_256_bit_units() -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from .plot import save
 
@@ -42,9 +43,12 @@ def write(path: Path, record: Mapping[str, Any]) -> None:
                     look = {"marker": _MARKERS[number], "color": colours[number], "linewidth": 2.5 if way == "noise" else 1.2}
                     axis.plot([100 * row["noise"] for row in rows], values, label=name, **look)
             axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_locator(NullLocator())
             axis.grid(alpha=0.3)
             axis.set_title(f"after {point['step']} steps", fontsize=10)
             axis.set_xlabel("noise added to the weight gradients, % of that of minibatches", fontsize=8)
         grid[line][0].set_ylabel(label, fontsize=8)
-    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, frameon=False, ncols=3)
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, frameon=False, ncols=min(3, 1 + len(points)))
     save(figure, path)

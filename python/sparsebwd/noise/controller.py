@@ -48,7 +48,7 @@ class NoiseController:
     and what pruning adds to it as a function of the threshold of each layer (:mod:`sparsebwd.noise.measure`); it sets the
     thresholds, as tau / sigma, so that what is added to the weight gradients of all layers together is the budget, and that the
     backward pass takes the least time. Training starts dense. Parameters, their gradients, buffers and random generators
-    are left as they are; a measurement takes as long as one and a half steps, dense ones, and no more memory.
+    are left as they are; a measurement takes as long as 2 to 2.5 steps, dense ones, and no more memory.
 
     The guard makes the network dense where the loss, or the measured noise, runs away, says so once in the log, and comes back
     later. It also works for layers with a percentile, density or variance, whose thresholds stay as they are: those with most noise
@@ -84,7 +84,7 @@ class NoiseController:
         loss: Callable[..., Tensor],
         *,
         start: int = 20,
-        every: int = 400,
+        every: int = 500,
         guard: bool = True,
         seed: int = 0,
     ) -> None:

@@ -293,6 +293,7 @@ def tables(setting: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Ite
                 "dense/sparse; ratio of steps; density by multiply-adds; layers pruned/dense/depthwise",
                 f"memory: {own[0]['allocator']}",
             ),
+            optional=("images", "spread"),
         )
     for row in rows:
         if "layers" in row:

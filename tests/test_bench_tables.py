@@ -13,7 +13,7 @@ from rich.console import Console
 
 import sparsebwd
 from sparsebwd import models
-from sparsebwd.bench import pictures, results, sides
+from sparsebwd.bench import pictures, results, sides, zoo
 from sparsebwd.bench.terminal import Table
 
 RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results"
@@ -68,3 +68,11 @@ def test_monitor_of_resnet18_fits_80_columns():
     assert max(map(len, str(monitor).splitlines())) <= 80
     monitor._names = {number: "a.very.long.name." * 5 + name for number, name in monitor._names.items()}
     assert all(name in str(monitor) for name in monitor._names.values())
+
+
+@pytest.mark.parametrize("name", ["2026-11-29-epyc-zen3-zoo-contiguous", "2026-11-29-epyc-zen3-zoo-channels-last"])
+def test_networks_fit_80_columns(name):
+    record = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+    table = next(zoo.tables(record["setting"], record["rows"]))
+    lines = shown(table.show, 80).strip().splitlines()[1 : len(record["rows"]) + 2]
+    assert max(map(len, lines)) <= 80 and "ratio" in lines[0]

@@ -19,7 +19,7 @@ from sparsebwd_command import COMMANDS, app
 
 SCRIPT = Path(sys.executable).with_name("sparsebwd")
 
-PAGES = [(name,) for name in COMMANDS] + [("bench", name) for name in ("step", "capture", "overhead", "zoo", "plot")]
+PAGES = [(name,) for name in COMMANDS] + [("bench", name) for name in ("step", "capture", "overhead", "zoo", "plot", "noise")]
 
 
 def invoke(*arguments):
@@ -53,6 +53,8 @@ def test_batch_size_and_data_dir_are_options_of_what_has_batches_and_data():
         ("reproduce",): ("--data-dir",),
         ("bench",): ("--batch-size",),
         ("bench", "step"): ("--batch-size", "--data-dir"),
+        ("bench", "noise"): ("--batch-size", "--data-dir"),
+        ("profile",): ("--batch-size",),
         ("bench", "capture"): ("--batch-size", "--data-dir"),
         ("bench", "zoo"): ("--data-dir",),
     }.items():

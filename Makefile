@@ -11,6 +11,7 @@ BUILT     := $(VENV)/.built
 LINTER    := $(VENV)/.linter
 DOCS      := $(VENV)/.docs
 CUDA      := $(VENV)/.cuda
+DIST      := $(VENV)/.dist
 # A test that is left on one process is taken over by another that has none left.
 PYTEST    := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal
 USABLE    := $(BIN)/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
@@ -20,7 +21,7 @@ VECTOR_FLAGS = $(shell grep -qw avx2 /proc/cpuinfo && echo -mavx2 -mfma -mbmi -m
 SOURCES   := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check build bench fuzz sanitize aarch64 gpu-check gpu-modules ceilings sass lint docs clean
+.PHONY: help demo test check build bench fuzz sanitize aarch64 gpu-check gpu-modules ceilings sass lint docs wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -74,6 +75,9 @@ docs: $(LINTER) $(DOCS)  ## the documentation as a site with search and API refe
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 	@echo "build/site/index.html"
 
+wheel: $(DIST)  ## a source distribution and a wheel of the CPU kernels, tried in an environment of its own: dist/
+	@$(BIN)/python tools/release.py
+
 clean:  ## remove build outputs and caches (not .venv)
 	rm -rf build dist python/*.egg-info .pytest_cache .hypothesis .ruff_cache $(BUILT)
 	find python bench tests \( -name '*.so' -o -name '__pycache__' \) -prune -exec rm -rf {} +
@@ -105,4 +109,8 @@ $(LINTER): $(INSTALLED) requirements-lint.txt
 
 $(DOCS): $(INSTALLED) requirements-docs.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements-docs.txt
+	@touch $@
+
+$(DIST): $(INSTALLED) requirements-dist.txt
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements-dist.txt
 	@touch $@

@@ -17,8 +17,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from .arguments import check_choice, shown
 from .backends import why_not_faster
-from .functional import DTYPES
 from .nn import SparseConv2d, a_parameter
+from .operands import DTYPES
 from .placement import Placement, decide_placements
 from .problem import ConvProblem
 from .settings import DEFAULT, KNOBS, PLACEMENTS, Granularity, Pruning

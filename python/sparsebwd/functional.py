@@ -13,59 +13,13 @@ from torch import Tensor
 from . import ops
 from .arguments import as_int, as_pair, check_choice
 from .backends.dense import conv2d
+from .operands import autocasts, check_generator, check_operands, check_sigma_history
 from .problem import ConvProblem
-from .reference import SIGMA_HISTORY, PrunedGradient
+from .reference import PrunedGradient
 from .registration import plain, transformed
 from .settings import DEFAULT, THRESHOLDS, Granularity, Pruning, check_percentile
 
 __all__ = ["PrunedGradient", "prune_gradient", "sparse_conv2d"]
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def check_sigma_history(sigma_history: Tensor | None, like: Tensor, noise: bool = False) -> None:
-    """Raise unless it is None, or a contiguous int32 tensor of the right size on the device of ``like``. noise: with tau / sigma
-    at the end."""
-    if sigma_history is None:
-        return
-    size = 1 + SIGMA_HISTORY + noise
-    accepted = f"accepted: None, or a contiguous int32 tensor of shape ({size},) on {like.device}"
-    if not isinstance(sigma_history, Tensor):
-        raise TypeError(f"sigma_history: got {type(sigma_history).__name__}; {accepted}")
-    if sigma_history.layout is not torch.strided or sigma_history.is_nested:
-        raise TypeError(f"sigma_history: got {_layout(sigma_history)}; {accepted}")
-    if sigma_history.dtype != torch.int32:
-        raise TypeError(f"sigma_history: got {sigma_history.dtype}; {accepted}")
-    if not torch.jit.is_tracing() and (  # sizes are tensors then
-        sigma_history.shape != (size,) or not sigma_history.is_contiguous()
-    ):
-        raise ValueError(
-            f"sigma_history: got shape {tuple(sigma_history.shape)}, strides {sigma_history.stride()}; {accepted}"
-        )
-    if sigma_history.device != like.device:
-        raise ValueError(f"sigma_history: got device {sigma_history.device}; {accepted}")
-
-
-def _layout(tensor: Tensor) -> str:
-    """What a tensor is that is not dense."""
-    return "a nested tensor" if tensor.is_nested else f"a tensor with the layout {tensor.layout}"
-
-
-def check_operands(**tensors: Tensor) -> None:
-    """Raise unless all are floating tensors of one dtype (any mix under autocast) and device."""
-    first_name, first = next(iter(tensors.items()))
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: got {type(tensor).__name__}; accepted: a torch.Tensor")
-        if tensor.layout is not torch.strided or tensor.is_nested:
-            raise TypeError(f"{name}: got {_layout(tensor)}; accepted: a dense tensor")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name}: got {tensor.dtype}; accepted: " + ", ".join(str(dtype) for dtype in DTYPES))
-        if tensor.device != first.device:
-            raise ValueError(f"{name}: got device {tensor.device}; accepted: {first.device}, that of {first_name}")
-        if tensor.dtype != first.dtype and not _autocasts(first.device.type):
-            raise TypeError(f"{name}: got {tensor.dtype}; accepted: {first.dtype}, the dtype of {first_name}")
-
 
 @torch.compiler.assume_constant_result
 def _settings(
@@ -94,25 +48,12 @@ def _settings(
     return Pruning(percentile, placement, sigma_estimator, threshold, backend, where, *settings)
 
 
-def _autocasts(device_type: str) -> bool:
-    return device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
-
-
 def _dtype(input: Tensor) -> torch.dtype:
     """The dtype that a convolution of ``input`` computes in."""
     device_type = input.device.type
-    if _autocasts(device_type) and input.dtype != torch.float64:
+    if autocasts(device_type) and input.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
     return input.dtype
-
-
-def _check_generator(generator: torch.Generator | None, input: Tensor) -> None:
-    if generator is None:
-        return
-    if not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator: got {type(generator).__name__}; accepted: a torch.Generator or None")
-    if generator.device.type != input.device.type:
-        raise ValueError(f"generator: got one on {generator.device}; accepted: one on {input.device}")
 
 
 def _key(
@@ -195,7 +136,7 @@ def prune_gradient(
         percentile, "output", sigma_estimator, backend, threshold, predicted, "everywhere", density, variance, granularity
     )
     check_sigma_history(sigma_history, grad)
-    _check_generator(generator, grad)
+    check_generator(generator, grad)
     if not 2 <= grad.dim() <= 4:
         raise ValueError(f"grad: got shape {tuple(grad.shape)}; accepted: (N, C, H, W), (N, C, L) or (N, C)")
     shape = grad.shape
@@ -317,7 +258,7 @@ def convolve(
     direct = plain(input, weight) if bias is None else plain(input, weight, bias)
     problem, padding, extra = (_known if direct else _check)(input, weight, bias, stride, padding, dilation, groups)
     check_sigma_history(sigma_history, input, pruning.noise is not None)
-    _check_generator(generator, input)
+    check_generator(generator, input)
     batched = input.dim() == 4
     if not batched:
         input = input.unsqueeze(0)

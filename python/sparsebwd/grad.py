@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Pair, as_int, as_pair, as_size
-from .functional import check_operands
+from .operands import check_operands
 from .settings import check_backend
 
 __all__ = ["conv2d_input", "conv2d_weight"]

@@ -35,14 +35,24 @@ _RUNAWAY = 5.0
 class NoiseController:
     """Keeps what pruning adds to the noise of a training run at what ``noise=`` says, and lets no run collapse.
 
-    ::
+    A training loop changes by one line:
 
-        model = sparsebwd.convert(model, noise=0.1)
-        controller = sparsebwd.NoiseController(model, lambda images, labels: F.cross_entropy(model(images), labels))
-        for images, labels in batches:
-            optimiser.zero_grad()
-            controller(images, labels).backward()  # in the place of the loss
-            optimiser.step()
+        >>> import torch
+        >>> import torch.nn.functional as F
+        >>> from torch import nn
+        >>> import sparsebwd
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10))
+        >>> images, labels = torch.randn(8, 3, 8, 8), torch.randint(10, (8,))
+        >>> _ = network(images)
+        >>> model = sparsebwd.convert(network, noise=0.1, where="everywhere")
+        >>> optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> controller = sparsebwd.NoiseController(model, lambda images, labels: F.cross_entropy(model(images), labels))
+        >>> for step in range(22):
+        ...     optimiser.zero_grad()
+        ...     controller(images, labels).backward()  # in the place of the loss
+        ...     optimiser.step()
+        >>> print(controller)
+        noise ... % of SGD's (budget 10 %), density ..., backward ...x (expected)
 
     Now and then, on a batch of the training itself, it measures the variance that weight gradients have between minibatches,
     and what pruning adds to it as a function of the threshold of each layer (:mod:`sparsebwd.noise.measure`); it sets the

@@ -421,3 +421,11 @@ def test_a_small_table_from_beginning_to_end(tmp_path, capsys, inside):
     capsys.readouterr()
     assert cli.main([*command, "--dry-run"]) == 0
     assert capsys.readouterr().out.count(" done ") == 2
+
+
+def test_noise_takes_the_place_of_percentiles(tmp_path):
+    also = runs.parse_also(["noise=.1"])
+    planned = runs.plan(tmp_path, ["resnet18"], ["dense", "90", "95"], [0], ["corrected"], "short", "cifar10", also)
+    assert [run.config.noise for run in planned] == [None, 0.1]
+    assert planned[0].config.dense and planned[1].config.percentile is None
+    assert planned[1].name == "resnet18-cifar10-short-pnone-noise=0.1-s0"

@@ -10,6 +10,7 @@ INSTALLED := $(VENV)/.installed
 BUILT     := $(VENV)/.built
 LINTER    := $(VENV)/.linter
 DOCS      := $(VENV)/.docs
+ZOO       := $(VENV)/.zoo
 CUDA      := $(VENV)/.cuda
 DIST      := $(VENV)/.dist
 # A test that is left on one process is taken over by another that has none left.
@@ -21,7 +22,7 @@ VECTOR_FLAGS = $(shell grep -qw avx2 /proc/cpuinfo && echo -mavx2 -mfma -mbmi -m
 SOURCES   := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check build bench fuzz sanitize aarch64 gpu-check gpu-modules ceilings sass lint docs wheel clean
+.PHONY: help demo test check build bench fuzz zoo sanitize aarch64 gpu-check gpu-modules ceilings sass lint docs wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -44,6 +45,9 @@ bench: $(BUILT)  ## time the sparse kernels against dense PyTorch
 
 fuzz: $(BUILT)  ## random convolutions through the CPU kernels, against the reference (N=20000, SEED=0, DENSE=)
 	@$(BIN)/python tools/fuzz.py $(if $(N),-n $(N)) $(if $(SEED),--seed $(SEED)) $(if $(DENSE),--dense)
+
+zoo: $(BUILT) $(ZOO)  ## convert, train and revert networks of torchvision, timm and pytorchcv; writes docs/compatibility.md (ARGS=names)
+	@PYTHONPATH=tests $(BIN)/python -m zoo $(ARGS)
 
 sanitize: $(BUILT)  ## the CPU kernels compiled with AddressSanitizer and UBSan, through their tests and the fuzz (ARGS= for pytest)
 	@$(BIN)/python tools/sanitize.py $(ARGS)
@@ -105,6 +109,10 @@ $(CUDA): $(INSTALLED) requirements-cuda.txt
 
 $(LINTER): $(INSTALLED) requirements-lint.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements-lint.txt
+	@touch $@
+
+$(ZOO): $(INSTALLED) requirements-zoo.txt
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -r requirements-zoo.txt
 	@touch $@
 
 $(DOCS): $(INSTALLED) requirements-docs.txt

@@ -26,10 +26,11 @@ class PhaseTimer:
 
     Args:
         synchronize: waits until a device has done what it was given; phases begin and end there.
+        clock: in seconds.
     """
 
-    def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
-        self._synchronize = synchronize
+    def __init__(self, synchronize: Callable[[], None] = lambda: None, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._synchronize, self._clock = synchronize, clock
         self.seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
         self._faults: list[int] = []
 
@@ -53,7 +54,7 @@ class PhaseTimer:
 
     def _now(self) -> float:
         self._synchronize()
-        return time.perf_counter()
+        return self._clock()
 
     def times(self) -> dict[str, object]:
         """For a record: medians, and `iqr_ms`."""

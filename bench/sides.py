@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -58,6 +59,7 @@ class Side:
         model: converted; `name` "dense" reverts the copy.
         loss: of a model on a batch.
         device: that the model is on; each time begins and ends with nothing left to do there.
+        clock: times the phases, in seconds.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Side:
         optimizer: torch.optim.Optimizer,
         loss: Callable[[nn.Module, Batch], Tensor],
         device: torch.device = _CPU,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.model, self.optimizer = copy.deepcopy((model, optimizer))
         if name == "dense":
@@ -74,7 +77,7 @@ class Side:
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
         self._synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
-        self.phases = PhaseTimer(self._synchronize)
+        self.phases = PhaseTimer(self._synchronize, clock)
         self.kinds: dict[str, list[float]] = {kind: [] for kind in KINDS}
         self.layers: dict[str, list[float]] = {}
         self.convolutions: dict[str, Convolution] = {}

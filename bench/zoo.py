@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -66,6 +67,10 @@ def command(
     keep_memory: Annotated[
         bool, typer.Option("--keep-memory", help="Call sparsebwd.keep_memory() first, for both sides.")
     ] = False,
+    cpu_time: Annotated[
+        bool,
+        typer.Option("--cpu-time", help="Time processors, not the clock: on a machine that others use. With --threads 1."),
+    ] = False,
     layers: Annotated[
         bool, typer.Option("--layers", help="Time the backward pass of each convolution, too, in steps of their own.")
     ] = False,
@@ -86,6 +91,8 @@ def command(
         _among("layouts", layout, LAYOUTS)
     _among("dtype", dtype, DTYPES)
     _checked("percentile", check_percentile, percentile)
+    if cpu_time and (threads != 1 or layers):
+        raise typer.BadParameter("cpu-time: accepted with --threads 1 and without --layers", param_hint="--cpu-time")
     check_writable(json=json, markdown=markdown)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -170,7 +177,8 @@ def measure(job: Job) -> dict[str, Any]:
         if not math.isfinite(value.item()):
             raise RuntimeError(f"the loss became {value.item()} in step {step + 1}: try a lower --learning-rate")
     batches = [next(following_batch) for _ in range(WARMUP + setting["repeats"])]
-    both = {name: Side(name, network, optimizer, loss) for name in SIDES}
+    clock = time.process_time if setting["cpu_time"] else time.perf_counter
+    both = {name: Side(name, network, optimizer, loss, clock=clock) for name in SIDES}
     del network, optimizer
     parts = (Side.step, Side.backward_in_parts) if setting["layers"] else (Side.step,)
     sides.take_turns(both, parts, batches, setting["seed"])
@@ -291,7 +299,7 @@ def tables(setting: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Ite
             ("model",),
             (
                 "dense/sparse; ratio of steps; density by multiply-adds; layers pruned/dense/depthwise",
-                f"memory: {own[0]['allocator']}",
+                f"memory: {own[0]['allocator']}" + ("; processor time" if setting["cpu_time"] else ""),
             ),
             optional=("images", "spread"),
         )

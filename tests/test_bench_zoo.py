@@ -145,7 +145,7 @@ def test_counts_and_density_follow_from_the_model():
 def setting(**changes) -> dict[str, object]:
     return {
         "source": "own", "percentile": 90.0, "dtype": "float32", "steps": 1, "repeats": 2, "learning_rate": 0.02,
-        "data_dir": None, "cache_dir": None, "threads": 1, "seed": 0, "keep_memory": False, "layers": False,
+        "data_dir": None, "cache_dir": None, "threads": 1, "seed": 0, "keep_memory": False, "layers": False, "cpu_time": False,
     } | changes  # fmt: skip
 
 
@@ -177,6 +177,17 @@ def test_layers_are_timed():
     assert row["kinds_ms"]["dense"]["convolution"] > 0 and row["kinds_ms"]["sparse"]["convolution"] > 0
     titles = [table.title for table in zoo.tables(setting(), [row])]
     assert titles[1] == "Backward convolutions of tiny, channels_last"
+
+
+def test_processor_time(monkeypatch):
+    """What passes while another process has the processor does not count."""
+    shown = iter(range(10**6))
+    monkeypatch.setattr(zoo.time, "process_time", lambda: float(next(shown)))
+    row = zoo.measure(zoo.Job("tiny", "contiguous", setting(cpu_time=True)))
+    assert {row[side][f"{phase}_ms"] for side in ("dense", "sparse") for phase in ("forward", "backward")} == {1e3}
+    assert "processor time" in str(list(zoo.tables(setting(cpu_time=True), [row])))
+    result = bench("--cpu-time", "--layers")
+    assert result.exit_code == 2 and "cpu-time: accepted with --threads 1 and without --layers" in words_of(result)
 
 
 def test_sides_have_the_same_trained_weights(monkeypatch):

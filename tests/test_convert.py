@@ -337,3 +337,12 @@ def test_bad_arguments_leave_the_model_unchanged(arguments, error, words):
 def test_not_a_module(function):
     with pytest.raises(TypeError, match="model: got list; accepted: an nn.Module"):
         function([conv()])
+
+
+def test_what_is_converted_and_has_run_scripts_in_eval_mode():
+    model = convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), where="everywhere")
+    model = nn.Sequential(model, convert(nn.Sequential(nn.Conv2d(8, 4, 3))))
+    input = torch.randn(2, 3, 8, 8)
+    model(input).sum().backward()
+    model.eval()
+    assert torch.equal(torch.jit.script(model)(input), model(input))

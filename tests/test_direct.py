@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 import sparsebwd.nn
-from sparsebwd import Pruning, SparseConv2d, functional
+from sparsebwd import Pruning, SparseConv2d, functional, ops
 from sparsebwd.backends import base, dense
 from sparsebwd.functional import sparse_conv2d
 from sparsebwd.problem import ConvProblem
@@ -81,7 +82,8 @@ def test_what_is_not_plain():
     output = (INPUT * WEIGHT.sum()).sum((1, 2, 3))
     output.register_hook(lambda gradient: seen.append(plain(gradient)))
     torch.autograd.grad(output, WEIGHT, torch.eye(2), is_grads_batched=True)
-    assert seen == [False, False]
+    torch.func.grad(lambda tensor: seen.append(tensor) or tensor.sum())(INPUT.detach())
+    assert seen[:2] == [False, False] and not plain(seen[2])
 
 
 def test_both_dense_gradients_are_one_call(monkeypatch):
@@ -134,6 +136,66 @@ def test_what_stays_dense_is_found_out_by_one_look_up(convolved):
         SparseConv2d(3, 4, 3, where="faster")(INPUT[:, :2])
 
 
+@pytest.fixture
+def looked_up(monkeypatch):
+    """Sizes of the inputs of which it had to be found out whether they stay dense."""
+    seen, ask = [], sparsebwd.nn.is_dense
+    monkeypatch.setattr(sparsebwd.nn, "is_dense", lambda input, *args, **layout: seen.append(input.shape) or ask(input, *args, **layout))
+    return seen
+
+
+def test_what_is_known_to_stay_dense_is_not_asked_again(looked_up, convolved):
+    layer, plain_layer = SparseConv2d(3, 4, 3, where="faster"), nn.Conv2d(3, 4, 3)
+    plain_layer.load_state_dict(layer.state_dict())
+
+    def asked(input, of=layer):
+        looked_up.clear()
+        assert torch.equal(of(input), plain_layer(input.to(torch.float32)))
+        return bool(looked_up)
+
+    channels_last = INPUT.to(memory_format=torch.channels_last)
+    assert asked(INPUT) and not asked(INPUT) and not asked(channels_last)
+    assert asked(INPUT[:, :, 1:]) and asked(INPUT) and not asked(INPUT)
+    layer.padding_mode = plain_layer.padding_mode = "circular"
+    assert asked(INPUT) and not asked(INPUT)  # which adds nothing
+    for changed in (layer, plain_layer):
+        changed.padding = (1, 1)
+        changed._reversed_padding_repeated_twice = [1, 1, 1, 1]
+    assert asked(INPUT) and asked(INPUT)
+    for changed in (layer, plain_layer):
+        changed.padding, changed.padding_mode = (0, 0), "zeros"
+    assert asked(INPUT) and not asked(INPUT)
+    for changed in (INPUT.double(), INPUT[0], INPUT.as_subclass(nn.Parameter)):
+        looked_up.clear()
+        layer(changed)
+        assert looked_up and convolved.pop() is changed
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(INPUT)
+    assert looked_up and convolved.pop() is INPUT
+    # Whatever is set, comes or is copied may change it.
+    for change in (lambda: setattr(layer, "stride", (1, 1)), lambda: setattr(layer, "percentile", 95), layer.train, base.forget_choices):
+        assert not asked(INPUT)
+        change()
+        assert asked(INPUT)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert asked(INPUT, other) and not asked(INPUT, other)
+
+
+def test_what_one_layout_may_gain_by_is_asked_each_time(looked_up, monkeypatch):
+    monkeypatch.setattr(
+        ops, "why_not_faster", lambda pruning, problem, device, dtype, channels_last: None if channels_last else "slower"
+    )
+    base.forget_choices()
+    layer = SparseConv2d(3, 4, 3, where="faster")
+    try:
+        for _ in range(2):
+            looked_up.clear()
+            layer(INPUT)
+            assert looked_up
+    finally:
+        base.forget_choices()
+
+
 def test_choices_are_made_anew_where_a_backend_comes(convolved):
     class Faster(dense.DenseBackend):
         name = "faster"
@@ -153,3 +215,10 @@ def test_choices_are_made_anew_where_a_backend_comes(convolved):
         base.forget_choices()
     layer(INPUT)
     assert len(convolved) == 1
+
+
+def test_what_is_converted_to_be_faster_works_inside_transforms():
+    for layer in (SparseConv2d(3, 4, 3, where="faster"), SparseConv2d(64, 64, 3, where="faster")):
+        input = torch.randn(2, layer.in_channels, 24, 24)
+        output = torch.vmap(lambda image, layer=layer: layer(image[None])[0])(input)
+        torch.testing.assert_close(output, layer(input))

@@ -8,8 +8,8 @@ import logging
 import pytest
 import torch
 
-from sparsebwd import SparseConv2d, backends, grad, prune_gradient
-from sparsebwd.backends import break_even
+from sparsebwd import Pruning, SparseConv2d, backends, grad, prune_gradient
+from sparsebwd.backends import break_even, cpu
 
 pytestmark = pytest.mark.skipif("cpu" not in backends.available_backends(), reason="no CPU kernels")
 
@@ -32,6 +32,39 @@ def _table(monkeypatch, limits: tuple[float, float]) -> None:
 def _true_tables_afterwards():
     yield
     break_even.break_even.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "limits, settings, wants_input, sampled",
+    [
+        ((1.0, 1.0), {}, True, False),
+        ((1.0, 0.3), {}, True, True),
+        ((0.63, 0.63), {}, True, False),  # percentile 90 leaves .62 at most
+        ((0.61, 0.63), {}, True, True),
+        ((0.61, 0.63), {}, False, False),  # WGC alone
+        ((0.63, 0.63), {"placement": "input"}, True, True),
+        ((0.63, 0.63), {"percentile": None}, True, True),
+        ((0.2, 0.3), {"density": 0.2}, True, False),
+        ((0.2, 0.3), {"density": 0.25}, True, True),
+        ((0.0, 0.0), {}, True, False),
+        ((0.0, 0.5), {}, False, True),
+    ],
+)
+def test_a_gradient_is_sampled_only_where_that_decides(limits, settings, wants_input, sampled, monkeypatch):
+    _table(monkeypatch, limits)
+    asked = []
+    monkeypatch.setattr(cpu, "_expected_density", lambda grad, pruning: asked.append(grad) or 0.1)
+    layer = SparseConv2d(32, 32, 3, padding=1, **settings)
+    layer(torch.randn(2, 32, 24, 24, requires_grad=wants_input)).square().sum().backward()
+    assert bool(asked) is sampled
+
+
+@pytest.mark.parametrize("percentile", [60.0, 90.0, 99.0])
+@pytest.mark.parametrize("values", [torch.ones(10_000), torch.randn(10_000), torch.randn(10_000).exp() ** 3])
+def test_no_gradient_is_left_with_more_than_the_highest_density(values, percentile):
+    pruning = Pruning(percentile)
+    density = prune_gradient(values[:, None], percentile).density.item()
+    assert density <= pruning.highest_density + 5 * 0.5 / 100
 
 
 def _backward(layer: SparseConv2d, size: int = 24) -> None:

@@ -186,6 +186,33 @@ def test_abs_sum_shows_what_is_not_finite(value, dtype):
         assert nonzeros == 70
 
 
+# ---- the density to expect
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("taus_per_mean", [0.0, 0.4, 1.6])
+@pytest.mark.parametrize("count", [1, 1000, 127 * 32, 127 * 32 + 5, 100_003])
+def test_expected_density_is_that_of_a_fixed_sample(count, taus_per_mean, dtype):
+    grad = _gradient((1, 1, 1, count), dtype, torch.contiguous_format, count)
+    before = grad.clone()
+    sampled = grad if count <= 127 * 32 else grad.as_strided((127, 32), (count // 127, 1))
+    magnitudes = sampled.double().abs()
+    tau = magnitudes.mean() * taus_per_mean
+    expected = (magnitudes / tau).clamp(max=1) if taus_per_mean else magnitudes.ne(0).double()
+    assert RAW.expected_density(grad, taus_per_mean) == pytest.approx(expected.nan_to_num(0.0).mean().item(), abs=1e-6)
+    assert_bit_equal(grad, before)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_expected_density_where_nothing_can_be_pruned(value, dtype):
+    grad = torch.zeros(200, dtype=dtype)
+    assert RAW.expected_density(grad, 1.0) == RAW.expected_density(grad[:0], 1.0) == 0.0
+    grad[3] = value
+    assert RAW.expected_density(grad, 1.0) == 1.0
+    assert RAW.expected_density(grad, 0.0) == pytest.approx(1 / 200)
+
+
 # ---- copy_layout
 
 
@@ -282,6 +309,8 @@ GOOD = torch.ones(2, 4, 3, 5)
         (lambda: RAW.abs_sum(GOOD.double()), "g: got a tensor of dtype Double, accepted"),
         (lambda: RAW.abs_sum(GOOD[..., ::2]), "g: got strides .* accepted are contiguous"),
         (lambda: RAW.abs_sum(GOOD.to("meta")), "g: got a tensor on another device"),
+        (lambda: RAW.expected_density(GOOD[..., ::2], 1.0), "g: got strides .* accepted are contiguous"),
+        (lambda: RAW.expected_density(GOOD, -1.0), "taus_per_mean: got -1, accepted are finite"),
         (lambda: RAW.copy_layout(GOOD.double(), GOOD), "src: got Double .* accepted is Float"),
         (lambda: RAW.copy_layout(GOOD, GOOD[0]), "out: got Float of shape .* of 4 dimensions"),
         (lambda: RAW.copy_layout(GOOD, GOOD[:1]), r"out: got shape \[1, 4, 3, 5\], accepted is that of src"),

@@ -16,9 +16,9 @@ struct List {
   uint16_t* offsets;
 };
 
-// How full the gradient was lately: of the last few pixels that were listed, fading.
+// How full the gradient was lately: of the last few rows that were listed, fading.
 struct Fullness {
-  int64_t entries = 1 << 12, elements = 1 << 12;
+  int64_t entries = 0, elements = 0;
 
   void add(int64_t found, int64_t of) {
     entries += found - entries / 8;

@@ -72,20 +72,31 @@ inline __attribute__((always_inline)) int64_t list_sparse_pixel(const float* g, 
   return found;
 }
 
+using ListPixel = int64_t (*)(const float* g, int64_t ahead, int64_t channels, uint32_t step,
+                              float* values, uint16_t* offsets);
+
+template <ListPixel ListOne>
+int64_t list_pixels(const float* g, int64_t pixel_stride, int64_t pixels, int64_t channels,
+                    uint32_t step, List list, uint16_t* counts) {
+  int64_t total = 0;
+  for (int64_t q = 0; q < pixels; ++q, g += pixel_stride) {
+    const int64_t found = ListOne(g, kPrefetchPixels * pixel_stride, channels, step,
+                                  list.values + total, list.offsets + total);
+    counts[q] = static_cast<uint16_t>(found);
+    total += found;
+  }
+  return total;
+}
+
 int64_t list_by_pixel(const float* g, int64_t pixel_stride, int64_t pixels, int64_t channels,
                       uint32_t step, List list, uint16_t* counts, Fullness& recent) {
-  int64_t total = 0, found = 0;
-  for (int64_t q = 0; q < pixels; ++q, g += pixel_stride, total += found) {
-    // Neighbours are alike. Limits: what was fastest with AVX2, from memory too, which hides much.
-    const auto list_one = recent.below(2)    ? list_sparse_pixel<2>
-                          : recent.below(4)  ? list_sparse_pixel<4>
-                          : recent.below(26) ? list_pixel<false>
-                                             : list_pixel<true>;
-    found = list_one(g, kPrefetchPixels * pixel_stride, channels, step, list.values + total,
-                     list.offsets + total);
-    counts[q] = static_cast<uint16_t>(found);
-    recent.add(found, channels);
-  }
+  // Neighbours are alike. Limits: what was fastest with AVX2, from memory too, which hides much.
+  const auto list_all = recent.below(2)    ? list_pixels<list_sparse_pixel<2>>
+                        : recent.below(4)  ? list_pixels<list_sparse_pixel<4>>
+                        : recent.below(26) ? list_pixels<list_pixel<false>>
+                                           : list_pixels<list_pixel<true>>;
+  const int64_t total = list_all(g, pixel_stride, pixels, channels, step, list, counts);
+  recent.add(total, pixels * channels);
   return total;
 }
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -86,6 +87,66 @@ void histogram(const TaskPool& pool, const void* g, DType dtype, int64_t count, 
     for (int64_t bin = 0; bin < kHistogramBins; ++bin)
       counts[bin] += tables->counts[0][bin] + tables->counts[1][bin];
   });
+}
+
+namespace {
+
+// Two cache lines each. Their number is prime, so that they do not meet the same pixels of every image.
+constexpr int64_t kSampledRuns = 127;
+constexpr int64_t kSampledRun = 32;
+constexpr int64_t kFetchedRuns = 8;  // ahead: they are too far apart for the hardware to foresee
+
+// Sum of min(|g| * scale, 1).
+template <class Load>
+double clipped_sum(int64_t count, float scale, Load load) {
+  constexpr int64_t kSums = 16;
+  float sums[kSums] = {};
+  const auto clipped = [&](int64_t i) {
+    const float magnitude = std::fabs(load(i)) * scale;
+    return magnitude < 1.0f ? magnitude : 1.0f;
+  };
+  int64_t i = 0;
+  for (; i + kSums <= count; i += kSums)
+    for (int64_t j = 0; j < kSums; ++j) sums[j] += clipped(i + j);
+  for (; i < count; ++i) sums[i % kSums] += clipped(i);
+  double total = 0.0;
+  for (const float sum : sums) total += sum;
+  return total;
+}
+
+}  // namespace
+
+double expected_density(const PruneKernels& kernels, const void* g, DType dtype, int64_t count,
+                        double taus_per_mean) {
+  if (count == 0) return 0.0;
+  const bool all = count <= kSampledRuns * kSampledRun;
+  const int64_t runs = all ? 1 : kSampledRuns, length = all ? count : kSampledRun;
+  const int64_t distance = count / runs;
+  const int64_t bytes = length * dtype_size(dtype);
+  const auto run = [&](int64_t i) { return at(g, dtype, i * distance); };
+  double sum = 0.0;
+  int64_t nonzeros = 0;
+  for (int64_t i = 0; i < runs; ++i) {
+    for (int64_t byte = 0; byte < bytes && i + kFetchedRuns < runs; byte += 64)
+      __builtin_prefetch(static_cast<const char*>(run(i + kFetchedRuns)) + byte);
+    int64_t found;
+    sum += kernels.abs_sum(run(i), dtype, length, &found);
+    nonzeros += found;
+  }
+  const auto sampled = static_cast<double>(runs * length);
+  if (taus_per_mean == 0.0) return static_cast<double>(nonzeros) / sampled;
+  if (!std::isfinite(sum)) return 1.0;
+  if (nonzeros == 0) return 0.0;
+  const auto scale = static_cast<float>(sampled / (sum * taus_per_mean));
+  double left = 0.0;
+  for (int64_t i = 0; i < runs; ++i) {
+    const auto* floats = static_cast<const float*>(run(i));
+    const auto* halves = static_cast<const uint16_t*>(run(i));
+    left += dtype == DType::kFloat32
+                ? clipped_sum(length, scale, [&](int64_t j) { return floats[j]; })
+                : clipped_sum(length, scale, [&](int64_t j) { return float_of_bfloat16(halves[j]); });
+  }
+  return left / sampled;
 }
 
 int64_t prune(const PruneKernels& kernels, const TaskPool& pool, const void* g, DType dtype,

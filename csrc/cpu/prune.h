@@ -26,6 +26,13 @@ constexpr int64_t kHistogramBins = (int64_t{1} << 31) >> kHistogramShift;
 // How many of `count` elements have magnitudes in each bin.
 void histogram(const TaskPool& pool, const void* g, DType dtype, int64_t count, int64_t* counts);
 
+// The share of `count` elements that is expected to be left once they are pruned at tau = mean |g| *
+// taus_per_mean, by a sample: runs of elements spread evenly over memory, whose tau is that of the sample; of few
+// elements all.
+// 0: the share of elements that are not zero. 1 where pruning finds a sample that is not finite.
+double expected_density(const PruneKernels& kernels, const void* g, DType dtype, int64_t count,
+                        double taus_per_mean);
+
 // Writes the pruned g to out, which has the same layout and may be g itself. Returns the number of
 // non-zeros.
 int64_t prune(const PruneKernels& kernels, const TaskPool& pool, const void* g, DType dtype,

@@ -96,30 +96,40 @@ std::vector<std::string> supported_isas() {
   return names;
 }
 
-std::tuple<double, int64_t> abs_sum(const Tensor& g) {
+// Of a tensor whose elements are one run of memory.
+DType checked_run(const Tensor& g) {
   check_on_cpu(g, "g");
   const DType dtype = checked_dtype(g, "g");
   check(g.is_contiguous() || (g.dim() == 4 && is_dense(g, kChannelsLast)),
         "g: got strides ", text(g.strides()), " for shape ", text(g.sizes()),
         ", accepted are contiguous and channels_last tensors");
+  return dtype;
+}
+
+std::tuple<double, int64_t> abs_sum(const Tensor& g) {
+  const DType dtype = checked_run(g);
   const sparsebwd::AbsSum result = sparsebwd::abs_sum(
       sparsebwd::active_kernels().prune, task_pool(), g.const_data_ptr(), dtype, g.numel());
   return {result.sum, result.nonzeros};
 }
 
 void histogram(const Tensor& g, Tensor counts) {
-  check_on_cpu(g, "g");
+  const DType dtype = checked_run(g);
   check_on_cpu(counts, "counts");
-  const DType dtype = checked_dtype(g, "g");
-  check(g.is_contiguous() || (g.dim() == 4 && is_dense(g, kChannelsLast)),
-        "g: got strides ", text(g.strides()), " for shape ", text(g.sizes()),
-        ", accepted are contiguous and channels_last tensors");
   check(counts.scalar_type() == ScalarType::Long && counts.is_contiguous() && counts.dim() == 1 &&
             counts.numel() == sparsebwd::kHistogramBins,
         "counts: got ", toString(counts.scalar_type()), " of shape ", text(counts.sizes()),
         ", accepted is contiguous Long (int64) of shape [", sparsebwd::kHistogramBins, "]");
   sparsebwd::histogram(task_pool(), g.const_data_ptr(), dtype, g.numel(),
                        static_cast<int64_t*>(counts.mutable_data_ptr()));
+}
+
+double expected_density(const Tensor& g, double taus_per_mean) {
+  const DType dtype = checked_run(g);
+  check(std::isfinite(taus_per_mean) && taus_per_mean >= 0.0, "taus_per_mean: got ", taus_per_mean,
+        ", accepted are finite numbers >= 0");
+  return sparsebwd::expected_density(sparsebwd::active_kernels().prune, g.const_data_ptr(), dtype, g.numel(),
+                                     taus_per_mean);
 }
 
 sparsebwd::PruneSpec checked_prune_spec(const Tensor& key, double tau, DType dtype) {
@@ -303,6 +313,7 @@ STABLE_TORCH_LIBRARY(sparsebwd_cpu, m) {
   m.def("supported_isas() -> str[]");
   m.def("abs_sum(Tensor g) -> (float, int)");
   m.def("histogram(Tensor g, Tensor(a!) counts) -> ()");
+  m.def("expected_density(Tensor g, float taus_per_mean) -> float");
   m.def("prune(Tensor g, Tensor key, float tau, Tensor(a!) out) -> int");
   m.def("copy_layout(Tensor src, Tensor(a!) out) -> ()");
   m.def(
@@ -329,6 +340,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparsebwd_cpu, CompositeExplicitAutograd, m) {
   m.impl("supported_isas", TORCH_BOX(&supported_isas));
   m.impl("abs_sum", TORCH_BOX(&abs_sum));
   m.impl("histogram", TORCH_BOX(&histogram));
+  m.impl("expected_density", TORCH_BOX(&expected_density));
   m.impl("prune", TORCH_BOX(&prune));
   m.impl("copy_layout", TORCH_BOX(&copy_layout));
   m.impl("refusal", TORCH_BOX(&refusal));

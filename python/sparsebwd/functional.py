@@ -265,10 +265,11 @@ def convolve(
     if extra is not None:
         input = F.pad(input, extra)
     sparse = input.requires_grad or weight.requires_grad
-    if problem is not None:
+    inside_transform = not direct and transformed(input, weight, bias)
+    if problem is not None and not inside_transform:
         sparse = sparse and ops.may_be_faster(pruning, problem, input, input.dtype if direct else _dtype(input))
 
-    if not direct and transformed(input, weight, bias):
+    if inside_transform:
         ops.log_unpruned()
         output = conv2d(input, weight, bias, stride, padding, dilation, groups)
     elif sparse and torch.is_grad_enabled():
@@ -305,19 +306,21 @@ def is_dense(
     dilation: tuple[int, int],
     groups: int,
     pruning: Pruning,
+    other_layout: bool = False,
 ) -> bool:
     """Whether :func:`convolve` is sure to be no more than F.conv2d; asked first, of what layers are mostly given: ordinary
-    float32 tensors (N, C, H, W)."""
+    float32 tensors (N, C, H, W). other_layout: of such a tensor in the other one."""
     return (
         pruning.where == "faster"
         and not torch.compiler.is_compiling()
         and type(input) is Tensor
         and type(stride) is type(padding) is type(dilation) is tuple
         and input.dtype is weight.dtype is torch.float32
-        and input.device == weight.device
+        and (input.is_cpu and weight.is_cpu or input.device == weight.device)
         and input.dim() == 4
         and not torch._C._is_any_autocast_enabled()
         and torch._C._get_tracing_state() is None
+        and not transformed()  # a batched tensor does not tell its layout
         and ops.stays_dense(
             input.shape,
             weight.shape,
@@ -326,9 +329,9 @@ def is_dense(
             dilation,
             groups,
             pruning.text,
-            input.device.type,
+            "cpu" if input.is_cpu else input.device.type,
             torch.float32,
-            input.is_contiguous(memory_format=torch.channels_last),
+            input.is_contiguous(memory_format=torch.channels_last) is not other_layout,
         )
     )
 

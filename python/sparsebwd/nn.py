@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from . import ranges
 from .arguments import as_int, as_pair, check_choice, check_flag, shown
+from .backends import base
 from .backends.dense import conv2d
 from .functional import convolve, is_dense, sparse_conv2d
 from .settings import DEFAULT, KNOBS, Granularity, Pruning
@@ -104,6 +105,9 @@ class SparseConv2d(nn.Conv2d):
         Conv2d(3, 16, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
     """
 
+    # base.generation, and the size of the last input that was found to stay dense in either layout; or None.
+    _known_dense = None
+
     __jit_unused_properties__ = ["percentile", "placement", "backend", "sigma_estimator", "threshold", "where", "pruning"]
     __jit_unused_properties__ += ["density", "variance", "granularity", "noise"]
 
@@ -118,7 +122,7 @@ class SparseConv2d(nn.Conv2d):
     backend: str = _setting("backend", '"auto" or the name of one.')
     sigma_estimator: str = _setting("sigma_estimator", '"corrected" or "as_printed".')
     where: str = _setting("where", '"everywhere" or "faster".')
-    layer_name: str = ""
+    layer_name = ""  # torch.jit.script takes no annotation
 
     def __init__(
         self,
@@ -175,6 +179,7 @@ class SparseConv2d(nn.Conv2d):
             del self.sigma_history
         del self._pruning, self.layer_id
         self.__dict__.pop("layer_name", None)
+        self.__dict__.pop("_known_dense", None)
 
     @classmethod
     def from_conv2d(
@@ -361,9 +366,23 @@ class SparseConv2d(nn.Conv2d):
                 "floating point: call sparsebwd.revert(model) first",
                 stacklevel=2,
             )
+        self.__dict__.pop("_known_dense", None)
         super().__setattr__(name, value)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # What is_dense() has found out holds for the next ordinary tensor of that size; to ask again would take longer.
+        known = self._known_dense
+        if (
+            not torch.compiler.is_compiling()
+            and known is not None
+            and type(input) is Tensor
+            and input.dtype is weight.dtype is torch.float32
+            and input.is_cpu
+            and not torch._C._is_any_autocast_enabled()
+            and torch._C._get_tracing_state() is None
+            and known == (base.generation, input.shape)
+        ):
+            return F.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         padding = self.padding
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
@@ -386,6 +405,9 @@ class SparseConv2d(nn.Conv2d):
                 raise TypeError(f"input: got {type(input).__name__}; accepted: a torch.Tensor")
             return conv2d(input, weight, bias, *geometry)
         if is_dense(input, weight, *geometry, self._pruning):
+            own = geometry == (self.stride, self.padding, self.dilation, self.groups)
+            if own and is_dense(input, weight, *geometry, self._pruning, other_layout=True):
+                self.__dict__["_known_dense"] = (base.generation, input.shape)
             return F.conv2d(input, weight, bias, *geometry)
         return convolve(
             input,
@@ -402,7 +424,7 @@ class SparseConv2d(nn.Conv2d):
     def __setstate__(self, state: dict) -> None:
         # Called for copies and when unpickling.
         super().__setstate__(state)
-        self.layer_id = next(_layer_ids)
+        self.layer_id = next(_layer_ids)  # and nothing is known: it may come from another machine
         ranges.register(self)
         # A shallow copy may have another threshold.
         for name in ("_buffers", "_non_persistent_buffers_set"):

@@ -32,6 +32,7 @@ def _library() -> torch.library.Library:
 _PLAIN_TYPES = (Tensor, nn.Parameter)
 _transforms = torch._C._functorch.peek_interpreter_stack
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # also what a transform has left behind
 
 
 def transformed(*tensors: Tensor | None) -> bool:
@@ -62,6 +63,7 @@ def plain(*tensors: Tensor) -> bool:
             or tensor.layout is not torch.strided
             or tensor.is_nested
             or _is_batched(tensor)
+            or _is_wrapped(tensor)
         ):
             return False
     return not (

@@ -289,6 +289,16 @@ class Pruning:
         # The threshold in true standard deviations, if what is pruned is normal.
         return normal_density(self.quantile * self.sigma_coefficient / SIGMA_COEFFICIENT["corrected"]) / 4
 
+    @property
+    def highest_density(self) -> float:
+        """A density that the pruned gradient of an output does not exceed, on average over the draws: 1 where none is pruned.
+
+        With tau = a mean|g|, of any g, mean(min(|g| / tau, 1)) <= mean|g| / tau = 1 / a.
+        """
+        if self.percentile is not None and self.prunes_output and self.active:
+            return min(1.0, 1 / (self.sigma_coefficient * self.quantile))
+        return self.density if self.density is not None and self.prunes_output else 1.0
+
     def _as_text(self) -> str:
         given = {setting.name: getattr(self, setting.name) for setting in fields(self) if setting.init}
         defaults = {setting.name: setting.default for setting in fields(self)}

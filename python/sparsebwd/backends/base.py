@@ -189,8 +189,14 @@ def until_choices_change(function: Callable) -> Callable:
     return cached
 
 
+generation = 0
+"""How often choices were forgotten: what was found out before holds no longer where it has changed."""
+
+
 def forget_choices() -> None:
     """Choose anew from now on."""
+    global generation
+    generation += 1
     for cached in _choices:
         cached.cache_clear()
 

@@ -159,8 +159,11 @@ class CpuBackend(Backend):
         weight_format = reference.memory_format(input)
         return _convolve(problem, grad_output, input=input, weight_format=weight_format).grad_weight
 
-    def sparse_pays(self, problem: ConvProblem, grad: Tensor, pruning: Pruning) -> tuple[bool, bool]:
-        """Whether AGB and WGC of ``grad``, pruned if ``pruning`` says so, run on the sparse kernels."""
+    def sparse_pays(
+        self, problem: ConvProblem, grad: Tensor, pruning: Pruning, wanted: Sequence[bool] = (True, True)
+    ) -> tuple[bool, bool]:
+        """Whether AGB and WGC of ``grad``, pruned if ``pruning`` says so, run on the sparse kernels. Of one that is not
+        wanted it says nothing."""
         return True, True
 
     def may_pay(self, problem: ConvProblem, grad: Tensor) -> bool:
@@ -181,7 +184,7 @@ class CpuBackend(Backend):
     ) -> BackwardResult:
         sigma = tau = density = pruned = grad_input = grad_weight = None
         dense_by, dense_gradients = "dense", gradients
-        pays = self.sparse_pays(problem, grad_output, pruning)
+        pays = self.sparse_pays(problem, grad_output, pruning, output_mask)
         sparse = (output_mask[0] and pays[0], output_mask[1] and pays[1])
         dense = (output_mask[0] and not pays[0], output_mask[1] and not pays[1])
         # That this follows from the gradient alone, not from what is drawn, keeps it without bias.
@@ -256,22 +259,23 @@ class AdaptiveCpuBackend(CpuBackend):
     def may_pay(self, problem: ConvProblem, grad: Tensor) -> bool:
         return any(break_even(problem, grad.dtype, grad.is_contiguous(memory_format=torch.channels_last)))
 
-    def sparse_pays(self, problem: ConvProblem, grad: Tensor, pruning: Pruning) -> tuple[bool, bool]:
+    def sparse_pays(
+        self, problem: ConvProblem, grad: Tensor, pruning: Pruning, wanted: Sequence[bool] = (True, True)
+    ) -> tuple[bool, bool]:
         limits = break_even(problem, grad.dtype, grad.is_contiguous(memory_format=torch.channels_last))
-        if not any(limits):
-            if logger.isEnabledFor(logging.DEBUG):
-                logger.debug("%s in %s: AGB dense, WGC dense: %s", problem, grad.dtype, why_dense(problem, grad.dtype))
-            return False, False
-        density = _expected_density(grad, pruning)
-        pays = density <= limits[0], density <= limits[1]
-        logger.debug(
-            "%s in %s at density %.3f: AGB %s, WGC %s (break-even %.2f, %.2f)",
-            problem,
-            grad.dtype,
-            density,
-            *("sparse" if pay else "dense" for pay in pays),
-            *limits,
-        )
+        asked = [limit for limit, want in zip(limits, wanted) if want]
+        # A sample is read only where it decides: of a gradient that is not in cache that takes longer than all else here.
+        if not any(asked):
+            at, pays = "", (False, False)
+        elif pruning.highest_density <= min(asked):
+            at, pays = f" at density {pruning.highest_density:.3f} or less", (True, True)
+        else:
+            density = _expected_density(grad, pruning)
+            at, pays = f" at density {density:.3f}", (density <= limits[0], density <= limits[1])
+        if logger.isEnabledFor(logging.DEBUG):
+            chosen = ("sparse" if pay else "dense" for pay in pays)
+            why = " (break-even {:.2f}, {:.2f})".format(*limits) if at else f": {why_dense(problem, grad.dtype)}"
+            logger.debug("%s in %s%s: AGB %s, WGC %s%s", problem, grad.dtype, at, *chosen, why)
         return pays
 
     def conv2d_input(self, problem: ConvProblem, weight: Tensor, grad_output: Tensor) -> Tensor:
@@ -289,32 +293,23 @@ class AdaptiveCpuBackend(CpuBackend):
         return chosen.conv2d_weight(problem, input, grad_output)
 
 
-# The sample that density is estimated from. The number of runs is prime, so that they do not meet the same pixels of
-# every image.
-_RUNS = 61
-_RUN_LENGTH = 256
+# The sample that density is estimated from, as csrc/cpu/prune.cpp has it.
+_RUNS = 127
+_RUN_LENGTH = 32
 
 
 def _expected_density(grad: Tensor, pruning: Pruning) -> float:
     """Density of ``grad``, pruned if ``pruning`` says so, from runs of elements spread evenly over its memory: that of
     the whole gradient at its threshold is as that of the sample at its own."""
-    runs = min(_RUNS, grad.numel())
-    distance = grad.numel() // runs
-    length = min(_RUN_LENGTH, distance)
-    magnitudes = grad.as_strided((runs, length), (distance, 1)).abs().float()
-    if pruning.prunes_output and pruning.active and pruning.needs_counts:
-        found = histogram.Histogram(_counts(magnitudes))
-        if not math.isfinite(found.mean):
-            return 1.0  # nothing will be pruned
-        if pruning.density is not None:
-            tau = found.tau_for_density(pruning.density)
-        else:
-            tau = found.tau_for_variance(pruning.variance)
-        return found.density(tau.clamp(min=1e-45)).item()
-    if pruning.prunes_output and pruning.active:
-        mean = magnitudes.mean().item()
-        if not math.isfinite(mean):
-            return 1.0  # nothing will be pruned
-        tau = mean * pruning.sigma_coefficient * pruning.quantile
-        return (magnitudes / tau).clamp_(max=1).mean().item() if tau > 0 else 0.0
-    return torch.count_nonzero(magnitudes).item() / magnitudes.numel()
+    if not (pruning.prunes_output and pruning.active):
+        return _raw.expected_density(grad, 0.0)
+    if not pruning.needs_counts:
+        return _raw.expected_density(grad, pruning.sigma_coefficient * float(pruning.quantile))
+    if pruning.density is not None:
+        return min(pruning.density, _raw.expected_density(grad, 0.0))
+    if grad.numel() > _RUNS * _RUN_LENGTH:
+        grad = grad.as_strided((_RUNS, _RUN_LENGTH), (grad.numel() // _RUNS, 1)).contiguous()
+    found = histogram.Histogram(_counts(grad))
+    if not math.isfinite(found.mean):
+        return 1.0  # nothing will be pruned
+    return found.density(found.tau_for_variance(pruning.variance).clamp(min=1e-45)).item()

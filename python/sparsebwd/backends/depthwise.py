@@ -24,7 +24,8 @@ def is_faster(problem: ConvProblem, grad_output: Tensor, output_mask: tuple[bool
     return takes(problem, grad_output.dtype, channels_last, tuple(output_mask))
 
 
-_FEWEST_MACS_3X3 = 2**24
+# Of 3x3 filters in channels_last.
+_FEWEST_MACS, _FEWEST_PIXELS = 2**22, 64
 
 
 @until_choices_change
@@ -41,9 +42,10 @@ def takes(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, output_
         return False
     large = problem.r > 3
     if channels_last:
-        # Of 3x3 filters, PyTorch's are as fast with strides and for one of the gradients; and what a layer costs beside its
-        # computation is more than is gained with little of that.
-        faster = large or output_mask[0] and problem.stride == (1, 1) and problem.macs >= _FEWEST_MACS_3X3
+        # Of 3x3 filters, PyTorch's are as fast with strides, on small maps and for one of the gradients; and what a layer costs
+        # beside its computation is more than is gained with little of that.
+        worth_it = problem.macs >= _FEWEST_MACS and problem.p * problem.q >= _FEWEST_PIXELS
+        faster = large or output_mask[0] and problem.stride == (1, 1) and worth_it
         return isa == "avx2" and output_mask[1] and faster
     return output_mask[0] or large
 

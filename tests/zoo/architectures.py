@@ -89,7 +89,7 @@ ARCHITECTURES = (
     *_of("own", "resnet18:32 densenet121"),
     *_of(
         "torchvision",
-        "squeezenet1_1 mobilenet_v2 mnasnet0_5 shufflenet_v2_x0_5 efficientnet_b0 "
+        "squeezenet1_1 resnet18 densenet121 googlenet mobilenet_v2 mnasnet0_5 shufflenet_v2_x0_5 efficientnet_b0 "
         "regnet_y_400mf lraspp_mobilenet_v3_large",
         googlenet={"init_weights": False},  # which takes a minute
         lraspp_mobilenet_v3_large={"weights_backbone": None},

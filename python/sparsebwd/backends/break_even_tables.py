@@ -100,7 +100,7 @@ FLOAT32 = {
             "estimated: half of what it is where both have the same vectors",
             _HALF,
         ),
-        _table("neon", _UNMEASURED + "half of what it is with AVX2, where both have the same vectors too", _HALF),
+        _table("neon", _UNMEASURED + "about half of what it is with AVX2 or less, though both have the same vectors too", _HALF),
         _table(
             "baseline",
             "measured on a Zen 3 (2026-11-28), the portable kernels against dense with AVX2; elsewhere estimated to be the same",

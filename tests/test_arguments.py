@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from torch import nn
 
 import sparsebwd
 from sparsebwd import backends, data, functional, grad, models
-from sparsebwd.arguments import MOST, as_int, check_flag, shown
+from sparsebwd.arguments import MOST, as_float, as_int, check_flag, shown
 from sparsebwd.problem import ConvProblem
+from sparsebwd.settings import DEFAULT
 
 
 class Unprintable:
@@ -70,10 +72,22 @@ _integer = {**JUNK, **BOOL, **TEXT, **NONE, "float": 2.5, "a list": [1], "a tens
 _pair = {**JUNK, **BOOL, **TEXT, **NONE, "float": 2.5, "three": (1, 2, 3), "bool in it": (1, True), "beyond": (1, 2**63)}
 _choice = {**JUNK, **BOOL, **TEXT, **NUMBERS, **NONE, "a list": ["output"], "an empty string": ""}
 _percentile = {**JUNK, **BOOL, **TEXT, **NUMBERS, "a list": [90.0], "a tensor": torch.tensor([90.0])}
+_percentile["below 100, and as a float not"] = 100 - Fraction(1, 10**30)
+_density = {**JUNK, **BOOL, **TEXT, **NUMBERS, "0": 0, "above 1": 1 + 2**-40, "2**63": 2**63, "infinity": float("inf"), "a list": [0.5]}
+_density["above 0, and as a float not"] = Fraction(1, 10**400)
+_variance = {**JUNK, **BOOL, **TEXT, "-1": -1, "infinity": float("inf"), "a list": [0.5], "a tensor": torch.tensor([0.5])}
+_variance.pop("integer beyond 64 bits")  # a number such as any other
+_granularity = {**JUNK, **BOOL, **TEXT, **NUMBERS, **NONE, "an empty string": "", "no width": ("row",), "two": ("row", 4, 4)}
+_granularity |= {
+    f"width {name}": ("row", value) for name, value in {**JUNK, **BOOL, **TEXT, **NUMBERS, **NONE, "0": 0, "2**63": 2**63}.items()
+}
+_granularity |= {"a list": ["row", 4], "an array": np.array(["row", "4"]), "another": ("channel", 4), "text in text": "row:4"}
 _flag = {**JUNK, **TEXT, **NUMBERS, "a list": [True], "an empty string": ""}
 _module = {**JUNK, **BOOL, **TEXT, **NUMBERS, **NONE, "a class": nn.Conv2d}
 _geometry = {"stride": _pair, "padding": _pair, "dilation": _pair, "groups": _integer}
-_pruning = {name: _choice for name in ("placement", "backend", "sigma_estimator", "where")} | {"percentile": _percentile}
+_amount = {"percentile": _percentile, "density": _density, "variance": _variance, "granularity": _granularity}
+_amount["noise"] = {**_variance, "0": 0}
+_pruning = {name: _choice for name in ("placement", "backend", "sigma_estimator", "where", "threshold")} | _amount
 
 CONV = dict(in_channels=3, out_channels=4, kernel_size=3)
 PROBLEM = dict(n=2, c=3, h=6, w=6, k=4, r=3, s=3)
@@ -85,8 +99,10 @@ CALLS = {
         dict(grad=G),
         dict(
             grad={**_tensor, **NONE},
+            **{name: values for name, values in _amount.items() if name not in ("percentile", "noise")},
             percentile={**_percentile, **NONE},
             generator=_tensor,
+            threshold=_choice,
             sigma_estimator=_choice,
             backend=_choice,
             sigma_history=_tensor,
@@ -128,13 +144,12 @@ CALLS = {
             padding_mode=_choice,
             dtype={**JUNK, **BOOL, **TEXT, "a NumPy dtype": np.float32, "complex": torch.complex64, "int": torch.int32},
             **_pruning,
-            threshold=_choice,
         ),
     ),
     "SparseConv2d.from_conv2d": (
         sparsebwd.SparseConv2d.from_conv2d,
         dict(conv=nn.Conv2d(3, 4, 3)),
-        dict(conv=_module, **_pruning, threshold=_choice),
+        dict(conv=_module, **_pruning),
     ),
     "SparseConv2d()": (sparsebwd.SparseConv2d(**CONV), dict(input=X), dict(input={**_tensor, **NONE})),
     "SparseConv2d().eval()": (
@@ -143,14 +158,13 @@ CALLS = {
         # What nn.Conv2d does with tensors stays as it is.
         dict(input={name: value for name, value in {**_tensor, **NONE}.items() if not isinstance(value, torch.Tensor)}),
     ),
-    "Pruning": (sparsebwd.Pruning, {}, dict(**_pruning, threshold=_choice)),
+    "Pruning": (sparsebwd.Pruning, {}, dict(**_pruning)),
     "convert": (
         sparsebwd.convert,
         dict(model=nn.Conv2d(3, 4, 3)),
         dict(
             model=_module,
             **_pruning,
-            threshold=_choice,
             exclude={name: value for name, value in {**JUNK, **BOOL, **TEXT, **NUMBERS, **NONE}.items()},
         ),
     ),
@@ -232,6 +246,14 @@ def test_integers_of_every_kind(value):
     assert as_int(value, "layer_id") == 3 and type(as_int(value, "layer_id")) is int
     assert sparsebwd.SparseConv2d(value, 4, value, groups=1).kernel_size == (3, 3)
     assert ConvProblem(**{**PROBLEM, "n": value}).n == 3
+
+
+def test_numbers_of_every_kind():
+    for value in (75, 75.0, np.float32(75), np.int64(75), Fraction(75), DEFAULT):
+        assert type(as_float(value, "percentile")) is float and sparsebwd.Pruning(value).percentile == value
+    assert sparsebwd.Pruning(variance=10**70).variance == 1e70
+    with pytest.raises(ValueError, match="variance: got .*; accepted: a number, 0 <= variance < infinity, or None"):
+        sparsebwd.Pruning(variance=10**400)
 
 
 def test_limits_of_integers():

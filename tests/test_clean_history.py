@@ -206,3 +206,11 @@ def test_fully_sharded_data_parallel(one_process):
         assert history.device.type == "cpu" and not history.any()
     step(module)
     assert history[0] == 1
+
+
+def test_a_history_begun_in_inference_mode_can_be_written():
+    layer = SparseConv2d(3, 4, 3)
+    with torch.inference_mode():
+        layer.threshold = "predicted"
+    layer(torch.randn(2, 3, 8, 8)).square().sum().backward()
+    assert int(layer.sigma_history[0]) == 1

@@ -23,6 +23,8 @@ LAUNCHED = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_
     [
         ({"MASTER_ADDR": None}, "RANK: got '0', but MASTER_ADDR is not set; accepted are all of RANK, WORLD_SIZE"),
         ({"MASTER_ADDR": None, "MASTER_PORT": ""}, "but MASTER_ADDR, MASTER_PORT is not set"),
+        ({"WORLD_SIZE": None}, "RANK: got '0', but WORLD_SIZE is not set; accepted are all of RANK, WORLD_SIZE"),
+        ({"RANK": None}, "WORLD_SIZE: got '1', but RANK is not set; accepted are all of RANK, WORLD_SIZE"),
         ({"RANK": "first"}, "RANK: got 'first'; accepted: integers from 0"),
         ({"RANK": "1"}, "RANK: got 1; accepted: 0 to 0, below WORLD_SIZE"),
         ({"WORLD_SIZE": "-1"}, "WORLD_SIZE: got '-1'; accepted: integers from 0"),

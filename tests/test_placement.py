@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import warnings
 
@@ -11,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+import sparsebwd
 from sparsebwd import SparseConv2d, conversion_report, convert, revert
+from sparsebwd.placement import decide_placements
 
 _METHODS = nn.Module.__call__, nn.Module.__getattr__
 
@@ -209,6 +212,31 @@ def test_no_generator_moves():
     assert model[0].conv.placement == "input"
 
 
+@pytest.mark.parametrize(
+    "after, expected",
+    [
+        (lambda x: torch.where(x > 0, x, 0.1 * x), "output"),
+        (lambda x: x.where(x > 0, x.tanh()), "output"),
+        (lambda x: torch.where(x > 0, x, 0.1 * x.detach()), "input"),
+        (lambda x: F.relu(torch.where(x > 0, x, 0.1 * x)), "input"),
+        (lambda x: torch.maximum(x, -x), "output"),
+        (lambda x: torch.cat([F.relu(x), F.relu(-x)], 1), "output"),
+        (lambda x: F.relu(x) - 0.1 * F.relu(-x), "output"),
+        (lambda x: x.clamp(max=0) + 0.5 * x.clamp(min=0), "output"),
+        (lambda x: torch.cat([F.relu(x), F.relu(x - 1)], 1), "input"),
+        (lambda x: torch.cat([F.relu(x), F.relu(2 * x)], 1), "input"),
+        (lambda x: torch.cat([F.relu(x), F.max_pool2d(-x, 3, 1, 1)], 1), "input"),
+    ],
+)
+def test_two_paths_that_pass_different_elements_leave_a_dense_gradient(after, expected):
+    model = Calls(after)
+    placement, reason = decide_placements(model)["conv"]
+    assert placement == expected, reason
+    x = torch.randn(4, 3, 12, 12, requires_grad=True)
+    after(x).square().sum().backward()
+    assert ((x.grad == 0).float().mean() > 0.125) == (expected == "input")
+
+
 def test_reasons_are_few():
     reason = conversion_report(Calls(lambda x: [F.softmax(x, 1), F.normalize(x), x.cumsum(1), x @ x, x.cos()]))
     assert len(reason.layers) == 1
@@ -217,6 +245,26 @@ def test_reasons_are_few():
 
 
 @pytest.mark.filterwarnings("ignore:torch.fx traces")
+class Functions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.weight = nn.Conv2d(3, 3, 3), nn.Parameter(torch.randn(4, 3, 3, 3))
+
+    def forward(self, x):
+        return sparsebwd.functional.sparse_conv2d(F.relu(self.conv(x)), weight=self.weight, percentile=None)
+
+
+def test_functions_are_nodes_of_a_trace():
+    """Those of PyTorch are; the trace can be traced, copied and run."""
+    model, x = Functions(), torch.randn(2, 3, 8, 8)
+    assert decide_placements(model)["conv"] == ("input", "followed by relu()")
+    graph_module = fx.symbolic_trace(fx.symbolic_trace(model))
+    assert "sparse_conv2d" in [node.name for node in graph_module.graph.nodes]
+    assert torch.equal(pickle.loads(pickle.dumps(graph_module))(x), model(x))
+    gradients = fx.symbolic_trace(lambda x: (sparsebwd.prune_gradient(x), sparsebwd.grad.conv2d_weight(x, (4, 3, 3, 3), x)))
+    assert [node.name for node in gradients.graph.nodes][1:3] == ["prune_gradient", "conv2d_weight"]
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_symbolic_trace_of_a_converted_model(training):
     model = convert(nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU()), where="everywhere").train(training)

@@ -159,7 +159,28 @@ class _Callable:
         return random.random()
 
 
-_instance = _Callable()
+class _Holder:
+    """Something with a method, an attribute and a container of functions; refers to itself."""
+
+    def __init__(self):
+        self.itself, self.function, self.functions = self, _helper, {"a": [_helper]}
+
+    def method(self):
+        return random.random()
+
+
+def _by_default(x, draw=random.random, *, also=np.random.rand):
+    return x * draw() * also()
+
+
+def _imports_within(x):
+    from numpy.random import rand as anything
+
+    return x * anything()
+
+
+_instance, _holder, _legacy, _modern = _Callable(), _Holder(), np.random.RandomState(0), np.random.default_rng(0)
+_table = {"a": (_helper,)}
 DRAWS = {
     "torch": lambda self, x: x * torch.rand(1),
     "generator": lambda self, x: x * torch.rand(1, generator=GENERATOR),
@@ -181,18 +202,41 @@ DRAWS = {
     "partial": partial(lambda k, self, x: x * random.random(), 1),
     "numpy": lambda self, x: x * np.random.rand(),
     "own numpy": lambda self, x: x * self.numpy.random(),
+    "RandomState": lambda self, x: x * _legacy.standard_normal(),
+    "numpy generator": lambda self, x: x * _modern.standard_normal(),
+    "gauss": lambda self, x: x * SHARED.gauss(0, 1),
+    "method of an object": lambda self, x: x * _holder.method(),
+    "function in an object": lambda self, x: x * _holder.itself.function(),
+    "table in an object": lambda self, x: x * _holder.functions["a"][0](),
+    "table": lambda self, x: x * _table["a"][0](),
+    "object of its own": lambda self, x: x * self.holder.method(),
+    "defaults": lambda self, x: _by_default(x),
+    "import": lambda self, x: _imports_within(x),
+    "property": lambda self, x: x * self.share,
+    "base class": lambda self, x: x * self.overridden(),
 }
 
 
 @pytest.mark.parametrize("bound", [True, False])
 @pytest.mark.parametrize("draw", DRAWS.values(), ids=list(DRAWS))
 def test_no_generator_moves(draw, bound):
-    class Draws(nn.Module):
+    class Base(nn.Module):
+        def overridden(self):
+            return random.random()
+
+    class Draws(Base):
         def __init__(self):
             super().__init__()
-            self.conv, self.draw = nn.Conv2d(3, 3, 3), draw
+            self.conv, self.draw, self.holder = nn.Conv2d(3, 3, 3), draw, _holder
             self.generator, self.random = torch.Generator(), random.Random(0)
             self.numpy = np.random.default_rng(0)
+
+        @property
+        def share(self):
+            return random.random()
+
+        def overridden(self):
+            return super().overridden()
 
         def forward(self, x):
             return self.draw(self, self.conv(x))
@@ -206,7 +250,7 @@ def test_no_generator_moves(draw, bound):
         return (
             [generator.get_state().tolist() for generator in generators],
             [random.getstate(), SHARED.getstate(), model[0].random.getstate()],
-            str((np.random.get_state(), model[0].numpy.bit_generator.state)),
+            str((np.random.get_state(), model[0].numpy.bit_generator.state, _modern.bit_generator.state, _legacy.get_state())),
         )
 
     before = states()

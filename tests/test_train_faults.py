@@ -66,13 +66,13 @@ def test_every_bit_of_a_record_is_verified(tmp_path, place):
 
 
 def replaced(path, value):
-    """Replaces what is at `path`, as "state.step", in a record."""
+    """Replaces what is at `path`, as "state/step", in a record."""
 
     def change(record):
         *parents, last = path.split("/")
         for key in parents:
             record = record[int(key) if isinstance(record, list) else key]
-        last = int(last) if isinstance(record, list) else last
+        last = int(last) if isinstance(record, list) or last == "5" else last
         if value is KeyError:
             del record[last]
         else:
@@ -96,7 +96,10 @@ WRONG = {
     "config/seed": ([0], "config.seed: got list"),
     "config/colour": ("red", "colour is 'red' in the checkpoint and unknown here"),
     "fingerprint": (5, "fingerprint: got int"),
+    "config/seed#long": ("9" * 10_000, "seed is '9999"),
+    "config/5": (1, "config: a name: got int, accepted is str"),
     "format": (7, "got format 7, accepted is 2"),
+    "format#tensor": (torch.zeros(2, 2), "format: got Tensor, accepted is int"),
     "state": (KeyError, "checkpoint lacks state"),
     "state/step": (-1, "got step -1, but this run has 12 steps"),
     "state/step#far": (10**9, "got step 1000000000, but this run has 12 steps"),
@@ -104,8 +107,15 @@ WRONG = {
     "state/step#bool": (True, "step: got bool, accepted is int"),
     "state/step#missing": (KeyError, "state lacks step"),
     "state/history": ({}, "history: got dict, accepted is list"),
+    "state/history#none": ([], "history: got 0 epochs in a state of step 7, accepted are 1 to 2"),
+    "state/history#more": (lambda history: history * 2, "history[2].epoch: got 1, in a state of step 7 accepted is 3"),
+    "state/history/0#cut": (KeyError, "history[0].epoch: got 2, in a state of step 7 accepted is 1"),
+    "state/history/0/complete": (False, "history[0].complete: got False, in a state of step 7 accepted is True"),
+    "state/history/1/complete": (True, "history[1].complete: got True, in a state of step 7 accepted is False"),
+    "state/history/1/epoch": (10**9, "history[1].epoch: got 1000000000, in a state of step 7 accepted is 2"),
+    "state/twins/sparse/tally/images#huge": (10**400, "sparse.tally.images: got 10000"),
     "state/history/0": (3, "history[0]: got int, accepted is dict"),
-    "state/history/0/global_step": (9, "history[0].global_step: got 9 after 0, in a state of step 7"),
+    "state/history/0/global_step": (9, "history[0].global_step: got 9, in a state of step 7 accepted is 6"),
     "state/history/0/variants/sparse/test_loss": ("low", "history[0].sparse.test_loss: got str"),
     "state/history/0/variants/sparse": (KeyError, "history[0].variants lacks sparse"),
     "state/twins": ([], "twins: got list"),
@@ -167,7 +177,7 @@ def test_wrong_contents_are_refused(tmp_path, capsys, a_checkpoint, path):
     replaced(path.partition("#")[0], value)(record)
     records.save_record(tmp_path / checkpoint.FILE, record)
     shown = refused(capsys, *SMALL, "--output", str(tmp_path), "--resume")
-    assert message in shown and f"{tmp_path / checkpoint.FILE}: " in shown
+    assert message in shown and f"{tmp_path / checkpoint.FILE}: " in shown and len(shown) < 2000
 
 
 def test_contents_that_are_no_dictionary_are_refused(tmp_path, capsys):
@@ -270,6 +280,16 @@ def test_files_with_the_names_of_logs_are_not_replaced(tmp_path, capsys, name, o
     message = refused(capsys, *SMALL, "--output", str(tmp_path), *filter(None, [option]))
     assert f"{tmp_path} holds a run already ({name}): replace it with --overwrite" in message
     assert (tmp_path / name).read_text() == "of somebody else"
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/nowhere/checkpoint.pt", path)])
+def test_a_checkpoint_that_is_no_file_is_not_replaced(tmp_path, capsys, make):
+    """A link to nothing may be one to a disk that is not mounted."""
+    make(tmp_path / checkpoint.FILE)
+    before = os.lstat(tmp_path / checkpoint.FILE)
+    assert "holds a run already (checkpoint.pt): continue it" in refused(capsys, *SMALL, "--output", str(tmp_path))
+    assert "got a link to nothing, or what is no file" in refused(capsys, *SMALL, "--output", str(tmp_path), "--resume")
+    assert os.path.samestat(before, os.lstat(tmp_path / checkpoint.FILE))
 
 
 def test_a_folder_in_use_is_refused_by_name(tmp_path, capsys):

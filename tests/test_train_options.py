@@ -7,7 +7,10 @@ import functools
 import os
 import subprocess
 import sys
+from dataclasses import fields
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -243,3 +246,36 @@ def test_two_processes_are_as_good_as_one(tmp_path, plain, capsys):
         train(tmp_path / f"one-{name}", *common[len(SMALL) : -1], *options)
         assert difference(tmp_path / f"one-{name}", tmp_path / f"two-{name}") < 1e-5, name
     assert "sync_bn: one process alone has nobody" in capsys.readouterr().out
+
+
+_NUMBERS = {"text": "3", "bool": True, "NaN": float("nan"), "list": [3], "array": np.array([3]), "huge": 10**400, "bytes": b"3"}
+_WRONG_TYPES = {
+    "int": {**_NUMBERS, "a half": 2.5, "whole, but a float": 3.0, "beyond 64 bits": 2**64},
+    "float": {**_NUMBERS, "complex": 1j},
+    "bool": {"text": "yes", "number": 2, "float": 1.0, "list": [True]},
+    "str": {"number": 3, "bytes": b"x", "list": ["x"], "path": Path("x")},
+}
+
+
+@pytest.mark.parametrize("option", fields(TrainConfig), ids=lambda option: option.name)
+def test_types_of_options_are_checked(option):
+    """As a library takes them; the command line converts them itself."""
+    kind, _, optional = option.type.partition(" | ")
+    wrong = dict(_WRONG_TYPES[kind])
+    if option.name.endswith("_dir"):
+        assert getattr(TrainConfig(**{option.name: wrong.pop("path")}), option.name) == "x"
+    if not optional:
+        wrong["None"] = None
+    for what, value in wrong.items():
+        with pytest.raises((TypeError, ValueError), match=f"{option.name}: got .*accepted") as caught:
+            TrainConfig(**{option.name: value})
+            pytest.fail(f"{option.name}={what} is accepted")
+        assert len(str(caught.value)) < 400
+
+
+def test_options_are_plain_values():
+    """Checkpoints and logs hold no others."""
+    config = TrainConfig(epochs=np.int64(3), momentum=np.float32(0.5), augment=np.bool_(False), learning_rate=1, seed=2**64 - 1)
+    assert (config.epochs, config.momentum, config.augment, config.learning_rate) == (3, 0.5, False, 1.0)
+    for name in ("epochs", "momentum", "augment", "learning_rate", "seed"):
+        assert type(getattr(config, name)) in (int, float, bool)

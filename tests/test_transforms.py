@@ -106,12 +106,35 @@ def test_vectorized_jacobian(layer, images):
 
 
 def test_it_is_logged_once(layer, images, caplog):
-    sparsebwd.ops.log_unpruned.cache_clear()
+    sparsebwd.ops._log_unpruned.cache_clear()
     for _ in range(2):
         jvp(layer, (images,), (images,))
     assert [record.getMessage() for record in caplog.records] == [
         "inside torch.func, forward-mode AD and batched gradients, sparse convolutions prune nothing"
     ]
+
+
+def _forward_ad(function, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f, x: jvp(f, (x,), (torch.ones_like(x),))[1],
+        lambda f, x: grad(loss_of(f))(x),
+        lambda f, x: vmap(lambda image: f(image[None]))(x),
+        _forward_ad,
+    ],
+    ids=["jvp", "grad", "vmap", "dual numbers"],
+)
+def test_compiled_with_the_transform_around_it(transform, images):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    layer = SparseConv2d(3, 8, 3)
+    got = torch.compile(lambda x: transform(layer, x), backend="aot_eager", fullgraph=True)(images)
+    torch.testing.assert_close(got, transform(lambda x: dense(layer, x), images))
 
 
 def _operators(x, weight):

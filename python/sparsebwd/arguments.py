@@ -7,6 +7,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,17 @@ def as_int(value: int, name: str, least: int | None = None, most: int = MOST) ->
     if not -MOST <= value <= most:
         raise ValueError(f"{name}: got {shown(value)}; accepted: at most {'2^63 - 1' if most == MOST else most}")
     return value
+
+
+def as_float(value: float, name: str, accepted: str = "a number") -> float:
+    """Return ``value`` as a float. Raises TypeError if it is no real number, as a bool is none, ValueError if it is larger
+    than any float. What is ``accepted`` is for the message: limits are for the caller to check, of what this returns."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: got {shown(value)}; accepted: {accepted}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: got {shown(value)}; accepted: {accepted}") from None
 
 
 def as_pair(value: int | Sequence[int], name: str, least: int | None = None) -> Pair:

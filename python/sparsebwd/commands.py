@@ -16,7 +16,7 @@ from . import backends
 from .backends import break_even
 
 _MOST_THREADS = 1024
-_SEEDS = 2**64
+MOST_SEED = 2**64 - 1
 _NO_MEMORY = ("not enough memory", "can't allocate memory", "invalid argument to memory allocation")
 
 
@@ -102,7 +102,7 @@ def check_threads(threads: int) -> int:
 
 def check_seed(seed: int) -> int:
     """Return ``seed``. Raises ValueError if it is none that PyTorch's generators take."""
-    if not 0 <= seed < _SEEDS:
+    if not 0 <= seed <= MOST_SEED:
         raise ValueError(f"seed: got {seed}; accepted: 0 to 2**64 - 1")
     return seed
 

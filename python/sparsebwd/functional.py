@@ -18,6 +18,7 @@ from .problem import ConvProblem
 from .reference import PrunedGradient
 from .registration import plain, transformed
 from .settings import DEFAULT, THRESHOLDS, Granularity, Pruning, check_percentile
+from .symbolic import symbolic
 
 __all__ = ["PrunedGradient", "prune_gradient", "sparse_conv2d"]
 
@@ -68,6 +69,7 @@ def _key(
     return key.random_(generator=generator)
 
 
+@symbolic
 def prune_gradient(
     grad: Tensor,
     percentile: float | None = DEFAULT,
@@ -147,6 +149,7 @@ def prune_gradient(
     return PrunedGradient(values.reshape(shape), tau, sigma, density)
 
 
+@symbolic
 def sparse_conv2d(
     input: Tensor,
     weight: Tensor,

@@ -14,10 +14,12 @@ from torch import Tensor
 from .arguments import Pair, as_int, as_pair, as_size
 from .operands import check_operands
 from .settings import check_backend
+from .symbolic import symbolic
 
 __all__ = ["conv2d_input", "conv2d_weight"]
 
 
+@symbolic
 def conv2d_input(
     input_size: Sequence[int],
     weight: Tensor,
@@ -59,6 +61,7 @@ def conv2d_input(
     return torch.ops.sparsebwd.conv2d_input(as_size(input_size, "input_size"), weight, grad_output, *geometry, backend)
 
 
+@symbolic
 def conv2d_weight(
     input: Tensor,
     weight_size: Sequence[int],

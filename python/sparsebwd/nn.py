@@ -249,7 +249,8 @@ class SparseConv2d(nn.Conv2d):
 
     def _empty_history(self, device: torch.device) -> Tensor:
         """What ``sigma_history`` begins with."""
-        return torch.zeros(self.pruning.state_size, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):  # it is written to in backward passes
+            return torch.zeros(self.pruning.state_size, dtype=torch.int32, device=device)
 
     def _device(self) -> torch.device:
         return a_parameter(self).device

@@ -415,9 +415,14 @@ conv2d_backward_directly = _conv2d_backward
 
 
 @lru_cache(maxsize=1)
+def _log_unpruned() -> None:
+    logger.warning("inside torch.func, forward-mode AD and batched gradients, sparse convolutions prune nothing")
+
+
+@torch.compiler.assume_constant_result  # so that torch.compile logs it, rather than to end its graph there
 def log_unpruned() -> None:
     """Once in a process."""
-    logger.warning("inside torch.func, forward-mode AD and batched gradients, sparse convolutions prune nothing")
+    _log_unpruned()
 
 
 def _backward(ctx, grad_output: Tensor) -> tuple:

@@ -42,7 +42,7 @@ _PASSING = set(
     "square sqrt rsqrt abs exp log log1p sin cos addcmul addcdiv lerp "
     # smooth functions of each element, and those whose slope is zero only far from zero
     "leaky_relu rrelu prelu elu selu celu gelu silu mish sigmoid logsigmoid tanh softplus softsign tanhshrink hardsigmoid "
-    "hardswish "
+    "hardswish nan_to_num "
     # means over pixels, and their like
     "avg_pool2d adaptive_avg_pool2d mean sum upsample interpolate upsample_bilinear upsample_nearest".split()
 )
@@ -69,6 +69,9 @@ _LARGE_PART = 0.125
 _CAUSES = 3
 
 
+_Bounds = tuple[float, float]
+
+
 class Placement(NamedTuple):
     """placement: "output" or "input". reason: what the output of the convolution meets first."""
 
@@ -77,10 +80,12 @@ class Placement(NamedTuple):
 
 
 class _Cause(NamedTuple):
-    """Something that decides. kind: "zeroing" or "other", or "end" where the traced part ends."""
+    """Something that decides. kind: "zeroing" or "other", or "end" where the traced part ends. passed: of a rectifier, between
+    which values of the output of the convolution it passes the gradient."""
 
     kind: str
     called: str
+    passed: _Bounds | None = None
 
 
 class _Affine(NamedTuple):
@@ -117,10 +122,12 @@ def decide_placements(model: nn.Module) -> dict[str, Placement]:
 
 def _decide(causes: set[_Cause], guessed: bool) -> Placement:
     sparse = causes and all(cause.kind == "zeroing" for cause in causes)
-    called = sorted(cause.called for cause in causes)
+    called = sorted({cause.called for cause in causes})
     if len(called) > _CAUSES:
         called[_CAUSES:] = [f"{len(called) - _CAUSES} more"]
     reason = "followed by " + (", ".join(called) or "nothing")
+    if sparse and _complement([cause.passed for cause in causes]):
+        sparse, reason = False, f"{reason}, which pass the gradient of different elements"
     return Placement("input" if sparse else "output", f"{reason}, by order of registration" if guessed else reason)
 
 
@@ -172,11 +179,17 @@ class _Graph:
                 continue
             seen.add(node)
             kind, called = self._kind(node, source, value)
-            if kind == "passing":
+            if kind == "passing" or kind == "zeroing" and _selects(node, conv):
                 value = _after(node, source, value)
                 queue.extend((user, node, value) for user in node.users)
             elif kind != "none":
-                yield _Cause(kind, called)
+                yield _Cause(kind, called, self._passed_by(node, source, value) if kind == "zeroing" else None)
+
+    def _passed_by(self, node: fx.Node, source: fx.Node, value: _Affine) -> _Bounds | None:
+        """Between which values of the output of the convolution ``node`` passes the gradient, if it is a rectifier."""
+        called = node.op == "call_module"
+        bounds = _bounds_of(self.modules[node.target]) if called else _bounds(node, _name(node), source)
+        return bounds and _passed(bounds, value)
 
     def _kind(self, node: fx.Node, source: fx.Node, value: _Affine) -> tuple[str, str]:
         """(kind, what to call it) of ``node``, which uses ``source``, which has ``value``. Kinds are those of causes,
@@ -232,6 +245,26 @@ def _others(node: fx.Node, source: fx.Node) -> list[Any]:
     return [value for value in (*node.args, *node.kwargs.values()) if value is not source]
 
 
+def _selects(node: fx.Node, conv: fx.Node) -> bool:
+    """Whether ``node`` passes the gradient of each element to one of two values that both come from ``conv``."""
+    if _name(node) not in ("where", "maximum", "minimum", "fmax", "fmin"):
+        return False
+    masks = _masks(node, "where") if _name(node) == "where" else ()
+    return sum(value not in masks and _comes_from(value, conv) for value in (*node.args, *node.kwargs.values())) > 1
+
+
+def _comes_from(value: Any, conv: fx.Node) -> bool:
+    seen, queue = set(), [value]
+    while queue:
+        node = queue.pop()
+        if node is conv:
+            return True
+        if isinstance(node, fx.Node) and node not in seen and _name(node) not in _QUERIES:
+            seen.add(node)
+            queue.extend(node.all_input_nodes)
+    return False
+
+
 def _is_comparison(value: Any) -> bool:
     while isinstance(value, fx.Node) and _name(value) in ("to", "float", "type_as", "type", "half", "bfloat16"):
         value = value.args[0]
@@ -271,7 +304,7 @@ def _after(node: fx.Node, source: fx.Node, value: _Affine) -> _Affine:
 # ---- rectifiers
 
 
-def _bounds(node: fx.Node, name: str, source: fx.Node) -> tuple[float, float] | None:
+def _bounds(node: fx.Node, name: str, source: fx.Node) -> _Bounds | None:
     """Between which values the function that ``node`` calls passes the gradient; None if it is none of those."""
     below, above = -math.inf, math.inf
     if name == "relu":
@@ -312,28 +345,51 @@ def _constant(value: Any) -> float | None:
 _ITSELF = _Affine()
 
 
-def _rectifies(bounds: tuple[float, float], value: _Affine = _ITSELF) -> bool:
+def _passed(bounds: _Bounds, value: _Affine) -> _Bounds:
+    low, high = sorted((bound - value.shift) / value.scale for bound in bounds)
+    return low, high
+
+
+def _share(bounds: _Bounds) -> float:
+    """Of a standard normal distribution, what is between them."""
+    return 0.5 * (math.erf(bounds[1] / math.sqrt(2)) - math.erf(bounds[0] / math.sqrt(2)))
+
+
+def _complement(passed: list[_Bounds | None]) -> bool:
+    """Whether several rectifiers together pass too much of a gradient to leave a large part zero, as relu(x) and relu(-x)."""
+    if len(passed) < 2 or None in passed:
+        return False
+    share, reached = 0.0, -math.inf
+    for low, high in sorted(passed):
+        if high > reached:
+            share += _share((max(low, reached), high))
+            reached = high
+    return 1 - share < _LARGE_PART
+
+
+def _rectifies(bounds: _Bounds, value: _Affine = _ITSELF) -> bool:
     """Whether a function that passes the gradient between ``bounds`` of ``value`` zeroes a large part of it.
 
     It does not where it only cuts off large values on both sides, seen from itself or from the convolution.
     """
     if bounds[0] < 0 < bounds[1]:
         return False
-    low, high = sorted((bound - value.shift) / value.scale for bound in bounds)
-    passed = 0.5 * (math.erf(high / math.sqrt(2)) - math.erf(low / math.sqrt(2)))
-    return 1 - passed >= _LARGE_PART
+    return 1 - _share(_passed(bounds, value)) >= _LARGE_PART
+
+
+def _bounds_of(module: nn.Module) -> _Bounds | None:
+    """As :func:`_bounds`."""
+    if isinstance(module, nn.Hardtanh):  # ReLU6 is one
+        return float(module.min_val), float(module.max_val)
+    if isinstance(module, nn.Threshold):
+        return float(module.threshold), math.inf
+    if isinstance(module, nn.ReLU) or isinstance(module, nn.LeakyReLU) and module.negative_slope == 0:
+        return 0.0, math.inf
+    return None
 
 
 def _module_kind(module: nn.Module, value: _Affine = _ITSELF) -> str:
-    bounds = None
-    if isinstance(module, nn.ReLU):
-        bounds = 0.0, math.inf
-    elif isinstance(module, nn.Hardtanh):  # ReLU6 is one
-        bounds = float(module.min_val), float(module.max_val)
-    elif isinstance(module, nn.Threshold):
-        bounds = float(module.threshold), math.inf
-    elif isinstance(module, nn.LeakyReLU) and module.negative_slope == 0:
-        bounds = 0.0, math.inf
+    bounds = _bounds_of(module)
     if bounds is not None:
         return "zeroing" if _rectifies(bounds, value) else "passing"
     if isinstance(module, _ZEROING_MODULES):

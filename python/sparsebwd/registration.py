@@ -35,10 +35,15 @@ _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # also what a transform has left behind
 
 
+@torch.compiler.assume_constant_result  # which is guarded: torch.compile looks at both whenever it uses compiled code
+def _within_transform() -> bool:
+    return _transforms() is not None or forward_ad._current_level >= 0
+
+
 def transformed(*tensors: Tensor | None) -> bool:
     """Whether a transform of torch.func is at work, or one of ``tensors`` has a tangent (forward-mode AD)."""
     if torch.compiler.is_compiling():
-        return False
+        return _within_transform()
     if _transforms() is not None:
         return True
     # That of torch.autograd.grad(is_grads_batched=True) is another vmap, and tensors tell.

@@ -13,12 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from functools import cached_property, lru_cache
-from numbers import Real
 from typing import Any
 
 from torch import Tensor
 
-from .arguments import as_int, check_choice, shown
+from .arguments import as_float, as_int, check_choice, shown
 from .reference import SIGMA_COEFFICIENT, SIGMA_HISTORY, normal_density, quantile
 
 __all__ = ["DEFAULT", "PLACEMENTS", "THRESHOLDS", "WHERE", "Pruning", "check_backend", "check_percentile"]
@@ -52,12 +51,10 @@ def check_percentile(percentile: float | None, or_none: bool = True) -> float | 
     outside [50, 100)."""
     if percentile is None and or_none:
         return None
-    if isinstance(percentile, bool) or not isinstance(percentile, Real):
-        accepted = "a number in [50, 100)" + (", or None for no pruning" if or_none else "")
-        raise TypeError(f"percentile: got {shown(percentile)}; accepted: {accepted}")
-    if not 50 <= percentile < 100:
+    number = as_float(percentile, "percentile", "a number in [50, 100)" + (", or None for no pruning" if or_none else ""))
+    if not 50 <= number < 100:
         raise ValueError(f"percentile: got {shown(percentile)}; accepted: 50 <= percentile < 100")
-    return float(percentile)
+    return number
 
 
 def check_density(density: float | None) -> float | None:
@@ -75,14 +72,13 @@ def check_noise(noise: float | None) -> float | None:
     return _check_real("noise", noise, "0 < noise < infinity", lambda value: 0 < value < math.inf)
 
 
-def _check_real(name: str, value: float | None, accepted: str, accepts: Callable[[Real], bool]) -> float | None:
+def _check_real(name: str, value: float | None, accepted: str, accepts: Callable[[float], bool]) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: got {shown(value)}; accepted: a number, {accepted}, or None")
-    if not accepts(value):
+    number = as_float(value, name, f"a number, {accepted}, or None")
+    if not accepts(number):
         raise ValueError(f"{name}: got {shown(value)}; accepted: {accepted}")
-    return float(value)
+    return number
 
 
 Granularity = str | tuple[str, int]
@@ -90,9 +86,9 @@ Granularity = str | tuple[str, int]
 
 def check_granularity(granularity: Granularity) -> Granularity:
     """Return ``granularity`` as "element", "sample", "channel" or a pair ("row", width). Raises TypeError or ValueError."""
-    if granularity == "row":
+    if isinstance(granularity, str) and granularity == "row":
         return ("row", ROW)
-    if isinstance(granularity, tuple) and len(granularity) == 2 and granularity[0] == "row":
+    if isinstance(granularity, tuple) and len(granularity) == 2 and isinstance(granularity[0], str) and granularity[0] == "row":
         width = as_int(granularity[1], "granularity", least=1)
         return "element" if width == 1 else ("row", width)
     if isinstance(granularity, str) and granularity in GRANULARITIES:

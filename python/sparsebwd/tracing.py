@@ -8,12 +8,16 @@ which other threads meet. Here a copy of the model is traced, and calls are caug
 from __future__ import annotations
 
 import copy
+import dis
+import inspect
 import logging
 import math
+import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext, suppress
+from functools import cached_property, lru_cache, partial
+from itertools import islice
 from random import Random
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -27,8 +31,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from .subclasses import CatchConvolution, forward_to_follow
+from .symbolic import symbolic
 
 log = logging.getLogger("sparsebwd")
+
+_OF_MODULES = frozenset(vars(nn.Module()))
+"""Attributes that every module has."""
 
 
 class Tracer(fx.Tracer):
@@ -91,7 +99,8 @@ class Tracer(fx.Tracer):
 
     def _function(self, module: nn.Module) -> Callable:
         """The forward function of ``module``, as it is to be traced. Raises if it is not to be."""
-        cls, own = type(module), {name: value for name, value in vars(module).items() if _is_own_function(value)}
+        cls = type(module)
+        own = {name: value for name, value in vars(module).items() if name not in _OF_MODULES and _is_own(value)}
         if "forward" in vars(module):
             bound = vars(module)["forward"]
             if not (isinstance(bound, MethodType) and bound.__self__ is module):
@@ -183,35 +192,67 @@ def _code_names(code: CodeType) -> Iterator[str]:
             yield from _code_names(constant)
 
 
-def _referred(function: FunctionType, cls: type, own: dict[str, Callable]) -> Iterator[Any]:
-    """What ``function``, a method of ``cls``, refers to by name: globals, attributes of modules, methods, functions that
-    are attributes of the instance (``own``), closures."""
-    names = set(_code_names(function.__code__))
+@lru_cache(maxsize=4096)
+def _imports(code: CodeType) -> tuple[ModuleType, ...]:
+    """The modules that a function imports when it is called, if they are there already."""
+    names = [step.argval for step in dis.get_instructions(code) if step.opname == "IMPORT_NAME"]
+    return tuple(sys.modules[name] for name in names if name in sys.modules)
+
+
+def _referred(function: FunctionType, cls: type, own: dict[str, Any]) -> Iterator[Any]:
+    """What ``function``, a method of ``cls``, refers to by name: globals, defaults, closures, methods, attributes of the
+    instance (``own``), and what these have under the names that the function uses."""
+    code = function.__code__
+    names = set(_code_names(code))
     found = [function.__globals__[name] for name in names if name in function.__globals__]
-    for value in found:
-        yield value
-        if isinstance(value, ModuleType):
-            members = [vars(value)[name] for name in names if name in vars(value)]
-            # Nothing is looked for within PyTorch.
-            found.extend(members if value.__name__.partition(".")[0] != "torch" else filter(_draws, members))
-    yield from (own.get(name, getattr(cls, name, None)) for name in names)
+    found += [*_imports(code), *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    found += [own[name] for name in names if name in own]
+    # Of all bases, which super() and overridden methods reach.
+    found += [vars(base)[name] for base in cls.__mro__ for name in names if name in vars(base)]
     for cell in function.__closure__ or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # empty
-            pass
+        with suppress(ValueError):  # it is empty
+            found.append(cell.cell_contents)
+    seen = set()
+    for value in found:
+        if id(value) not in seen:
+            seen.add(id(value))
+            yield value
+            found.extend(_members(value, names))
+
+
+def _members(value: Any, names: set[str]) -> Iterable[Any]:
+    """What code that uses ``names`` may reach through ``value``."""
+    if isinstance(value, ModuleType):
+        members = [vars(value)[name] for name in names if name in vars(value)]
+        # Nothing is looked for within PyTorch.
+        return members if value.__name__.partition(".")[0] != "torch" else filter(_draws, members)
+    if isinstance(value, (list, tuple, dict, set)):
+        return list(islice(value.values() if isinstance(value, dict) else value, _MOST_MEMBERS))
+    if isinstance(value, property):
+        return [value.fget]
+    if isinstance(value, (staticmethod, classmethod)):
+        return [value.__func__]
+    if isinstance(value, cached_property):
+        return [value.func]
+    if isinstance(value, (nn.Module, torch.Tensor, type)) or type(value).__module__.partition(".")[0] in ("torch", "builtins"):
+        return []
+    return [inspect.getattr_static(value, name, None) for name in names]
+
+
+_MOST_MEMBERS = 1000  # of a container
 
 
 def _draws(value: Any) -> bool:
-    """Whether ``value`` draws from, or sets, a generator that the whole process shares, without an operator."""
+    """Whether ``value`` draws from, or sets, a generator that the whole process shares, or is one, without an operator."""
     if isinstance(value, ModuleType):
         return value.__name__ in ("random", "numpy.random", "torch.random")
-    if isinstance(value, torch.Generator):
-        return True
     if isinstance(value, FunctionType):
         return value.__module__ in ("torch.random", "torch.cuda.random")
-    owner = getattr(value, "__self__", None)
-    return isinstance(owner, Random) or type(owner).__module__.startswith("numpy.random")
+    return _is_generator(value) or _is_generator(getattr(value, "__self__", None))
+
+
+def _is_generator(value: Any) -> bool:
+    return isinstance(value, (torch.Generator, Random)) or type(value).__module__.startswith("numpy.random")
 
 
 def _is_own_function(value: Any) -> bool:
@@ -221,6 +262,12 @@ def _is_own_function(value: Any) -> bool:
     if isinstance(value, (type, torch.nn.Module, torch.Tensor)) or not callable(value):
         return False
     return isinstance(vars(type(value)).get("__call__"), FunctionType) and not type(value).__module__.startswith("torch")
+
+
+def _is_own(value: Any) -> bool:
+    """Whether an attribute of a module may reach a generator that is not the module's own: its own are copied with it."""
+    plain = (str, int, float, type(None), type, nn.Module, torch.Tensor, torch.Size, torch.dtype, torch.device)
+    return not isinstance(value, plain) and not _is_generator(value)
 
 
 def _unfit(forward: Callable, cls: type, own: dict[str, Callable]) -> str | None:
@@ -262,10 +309,10 @@ def _with_symbolic_globals(function: Callable) -> Callable:
         if value is math:
             changed[name] = ModuleType("math")
             vars(changed[name]).update(
-                {key: _symbolic(member) if id(member) in _MATH else member for key, member in vars(math).items()}
+                {key: symbolic(member) if id(member) in _MATH else member for key, member in vars(math).items()}
             )
         elif value is not None and (id(value) in _MATH or (id(scope), name) in _symbolic_trace._wrapped_fns_to_patch):
-            changed[name] = _symbolic(value)
+            changed[name] = symbolic(value)
     if not changed:
         return function
     twin = FunctionType(
@@ -273,13 +320,3 @@ def _with_symbolic_globals(function: Callable) -> Callable:
     )
     twin.__kwdefaults__, twin.__annotations__ = function.__kwdefaults__, function.__annotations__
     return twin
-
-
-def _symbolic(function: Callable) -> Callable:
-    def call(*args, **kwargs):
-        for value in tree_iter((args, kwargs)):
-            if isinstance(value, fx.Proxy):
-                return value.tracer.create_proxy("call_function", function, args, kwargs)
-        return function(*args, **kwargs)
-
-    return call

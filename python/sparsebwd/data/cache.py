@@ -96,7 +96,7 @@ def cached(
             if error.errno in _NO_ROOM
             else "name another folder"
         )
-        raise DataError(f"cache_dir: {shown(path.parent)}: {error.strerror}; {advice}") from error
+        raise DataError(f"cache_dir: {shown(path.parent)}: {error.strerror or error}; {advice}") from error
     except _Damaged as error:
         raise DataError(f"cache_dir: {shown(path)}: what was just written cannot be read back ({error})") from error
     if found is None:

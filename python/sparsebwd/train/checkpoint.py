@@ -8,6 +8,7 @@ shapes, finite numbers, a step within the run.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +25,7 @@ from .measure import EpochTally, speedups
 FILE = "checkpoint.pt"
 _FORMAT = 2
 _KEYS = ("format", "config", "fingerprint", "state")
+_MOST = sys.float_info.max
 _ONE = 1.001  # of means, which are rounded
 _SHARES = ("train_accuracy", "test_accuracy", "density")
 
@@ -51,14 +53,14 @@ def load(
     fingerprint: str,
     like: dict[str, Any],
     parameters: Mapping[str, Mapping[str, Tensor]],
-    total_steps: int,
+    steps_per_epoch: int,
 ) -> dict[str, Any]:
     """The state that `save` was given. No code in the file is run.
 
     Args:
         like: the state of this run at its beginning.
         parameters: those of each twin, by name.
-        total_steps: the length of this run.
+        steps_per_epoch: of this run.
 
     Raises:
         CheckpointError: truncated, corrupt, of another format, with wrong contents, or of a run with another
@@ -71,8 +73,9 @@ def load(
         raise CheckpointError(f"{path}: {error}; restore it from a copy, or start again with --overwrite") from error
     try:
         _check_keys("checkpoint", record, _KEYS)
+        _check_type("format", record["format"], int)
         if record["format"] != _FORMAT:
-            raise CheckpointError(f"{path}: got format {record['format']!r}, accepted is {_FORMAT}")
+            raise CheckpointError(f"{path}: got format {shown(record['format'])}, accepted is {_FORMAT}")
         _check_plain("config", record["config"])
         _check_type("fingerprint", record["fingerprint"], str)
         differences = config.differences(record["config"])
@@ -80,7 +83,7 @@ def load(
             differences = ["the images or labels are not the same"]
         if differences:
             raise CheckpointError(f"{path}: a checkpoint of another run: {'; '.join(differences)}")
-        _check_state(record["state"], like, parameters, config, total_steps)
+        _check_state(record["state"], like, parameters, config, steps_per_epoch)
     except _Wrong as error:
         raise CheckpointError(
             f"{path}: its contents are wrong: {error}; restore it from a copy, or start again with --overwrite"
@@ -109,14 +112,15 @@ def _check_state(
     like: dict[str, Any],
     parameters: Mapping[str, Mapping[str, Tensor]],
     config: TrainConfig,
-    total_steps: int,
+    steps_per_epoch: int,
 ) -> None:
     _check_keys("state", state, like)
     _check_plain("environment", state["environment"])
     step = state["step"]
     _check_type("step", step, int)
+    total_steps = config.total_steps(steps_per_epoch)
     if not 0 <= step <= total_steps:
-        raise _Wrong(f"got step {step}, but this run has {total_steps} steps (epochs, max_steps)")
+        raise _Wrong(f"got step {shown(step)}, but this run has {total_steps} steps (epochs, max_steps)")
     _check_keys("twins", state["twins"], like["twins"])
     for name, twin in state["twins"].items():
         expected = like["twins"][name]
@@ -129,7 +133,7 @@ def _check_state(
         _check_tally(f"{name}.tally", twin["tally"])
         if "noise" in expected:
             _check_noise(f"{name}.noise", twin["noise"], expected["noise"])
-    _check_history(state["history"], step, like["twins"])
+    _check_history(state["history"], step, steps_per_epoch, like["twins"])
 
 
 def _check_tensors(where: str, got: Any, expected: Mapping[str, Tensor]) -> None:
@@ -186,21 +190,20 @@ def _check_sum(where: str, got: Any) -> None:
         raise _Wrong(f"{where}: got the sum {total} of {count} values")
 
 
-def _check_history(history: Any, step: int, twins: Iterable[str]) -> None:
+def _check_history(history: Any, step: int, steps_per_epoch: int, twins: Iterable[str]) -> None:
+    """An entry for each epoch that is complete, and one of the last step if it was the end of a shorter run."""
     _check_type("history", history, list)
     row_like = {**EpochTally().row(), "test_loss": None, "test_accuracy": None}
-    before = 0
     for index, entry in enumerate(history):
         at = f"history[{index}]"
         _check_keys(at, entry, ("epoch", "global_step", "complete", "learning_rate", "variants", "speedup"))
-        _check_type(f"{at}.epoch", entry["epoch"], int)
-        _check_number(f"{at}.epoch", entry["epoch"])
-        _check_type(f"{at}.global_step", entry["global_step"], int)
-        _check_type(f"{at}.complete", entry["complete"], bool)
+        ended = (index + 1) * steps_per_epoch  # if it is complete
+        expected = {"epoch": index + 1, "global_step": min(ended, step), "complete": ended <= step}
+        for key, value in expected.items():
+            _check_type(f"{at}.{key}", entry[key], type(value))
+            if entry[key] != value:
+                raise _Wrong(f"{at}.{key}: got {shown(entry[key])}, in a state of step {step} accepted is {value}")
         _check_number(f"{at}.learning_rate", entry["learning_rate"])
-        if not before < entry["global_step"] <= step:
-            raise _Wrong(f"{at}.global_step: got {entry['global_step']} after {before}, in a state of step {step}")
-        before = entry["global_step"]
         _check_keys(f"{at}.variants", entry["variants"], twins)
         for name, row in entry["variants"].items():
             _check_keys(f"{at}.{name}", row, row_like)
@@ -216,6 +219,11 @@ def _check_history(history: Any, step: int, twins: Iterable[str]) -> None:
         for key, value in entry["speedup"].items():
             if value is not None:
                 _check_number(f"{at}.speedup.{key}", value)
+    # A state may be that of the last step of an epoch before its end was noted.
+    complete, more = divmod(step, steps_per_epoch)
+    least = complete - (not more and complete > 0)
+    if not least <= len(history) <= complete + (more > 0):
+        raise _Wrong(f"history: got {len(history)} epochs in a state of step {step}, accepted are {least} to {complete + (more > 0)}")
 
 
 def _check_layers(where: str, layers: Any, check) -> None:
@@ -246,6 +254,7 @@ def _check_plain(where: str, got: Any) -> None:
     """A dictionary of what can be compared and shown."""
     _check_type(where, got, dict)
     for name, value in got.items():
+        _check_type(f"{where}: a name", name, str)
         if value is not None and not isinstance(value, str | int | float):
             raise _Wrong(f"{where}.{name}: got {type(value).__name__}, accepted are strings, numbers and None")
 
@@ -253,7 +262,7 @@ def _check_plain(where: str, got: Any) -> None:
 def _check_number(where: str, got: Any, finite: bool = True) -> None:
     """All that is measured is positive, or 0."""
     number = isinstance(got, float | int) and not isinstance(got, bool)
-    if not number or got < 0 or finite and not got < math.inf:
+    if not number or got < 0 or finite and not got <= _MOST:
         text = shown(got) if number else type(got).__name__
         raise _Wrong(f"{where}: got {text}, accepted are {'finite ' if finite else ''}numbers from 0")
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -120,7 +121,7 @@ def _ended(error: KeyboardInterrupt, folder: Path) -> str:
     text = str(error) or "interrupted"
     if getattr(error, "saved", False):
         return f"{text}; the same command with --resume goes on from here"
-    if (folder / checkpoint.FILE).exists():
+    if (folder / checkpoint.FILE).is_file():
         return f"{text}; the same command with --resume goes on from the last checkpoint"
     return f"{text} before the first step"
 
@@ -157,7 +158,7 @@ def _prepare(
     signals: Signals,
 ) -> Trainer:
     """Everything up to the first step; what the user got wrong shows here."""
-    found = [name for name in _FILES if (folder / name).exists()]
+    found = [name for name in _FILES if os.path.lexists(folder / name)]
     if found and not options.overwrite and not (options.resume and checkpoint.FILE in found):
         resume = "continue it with --resume, " if checkpoint.FILE in found else ""
         raise ValueError(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 import torch
 
 from .. import data, models
+from ..arguments import MOST, as_float, as_int, check_flag, shown
 from ..backends import get_backend
-from ..commands import check_seed, check_threads
+from ..commands import MOST_SEED, check_seed, check_threads
 from ..settings import DEFAULT, KNOBS, Pruning, check_percentile, parse_granularity
 from .recipes import RECIPES
 
@@ -24,7 +26,6 @@ LARGEST_CIFAR = 112
 SMALLEST_IMAGENET = 64
 """Of the smallest that the networks for 224x224 images take: they divide them by 32."""
 
-_MOST = 2**63 - 1  # of anything that is counted
 _MOST_WORKERS = 512
 _LARGEST = torch.finfo(torch.float32).max  # of what is multiplied with weights and gradients
 
@@ -83,7 +84,8 @@ class TrainConfig:
     device: "auto", "cpu" or "cuda".
 
     Raises:
-        ValueError: an option is out of range; the message names it, what was got and what is accepted.
+        TypeError, ValueError: an option is of another type, or out of range; the message names it, what was got and what is
+            accepted.
         RuntimeError: the backend cannot run here.
     """
 
@@ -141,6 +143,9 @@ class TrainConfig:
     measure_every: int = 10
 
     def __post_init__(self) -> None:
+        for option in fields(self):
+            if option.name not in KNOBS:  # which Pruning checks
+                object.__setattr__(self, option.name, _typed(option.name, option.type, getattr(self, option.name)))
         if self.recipe is not None:
             _among("recipe", self.recipe, RECIPES)
         _among("model", self.model, models.names())
@@ -164,13 +169,13 @@ class TrainConfig:
                 "or more in each, as it is measured between halves"
             )
         self.layer_percentiles()
-        _between("percentile_warmup", self.percentile_warmup, 0, _MOST)
+        _between("percentile_warmup", self.percentile_warmup, 0, MOST)
         if self.percentile_warmup and self.percentile is None and not self.layer_percentile and not self.dense:
             raise ValueError(
                 f"percentile_warmup: got {self.percentile_warmup} with {pruning.asked}; accepted: with a percentile"
             )
         for name in ("epochs", "batch_size", "accumulate", "decay_epochs", "image_size", "measure_every"):
-            _between(name, getattr(self, name), 1, _MOST)
+            _between(name, getattr(self, name), 1, MOST)
         if self.form == "imagenet" and self.image_size < SMALLEST_IMAGENET:
             raise ValueError(
                 f"form: got 'imagenet' with images of {self.image_size} pixels, which would shrink to nothing; accepted "
@@ -182,7 +187,7 @@ class TrainConfig:
             )
         for name in ("width", "max_steps", "train_subset", "test_subset", "checkpoint_steps"):
             if getattr(self, name) is not None:
-                _between(name, getattr(self, name), 1, _MOST)
+                _between(name, getattr(self, name), 1, MOST)
         if self.threads is not None:
             check_threads(self.threads)
         if self.workers is not None:
@@ -190,7 +195,7 @@ class TrainConfig:
         check_seed(self.seed)
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing: got {self.label_smoothing}, accepted are numbers in [0, 1)")
-        _between("warmup_steps", self.warmup_steps, 0, _MOST)
+        _between("warmup_steps", self.warmup_steps, 0, MOST)
         _between("weight_decay", self.weight_decay, 0, _LARGEST)
         if self.learning_rate is not None and not 0 < self.learning_rate <= _LARGEST:
             raise ValueError(
@@ -277,10 +282,10 @@ class TrainConfig:
         # An option younger than the checkpoint had what is its default now.
         saved = {**{field.name: field.default for field in fields(self)}, **saved}
         unknown = [
-            f"{name} is {saved[name]!r} in the checkpoint and unknown here" for name in saved if name not in mine
+            f"{shown(name)[1:-1]} is {shown(saved[name])} in the checkpoint and unknown here" for name in saved if name not in mine
         ]
         return unknown + [
-            f"{field.name} is {saved[field.name]!r} in the checkpoint and {mine[field.name]!r} here"
+            f"{field.name} is {shown(saved[field.name])} in the checkpoint and {shown(mine[field.name])} here"
             for field in fields(self)
             if field.name not in free and saved[field.name] != mine[field.name]
         ]
@@ -299,11 +304,31 @@ def _one_cycle(step: int, steps: int) -> float:
     return end + (1 - end) * _cosine((step - top) / (steps - 1 - top))
 
 
+def _typed(name: str, annotation: str, value: Any) -> Any:
+    """`value` in the type that the option of this name has, plain, as checkpoints and logs hold it. Raises TypeError."""
+    kind, _, optional = annotation.partition(" | ")
+    if value is None and optional:
+        return None
+    if kind == "int":
+        return as_int(value, name, most=MOST_SEED if name == "seed" else MOST)
+    if kind == "bool":
+        if value is None:
+            raise TypeError(f"{name}: got None; accepted: True or False")
+        return check_flag(value, name)
+    if kind == "float":
+        return as_float(value, name, f"a number{' or None' if optional else ''}")
+    if name.endswith("_dir") and isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: got {shown(value)}; accepted: a string{' or None' if optional else ''}")
+    return value
+
+
 def _among(name: str, value: str, accepted) -> None:
     if value not in accepted:
-        raise ValueError(f"{name}: got {value!r}, accepted are {', '.join(accepted)}")
+        raise ValueError(f"{name}: got {shown(value)}, accepted are {', '.join(accepted)}")
 
 
 def _between(name: str, value: float, lowest: int, highest: float) -> None:
     if not lowest <= value <= highest:
-        raise ValueError(f"{name}: got {value}, accepted are numbers from {lowest} to {highest:.4g}")
+        raise ValueError(f"{name}: got {shown(value)}, accepted are numbers from {lowest} to {highest:.4g}")

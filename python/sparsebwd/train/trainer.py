@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -136,11 +137,15 @@ class Trainer:
         Raises:
             CheckpointError: it is corrupt or of another run.
         """
-        if self._checkpoint is None or not self._checkpoint.is_file():
+        if self._checkpoint is None or not os.path.lexists(self._checkpoint):
             return False
+        if not self._checkpoint.is_file():  # it would be waited for, or replaced
+            raise checkpoint.CheckpointError(
+                f"{self._checkpoint}: got a link to nothing, or what is no file; restore the checkpoint, or start again with --overwrite"
+            )
         parameters = {twin.name: dict(twin.model.named_parameters()) for twin in self.twins}
         state = checkpoint.load(
-            self._checkpoint, self.config, self.data.fingerprint, self._state(), parameters, self._total_steps
+            self._checkpoint, self.config, self.data.fingerprint, self._state(), parameters, len(self._batches)
         )
         for key, value in self._environment.items():
             if state["environment"].get(key) != value:

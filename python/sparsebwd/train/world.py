@@ -81,12 +81,13 @@ def launched() -> bool:
     Raises:
         ValueError: only some of the variables that it sets are there, or a number is none.
     """
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    given = next((name for name in _VARIABLES[:2] if name in os.environ), None)
+    if given is None:
         return False
     missing = [name for name in _VARIABLES if not os.environ.get(name)]
     if missing:
         raise ValueError(
-            f"RANK: got {os.environ['RANK']!r}, but {', '.join(missing)} is not set; accepted are all of "
+            f"{given}: got {os.environ[given]!r}, but {', '.join(missing)} is not set; accepted are all of "
             f"{', '.join(_VARIABLES)}, as torchrun sets them, or neither RANK nor WORLD_SIZE"
         )
     for name in (*_VARIABLES[:2], *_VARIABLES[3:], "LOCAL_RANK"):

@@ -298,3 +298,15 @@ def test_without_nonzeros(dtype, generator):
     input, grad_output = _operands(problem, 0.3, dtype, generator, integer=True)
     expected = _wgc(Emulator(), problem, input, grad_output)
     assert_bit_equal(Emulator().wgc(problem, grad_output, input) + 0, expected + 0)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 3, 132])
+@pytest.mark.parametrize("text", ["n6c8h9w9k40r3s3p1", "n5c64h7w40k36r1s1"])
+def test_images_of_unlike_density(text, multiprocessors, generator):
+    """Rows are cut into ranges by what they cost: some ranges have many rows, some none."""
+    problem = ConvProblem.parse(text)
+    input, grad_output = _operands(problem, 1.0, torch.float32, generator, integer=True)
+    grad_output[:3] = 0
+    grad_output[4, ::3] = 0
+    actual = _wgc(Emulator(device=Device(multiprocessors)), problem, input, grad_output)
+    assert_bit_equal(actual + 0, reference.conv2d_weight(problem, input, grad_output).float() + 0, text)

@@ -40,6 +40,12 @@ __device__ __forceinline__ unsigned char* in_register(unsigned char* shared) {
   return static_cast<unsigned char*>(__cvta_shared_to_generic(address));
 }
 
+// The same of any number.
+__device__ __forceinline__ uint64_t in_register(uint64_t value) {
+  asm volatile("" : "+l"(value));
+  return value;
+}
+
 // Copies 16 bytes from global to shared memory, of which the last 16 - `bytes` are zeros. Both
 // addresses are 16-byte aligned. The copy is there after the cp_async_wait of its group and a barrier.
 __device__ __forceinline__ void cp_async16(void* shared, const void* global, int bytes = 16) {

@@ -85,9 +85,8 @@ struct ConvCall {
 const char* agb_refusal(const ConvProblem& problem, DType dtype);
 const char* wgc_refusal(const ConvProblem& problem, DType dtype);
 
-// The sparse kernel where it is not refused, grad_output, the input and its gradient are dense and
-// channels-last, what WGC reads is aligned to 16 bytes, and `nonzeros` is given; else the plain kernel (plain.cu), which takes any problem
-// and any strides.
+// The sparse kernel if `nonzeros` is given and the call suits it (agb_suits, wgc_suits), else the plain one (plain.cu),
+// which takes any problem and any strides.
 size_t agb_workspace(const ConvCall& call, const Device& device);
 cudaError_t agb(const ConvCall& call, const Device& device, cudaStream_t stream);
 size_t wgc_workspace(const ConvCall& call, const Device& device);
@@ -99,6 +98,22 @@ static inline bool is_channels_last(const Strides& strides, int64_t n, int64_t c
                                     int64_t w) {
   return (c == 1 || strides.c == 1) && (w == 1 || strides.w == c) &&
          (h == 1 || strides.h == w * c) && (n == 1 || strides.n == h * w * c);
+}
+
+// Whether the sparse kernel can run on these operands: the problem is not refused, grad_output and the
+// input, or its gradient, are channels-last, and what WGC reads by vectors is aligned to 16 bytes.
+static inline bool agb_suits(const ConvCall& call) {
+  const ConvProblem& p = call.problem;
+  return agb_refusal(p, call.dtype) == nullptr &&
+         is_channels_last(call.grad_output_strides, p.n, p.k, p.p(), p.q()) &&
+         is_channels_last(call.result_strides, p.n, p.c, p.h, p.w);
+}
+static inline bool wgc_suits(const ConvCall& call) {
+  const ConvProblem& p = call.problem;
+  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+  return p.n > 0 && wgc_refusal(p, call.dtype) == nullptr && aligned(call.grad_output) && aligned(call.operand) &&
+         is_channels_last(call.grad_output_strides, p.n, p.k, p.p(), p.q()) &&
+         is_channels_last(call.operand_strides, p.n, p.c, p.h, p.w);
 }
 
 }  // namespace sparsebwd::cuda

@@ -220,6 +220,7 @@ inline void named_barrier(int id, int threads, emulator::Site site = emulator::S
 }
 
 inline unsigned char* in_register(unsigned char* shared) { return shared; }
+inline uint64_t in_register(uint64_t value) { return value; }
 
 inline void cp_async16(void* shared, const void* global, int bytes = 16,
                        emulator::Site site = emulator::Site::here()) {

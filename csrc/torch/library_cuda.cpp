@@ -300,10 +300,6 @@ void conv2d_backward(const Tensor& grad_output, std::optional<Tensor> input,
   agb.grad_output_strides = strides_of(pruned ? *pruned : grad_output);
   cuda::ConvCall wgc = agb;
   bool sparse = false;  // whether a kernel that reads the non-zeros is among those that run
-  const auto is_channels_last = [](const cuda::Strides& strides, const Sizes& size) {
-    return cuda::is_channels_last(strides, size[0], size[1], size[2], size[3]);
-  };
-  const bool channels_last = is_channels_last(agb.grad_output_strides, output_size);
   if (grad_input) {
     check(weight.has_value(), "weight: got None, accepted is a tensor if grad_input is wanted");
     check_operand(*weight, "weight", grad_output, weight_size);
@@ -312,8 +308,7 @@ void conv2d_backward(const Tensor& grad_output, std::optional<Tensor> input,
     agb.operand_strides = strides_of(*weight);
     agb.result = grad_input->mutable_data_ptr();
     agb.result_strides = strides_of(*grad_input);
-    sparse |= channels_last && is_channels_last(agb.result_strides, input_size) &&
-              cuda::agb_refusal(problem, dtype) == nullptr;
+    sparse |= cuda::agb_suits(agb);
   }
   if (grad_weight) {
     check(input.has_value(), "input: got None, accepted is a tensor if grad_weight is wanted");
@@ -323,8 +318,7 @@ void conv2d_backward(const Tensor& grad_output, std::optional<Tensor> input,
     wgc.operand_strides = strides_of(*input);
     wgc.result = grad_weight->mutable_data_ptr();
     wgc.result_strides = strides_of(*grad_weight);
-    sparse |= channels_last && is_channels_last(wgc.operand_strides, input_size) &&
-              cuda::wgc_refusal(problem, dtype) == nullptr;
+    sparse |= cuda::wgc_suits(wgc);
   }
 
   const Target target(grad_output);

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+// Of K3 (wgc.cu): tile sizes, and how the work is cut.
+#pragma once
+
+#include <algorithm>
+
+#include "device.cuh"
+
+namespace sparsebwd::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / 32;
+constexpr int kBlocks = 2;     // on a multiprocessor: registers and shared memory are cut for two
+constexpr int kGroup = 8;      // output channels of a warp: a byte of the mask
+constexpr int kTileK = 32;     // output channels of a block: a word of the mask
+constexpr int kRun = 4;        // pixels whose mask bytes a warp reads at once: a word
+constexpr int kMostStrip = 32; // pixels of a row that a block walks along: a bit of a ballot for each
+// Sums of float32 get less accurate as they get longer. After so many values of a channel those in
+// registers are added to those in memory. Dense kernels of CPUs are not twice as accurate then; it takes
+// up to 2 % of the instructions.
+constexpr int kChain = 128;
+
+template <class T, int N>
+struct alignas(sizeof(T) * N) Vector {
+  T element[N];
+};
+
+// How the work is cut, from the host.
+struct Plan {
+  int c, h, w, k, p, q;
+  // The input is staged in rows and columns of which each output pixel sees Taps, and moves on by
+  // `stage_stride` rows: those of the padded input, or for 1x1 only the ones that are seen.
+  int stage_stride, stage_rows;  // stage_rows: of an image
+  int row_step, column_step;     // input rows and columns from one that is staged to the next
+  int pad_h, pad_w;
+  int strips, strip;             // a row of grad_output is `strips` times `strip` pixels
+  int columns;                   // staged in a row
+  int step_rows;                 // rows of grad_output in a step
+  int ring_rows;                 // staged rows that shared memory holds
+  int64_t rows;                  // of grad_output: n * p
+  int64_t row_ranges;
+  int c_tiles, k_tiles;
+
+  __host__ __device__ int64_t ranges() const { return row_ranges * strips; }
+  int64_t blocks() const { return ranges() * c_tiles * k_tiles; }
+};
+
+// One instance of the kernel: Taps x Taps filters that move on by Stride columns.
+template <class Element, int Taps_, int Stride_>
+struct Kernel {
+  using T = Element;
+  static constexpr int kTaps = Taps_;
+  static constexpr int kStride = Stride_;
+  static constexpr int kLane = kTaps == 1 ? 8 : 2;  // input channels of a lane
+  static constexpr int kTileC = 32 * kLane;
+  // A lane's channels are vectors, those of neighbouring lanes side by side.
+  static constexpr int kVector = std::min<int>(kLane, 16 / sizeof(T));
+  static constexpr int kVectors = kLane / kVector;
+  static constexpr int kStore = std::min(kVector, 4);  // sums that are written at once
+  static constexpr int kPixelBytes = kTileC * sizeof(T);
+  static constexpr int kChunk = 16 / sizeof(T);  // elements of an asynchronous copy
+  // Column j of a run of pixels is kept in registers j % kColumns: the columns of one pixel and those
+  // that the next one sees first; a run moves on by a multiple of it.
+  static constexpr int kColumns = kStride == 1 ? 4 : 8;
+  static_assert(kRun * kStride % kColumns == 0 && kColumns >= kTaps + kStride, "");
+
+  struct Column {
+    float x[kTaps][kLane];
+  };
+  // Of a lane. In memory, those of a block are [warp][vector of kStore sums][lane].
+  using Sums = float[kGroup][kTaps][kTaps][kLane];
+  using Store = Vector<float, kStore>;
+  static constexpr int kSums = kGroup * kTaps * kTaps * kLane;
+  static constexpr int kBlockSums = kThreads * kSums;
+  // Those that are loaded at once, to add to them: as many as there are registers for.
+  static constexpr int kBatch = kTaps == 1 ? 32 : kStride == 1 ? 36 : 18;
+  static_assert(kSums % kBatch == 0 && kBatch % kStore == 0, "");
+
+  struct Shared {
+    size_t masks, values, bytes;
+    int mask_bytes;  // of a step: for each warp and row kMostStrip, of which zeros end it
+    int value_bytes;
+  };
+  static __host__ __device__ Shared shared(const Plan& plan) {
+    Shared s;
+    s.mask_bytes = plan.step_rows * kMostStrip * kWarps;
+    s.value_bytes = plan.step_rows * plan.strip * kTileK * static_cast<int>(sizeof(T));
+    s.values = static_cast<size_t>(plan.ring_rows) * plan.columns * kPixelBytes;
+    s.masks = s.values + 2 * s.value_bytes;
+    s.bytes = s.masks + 2 * s.mask_bytes;
+    return s;
+  }
+};
+
+}  // namespace
+}  // namespace sparsebwd::cuda

@@ -299,7 +299,7 @@ def tables(setting: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Ite
             ("model",),
             (
                 "dense/sparse; ratio of steps; density by multiply-adds; layers pruned/dense/depthwise",
-                f"memory: {own[0]['allocator']}" + ("; processor time" if setting["cpu_time"] else ""),
+                f"memory: {own[0]['allocator']}" + ("; processor time" if setting.get("cpu_time") else ""),
             ),
             optional=("images", "spread"),
         )

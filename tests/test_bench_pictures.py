@@ -28,7 +28,7 @@ def run(*arguments):
 def drawn(monkeypatch):
     """Figures in place of files."""
     figures = []
-    monkeypatch.setattr(plot, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plot, "save", lambda figure, path: figures.append(figure))
     return figures
 
 

@@ -42,6 +42,12 @@ class Net(nn.Module):
         return self.head(self.dropout(found.mean((2, 3))))
 
 
+@pytest.fixture(autouse=True)
+def as_if_nothing_kept_memory(monkeypatch):
+    """Whatever other tests did in this process."""
+    monkeypatch.setattr(sparsebwd.memory, "_kept", False)
+
+
 @pytest.fixture
 def net():
     return Net()

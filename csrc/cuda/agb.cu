@@ -183,7 +183,7 @@ auto with_form(const ConvProblem& problem, F&& f) {
   if (problem.r == 3) {
     return strided ? f(Form<T, 3, 2, 16, 2>()) : f(Form<T, 3, 1, 16, 2>());
   }
-  if (problem.c <= 64) return strided ? f(Form<T, 1, 2, 32, 2>()) : f(Form<T, 1, 1, 32, 2>());
+  // Also of few channels: of 2 for a lane compilers make multiply-adds with predicates, which zeros do not skip.
   return strided ? f(Form<T, 1, 2, 24, 8>()) : f(Form<T, 1, 1, 12, 8>());
 }
 

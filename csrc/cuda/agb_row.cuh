@@ -118,7 +118,7 @@ __device__ __forceinline__ int add_row(typename F::Sums& sums, const Plan& plan,
         for (int j = group; j < group + kGroup && j < F::kPixels; ++j) {
           if (pixels >> j & 1) {
             // Where multiply-adds are few, compilers put a predicate on each, unless there is a barrier.
-            if (products<F>(j) < std::max(F::kTaps * F::kTaps * F::kLane, 8)) __syncwarp();
+            if (products<F>(j) < F::kTaps * F::kTaps * F::kLane) __syncwarp();
             add_product<F>(sums, weights, g[j], j);
           }
         }

@@ -22,6 +22,7 @@ from .symbolic import symbolic
 
 __all__ = ["PrunedGradient", "prune_gradient", "sparse_conv2d"]
 
+
 @torch.compiler.assume_constant_result
 def _settings(
     percentile: float | None,
@@ -38,15 +39,13 @@ def _settings(
 ) -> Pruning:
     """A function for torch.compile, to which settings are constants. predicted: there is a history to predict from."""
     check_choice("threshold", threshold, THRESHOLDS)
-    settings = (density, variance, granularity, noise)
-    if noise is not None:
-        return Pruning(percentile, placement, sigma_estimator, threshold, backend, where, *settings)
-    if predicted and threshold == "sampled":
-        raise ValueError("threshold: got 'sampled' with a sigma_history; accepted: one of both")
-    if threshold == "predicted" and not predicted:
-        raise ValueError("threshold: got 'predicted'; accepted: with a sigma_history to predict it from")
-    threshold = "predicted" if predicted else threshold
-    return Pruning(percentile, placement, sigma_estimator, threshold, backend, where, *settings)
+    if noise is None:
+        if predicted and threshold == "sampled":
+            raise ValueError("threshold: got 'sampled' with a sigma_history; accepted: one of both")
+        if threshold == "predicted" and not predicted:
+            raise ValueError("threshold: got 'predicted'; accepted: with a sigma_history to predict it from")
+        threshold = "predicted" if predicted else threshold
+    return Pruning(percentile, placement, sigma_estimator, threshold, backend, where, density, variance, granularity, noise)
 
 
 def _dtype(input: Tensor) -> torch.dtype:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from . import ops
 from .arguments import as_int, as_pair, check_choice
+from .backends.base import logger
 from .backends.dense import conv2d
 from .operands import autocasts, check_generator, check_operands, check_sigma_history
 from .problem import ConvProblem
@@ -269,7 +271,10 @@ def convolve(
     sparse = input.requires_grad or weight.requires_grad
     inside_transform = not direct and transformed(input, weight, bias)
     if problem is not None and not inside_transform:
-        sparse = sparse and ops.may_be_faster(pruning, problem, input, input.dtype if direct else _dtype(input))
+        dtype = input.dtype if direct else _dtype(input)
+        if sparse and not ops.may_be_faster(pruning, problem, input, dtype):
+            sparse = False
+            ops.log_dense(pruning, problem, input, dtype, layer_id)
 
     if inside_transform:
         ops.log_unpruned()
@@ -308,11 +313,12 @@ def is_dense(
     dilation: tuple[int, int],
     groups: int,
     pruning: Pruning,
+    layer_id: int = 0,
     other_layout: bool = False,
 ) -> bool:
     """Whether :func:`convolve` is sure to be no more than F.conv2d; asked first, of what layers are mostly given: ordinary
-    float32 tensors (N, C, H, W). other_layout: of such a tensor in the other one."""
-    return (
+    float32 tensors (N, C, H, W). Logs so. other_layout: of such a tensor in the other one, which is not logged."""
+    dense = (
         pruning.where == "faster"
         and not torch.compiler.is_compiling()
         and type(input) is Tensor
@@ -336,6 +342,10 @@ def is_dense(
             input.is_contiguous(memory_format=torch.channels_last) is not other_layout,
         )
     )
+    if dense and not other_layout and logger.isEnabledFor(logging.DEBUG):
+        problem = ops.problem_of(tuple(input.shape), tuple(weight.shape), stride, padding, dilation, groups)
+        ops.log_dense(pruning, problem, input, torch.float32, layer_id)
+    return dense
 
 
 class _Checked(NamedTuple):

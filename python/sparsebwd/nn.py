@@ -22,7 +22,7 @@ from .settings import DEFAULT, KNOBS, Granularity, Pruning
 
 __all__ = ["SparseConv2d"]
 
-_layer_ids = itertools.count(1)
+_layer_ids = globals().get("_layer_ids", itertools.count(1))  # goes on where this module is reloaded
 
 
 def _setting(name: str, doc: str) -> Any:
@@ -405,7 +405,7 @@ class SparseConv2d(nn.Conv2d):
             if not isinstance(input, Tensor):
                 raise TypeError(f"input: got {type(input).__name__}; accepted: a torch.Tensor")
             return conv2d(input, weight, bias, *geometry)
-        if is_dense(input, weight, *geometry, self._pruning):
+        if is_dense(input, weight, *geometry, self._pruning, self.layer_id):
             own = geometry == (self.stride, self.padding, self.dilation, self.groups)
             if own and is_dense(input, weight, *geometry, self._pruning, other_layout=True):
                 self.__dict__["_known_dense"] = (base.generation, input.shape)

@@ -8,6 +8,7 @@ promise: the gradient of a tensor has the format of that tensor.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from functools import lru_cache
@@ -60,11 +61,19 @@ def _problem(
 def may_be_faster(settings: Pruning, problem: ConvProblem, activation: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether a layer with tensors such as ``activation``, in that dtype or another one, is to do more than an nn.Conv2d:
     not where ``where`` is "faster" and nothing can be faster."""
-    if settings.where == "everywhere":
-        return True
+    return settings.where == "everywhere" or _why_dense(settings, problem, activation, dtype or activation.dtype) is None
+
+
+def _why_dense(settings: Pruning, problem: ConvProblem, activation: Tensor, dtype: torch.dtype) -> str | None:
     channels_last = activation.is_contiguous(memory_format=torch.channels_last)
-    dtype = activation.dtype if dtype is None else dtype
-    return why_not_faster(settings, problem, activation.device.type, dtype, channels_last) is None
+    return why_not_faster(settings, problem, activation.device.type, dtype, channels_last)
+
+
+def log_dense(settings: Pruning, problem: ConvProblem, activation: Tensor, dtype: torch.dtype, layer_id: int) -> None:
+    """Say that a layer of which :func:`may_be_faster` says no is an nn.Conv2d in this call, and why."""
+    if logger.isEnabledFor(logging.DEBUG):
+        reason = _why_dense(settings, problem, activation, dtype)
+        logger.debug("%s, %s in %s: dense, and nothing is pruned: %s", ranges.name_of(layer_id), problem, dtype, reason)
 
 
 @until_choices_change
@@ -127,9 +136,10 @@ def _prune(
     settings, history = resolve(Pruning.parse(pruning), _unversioned(sigma_history))
     chosen = choose_backend(settings.backend, None, grad.device.type, grad.dtype)
     if settings.granularity == "element":
-        values, tau, sigma, density = chosen.prune(_dense(grad), key, settings, history)
+        by, (values, tau, sigma, density) = chosen.name, chosen.prune(_dense(grad), key, settings, history)
     else:
-        values, tau, sigma, density = granularity.prune(_dense(grad), key, settings)
+        by, (values, tau, sigma, density) = "plain PyTorch", granularity.prune(_dense(grad), key, settings)
+    logger.debug("pruning of %s in %s: ran %s", tuple(grad.shape), grad.dtype, by)
     return values.contiguous(memory_format=memory_format(grad)), tau, sigma, density
 
 
@@ -178,6 +188,7 @@ def _conv2d_input(
     problem = _problem(input_size, weight.shape, stride, padding, dilation, groups)
     _check_grad_output(grad_output, problem)
     chosen = choose_backend(backend, problem, grad_output.device.type, grad_output.dtype)
+    logger.debug("AGB of %s in %s: asked of the backend %r", problem, grad_output.dtype, chosen.name)
     grad_input = chosen.conv2d_input(problem, _dense(weight), _dense(grad_output))
     return grad_input.contiguous(memory_format=memory_format(grad_output))
 
@@ -199,6 +210,7 @@ def _conv2d_weight(
     problem = _problem(input.shape, weight_size, stride, padding, dilation, groups)
     _check_grad_output(grad_output, problem)
     chosen = choose_backend(backend, problem, grad_output.device.type, grad_output.dtype)
+    logger.debug("WGC of %s in %s: asked of the backend %r", problem, grad_output.dtype, chosen.name)
     grad_weight = chosen.conv2d_weight(problem, _dense(input), _dense(grad_output))
     return grad_weight.contiguous(memory_format=memory_format(input))
 
@@ -265,6 +277,7 @@ def _conv2d_backward(
         settings, history = resolve(Pruning.parse(pruning), _unversioned(sigma_history))
         chosen = choose_backend(settings.backend, problem, grad_output.device.type, grad_output.dtype)
         if not may_be_faster(settings, problem, grad_output):
+            log_dense(settings, problem, grad_output, grad_output.dtype, layer_id)
             settings = settings.unpruned
         start = time.perf_counter()
         operands = (problem, grad_output, _dense(input), _dense(weight), key, settings, output_mask[:2])
@@ -274,6 +287,9 @@ def _conv2d_backward(
             else:
                 result = granularity.conv2d_backward(chosen, *operands, layer_id)
         seconds = time.perf_counter() - start
+        if logger.isEnabledFor(logging.DEBUG):
+            name, dtype = ranges.name_of(layer_id), grad_output.dtype
+            logger.debug("%s, %s in %s: ran %s", name, problem, dtype, result.implementation)
         if output_mask[0]:
             grad_input = result.grad_input.contiguous(memory_format=memory_format(input))
         if output_mask[1]:

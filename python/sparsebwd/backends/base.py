@@ -78,9 +78,6 @@ class Backend(ABC):
 
     name: str
 
-    does = "runs it"
-    """What it does with a convolution that it takes, for the log."""
-
     def available(self) -> str | None:
         """None if this backend runs on this machine at all, else the reason why not."""
         return None
@@ -258,9 +255,7 @@ def choose_backend(name: str, problem: ConvProblem | None, device_type: str, dty
     for backend in candidates:
         reason = backend.available() or backend.can_run(problem, device_type, dtype)
         if reason is None:
-            chosen = backend.for_auto() if name == "auto" else backend
-            logger.debug("%s: backend %r %s", what, backend.name, chosen.does if problem else "runs it")
-            return chosen
+            return backend.for_auto() if name == "auto" else backend
         logger.debug("%s: backend %r refuses: %s", what, backend.name, reason)
         refusals.append(f"{backend.name!r}: {reason}")
     raise RuntimeError(f"backend: {name!r} cannot run {what} ({'; '.join(refusals)})")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import histogram, reference
 from ..problem import ConvProblem
+from ..ranges import name_of
 from ..reference import PrunedGradient
 from ..settings import Pruning
 from . import depthwise
@@ -160,7 +161,7 @@ class CpuBackend(Backend):
         return _convolve(problem, grad_output, input=input, weight_format=weight_format).grad_weight
 
     def sparse_pays(
-        self, problem: ConvProblem, grad: Tensor, pruning: Pruning, wanted: Sequence[bool] = (True, True)
+        self, problem: ConvProblem, grad: Tensor, pruning: Pruning, wanted: Sequence[bool], layer_id: int = 0
     ) -> tuple[bool, bool]:
         """Whether AGB and WGC of ``grad``, pruned if ``pruning`` says so, run on the sparse kernels. Of one that is not
         wanted it says nothing."""
@@ -184,7 +185,7 @@ class CpuBackend(Backend):
     ) -> BackwardResult:
         sigma = tau = density = pruned = grad_input = grad_weight = None
         dense_by, dense_gradients = "dense", gradients
-        pays = self.sparse_pays(problem, grad_output, pruning, output_mask)
+        pays = self.sparse_pays(problem, grad_output, pruning, output_mask, layer_id)
         sparse = (output_mask[0] and pays[0], output_mask[1] and pays[1])
         dense = (output_mask[0] and not pays[0], output_mask[1] and not pays[1])
         # That this follows from the gradient alone, not from what is drawn, keeps it without bias.
@@ -210,7 +211,6 @@ class CpuBackend(Backend):
         if any(dense):
             gradient = grad_output if pruned is None else pruned
             if depthwise.is_faster(problem, gradient, dense):
-                logger.debug("%s in %s: the depthwise kernels are faster", problem, gradient.dtype)
                 dense_by, dense_gradients = "depthwise", depthwise.gradients
             dense_input, dense_weight = dense_gradients(problem, gradient, input, weight, dense)
             grad_input = dense_input if dense[0] else grad_input
@@ -235,8 +235,6 @@ class AdaptiveCpuBackend(CpuBackend):
     CPU, see :mod:`.break_even`; never on time measured during the run, so that it can be repeated bit for bit.
     """
 
-    does = "runs it, each of AGB and WGC sparse or dense as the density says"
-
     @staticmethod
     @until_choices_change
     def why_not_faster(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, pruning: Pruning) -> str | None:
@@ -260,7 +258,7 @@ class AdaptiveCpuBackend(CpuBackend):
         return any(break_even(problem, grad.dtype, grad.is_contiguous(memory_format=torch.channels_last)))
 
     def sparse_pays(
-        self, problem: ConvProblem, grad: Tensor, pruning: Pruning, wanted: Sequence[bool] = (True, True)
+        self, problem: ConvProblem, grad: Tensor, pruning: Pruning, wanted: Sequence[bool], layer_id: int = 0
     ) -> tuple[bool, bool]:
         limits = break_even(problem, grad.dtype, grad.is_contiguous(memory_format=torch.channels_last))
         asked = [limit for limit, want in zip(limits, wanted) if want]
@@ -273,20 +271,22 @@ class AdaptiveCpuBackend(CpuBackend):
             density = _expected_density(grad, pruning)
             at, pays = f" at density {density:.3f}", (density <= limits[0], density <= limits[1])
         if logger.isEnabledFor(logging.DEBUG):
-            chosen = ("sparse" if pay else "dense" for pay in pays)
-            why = " (break-even {:.2f}, {:.2f})".format(*limits) if at else f": {why_dense(problem, grad.dtype)}"
-            logger.debug("%s in %s%s: AGB %s, WGC %s%s", problem, grad.dtype, at, *chosen, why)
+            ran = (f"{name} {'sparse' if pay else 'dense'}" for name, pay, want in zip(("AGB", "WGC"), pays, wanted) if want)
+            why = f" (break-even {', '.join(f'{limit:.2f}' for limit in asked)})"
+            if not any(limits):
+                why = f": {why_dense(problem, grad.dtype)}"
+            logger.debug("%s, %s in %s%s: %s%s", name_of(layer_id), problem, grad.dtype, at, ", ".join(ran), why)
         return pays
 
     def conv2d_input(self, problem: ConvProblem, weight: Tensor, grad_output: Tensor) -> Tensor:
-        sparse, _ = self.sparse_pays(problem, grad_output, _UNPRUNED)
+        sparse, _ = self.sparse_pays(problem, grad_output, _UNPRUNED, (True, False))
         if not sparse and depthwise.is_faster(problem, grad_output, (True, False)):
             return depthwise.gradients(problem, grad_output, None, weight, (True, False))[0]
         chosen = super() if sparse else _dense
         return chosen.conv2d_input(problem, weight, grad_output)
 
     def conv2d_weight(self, problem: ConvProblem, input: Tensor, grad_output: Tensor) -> Tensor:
-        _, sparse = self.sparse_pays(problem, grad_output, _UNPRUNED)
+        _, sparse = self.sparse_pays(problem, grad_output, _UNPRUNED, (False, True))
         if not sparse and depthwise.is_faster(problem, grad_output, (False, True)):
             return depthwise.gradients(problem, grad_output, input, None, (False, True))[1]
         chosen = super() if sparse else _dense

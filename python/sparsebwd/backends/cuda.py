@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import reference
 from ..problem import ConvProblem
+from ..ranges import name_of
 from ..reference import PrunedGradient
 from ..settings import Pruning
 from .base import Backend, BackwardResult, empty, logger, refusal
@@ -344,8 +345,6 @@ class AdaptiveCudaBackend(CudaBackend):
     :class:`_DensityHistory`), never on time measured, so that a run can be repeated bit for bit. Dense until there is one.
     """
 
-    does = "runs it, each of AGB and WGC sparse or dense as the last density known says"
-
     def __init__(self) -> None:
         self._layers: OrderedDict[tuple, _Layer | None] = OrderedDict()
 
@@ -391,13 +390,13 @@ class AdaptiveCudaBackend(CudaBackend):
         density = None if layer is None else layer.history.latest()
         if density is None:
             reason = _NEVER if layer is None else "no density of it is known yet"
-            logger.debug("layer %d, %s in %s: AGB dense, WGC dense: %s", layer_id, problem, grad.dtype, reason)
+            logger.debug("%s, %s in %s: AGB dense, WGC dense: %s", name_of(layer_id), problem, grad.dtype, reason)
             return False, False
         limit = _break_even(problem, grad.dtype, grad.is_contiguous(memory_format=torch.channels_last))
         pays = tuple(may_pay and density <= limit for may_pay in layer.may_pay)
         logger.debug(
-            "layer %d, %s in %s at density %.3f: AGB %s, WGC %s (break-even %.2f)",
-            layer_id,
+            "%s, %s in %s at density %.3f: AGB %s, WGC %s (break-even %.2f)",
+            name_of(layer_id),
             problem,
             grad.dtype,
             density,

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..problem import ConvProblem
 from . import dense
-from .base import empty, until_choices_change
+from .base import empty, logger, until_choices_change
 
 _raw = torch.ops.sparsebwd_cpu
 
@@ -21,7 +21,10 @@ def is_faster(problem: ConvProblem, grad_output: Tensor, output_mask: tuple[bool
     if problem.groups == 1 or grad_output.device.type != "cpu":
         return False
     channels_last = grad_output.is_contiguous(memory_format=torch.channels_last)
-    return takes(problem, grad_output.dtype, channels_last, tuple(output_mask))
+    faster = takes(problem, grad_output.dtype, channels_last, tuple(output_mask))
+    if faster:
+        logger.debug("%s in %s: the depthwise kernels are faster", problem, grad_output.dtype)
+    return faster
 
 
 # Of 3x3 filters in channels_last.

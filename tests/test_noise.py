@@ -9,10 +9,12 @@ from __future__ import annotations
 import copy
 import math
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -283,6 +285,123 @@ def test_measuring_leaves_no_trace():
             )])
 
 
+class Called(nn.Module):
+    """Layers that are called by the name of their argument, and what draws from all generators that there are."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.out = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 12, 3), nn.Linear(12, 5)
+
+    def forward(self, images):
+        features = self.first(input=images).relu()
+        if random.random() < 0.5:  # other layers each time, as with stochastic depth
+            features = self.second(input=features).relu()
+        return self.out(features.mean((2, 3)) * numpy.random.uniform(0.9, 1.1))
+
+
+@pytest.mark.parametrize("placement", ["output", "input"])
+def test_measuring_moves_no_generator_and_knows_arguments_by_name(placement):
+    model = convert(Called(), noise=0.1, where="everywhere", placement=placement)
+    controller = NoiseController(model, loss_of(model), start=1)
+    before = random.getstate(), numpy.random.get_state()[1].tolist()
+    measured = 0
+    for seed in range(6):
+        controller._seed, controller._next = seed, 0
+        controller.step(*batch())
+        measured += controller.noise is not None
+    assert measured == 6 and (random.getstate(), numpy.random.get_state()[1].tolist()) == before
+
+
+def test_a_batch_of_one_image_is_waited_out(caplog):
+    model = convert(network((4,)), noise=0.1, where="everywhere")
+    controller = NoiseController(model, loss_of(model), start=1)
+    for _ in range(3):
+        controller.step(torch.randn(1, 3, 8, 8), torch.zeros(1, dtype=torch.long))
+    assert controller.noise is None
+    assert [record.getMessage() for record in caplog.records] == [
+        "noise: a batch of one image cannot be measured, which takes two halves: waiting for a larger one"
+    ]
+    controller.step(*batch())
+    assert controller.noise is not None
+
+
+def test_other_parameters_are_measured_anew(caplog):
+    """Loading makes layers dense, until the next measurement otherwise; what a controller says of them would be wrong."""
+    model = convert(network(), noise=0.3, where="everywhere", backend="reference")
+    controller = NoiseController(model, loss_of(model), start=1, every=1000)
+    for _ in range(4):
+        controller(*batch()).backward()
+    controller._next = 1000
+    before, seconds = controller.ratios, controller.seconds
+    assert any(before.values())
+    controller(*batch())
+    assert controller.seconds == seconds
+    model.to("cpu", memory_format=torch.channels_last)
+    controller(*batch())
+    assert controller.ratios == before and controller.seconds == seconds
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    assert not any(layer.sigma_history.any() for layer in sparse_layers(model))
+    controller(*batch())
+    assert controller.seconds > seconds and any(controller.ratios.values())
+    assert [layer.sigma_history[-1:].view(torch.float32).item() for layer in sparse_layers(model)] == pytest.approx(
+        list(controller.ratios.values())
+    )
+
+
+def test_layers_that_have_no_noise_any_more():
+    for change in (lambda model: setattr(model[0], "percentile", 90), sparsebwd.revert):
+        model = convert(network(), noise=0.3, where="everywhere")
+        controller = NoiseController(model, loss_of(model))
+        change(model)
+        with pytest.raises(RuntimeError, match="noise: the layer '0' has no noise= any more; make a new NoiseController"):
+            controller.step(*batch())
+
+
+WRONG = [None, "1", b"1", True, [], {}, {"0": 1.0}, -1, 0.5, 2**70, math.nan, math.inf, -math.inf, torch.tensor(1.0), 10**400]
+
+
+def test_states_are_checked_before_anything_of_them_is_used():
+    """Each entry, and each within it, with each of WRONG: refused, or what could have been."""
+    model = convert(network(), noise=0.1, where="everywhere")
+    controller = NoiseController(model, loss_of(model), start=1, every=5)
+    for _ in range(3):
+        controller(*batch()).backward()
+    good = controller.state_dict()
+    accepted = []
+
+    def places(value, at=()):
+        yield at
+        if isinstance(value, dict):
+            for name in value:
+                yield from places(value[name], (*at, name))
+
+    for at in places(good):
+        for wrong in WRONG:
+            state = copy.deepcopy(good)
+            if at:
+                owner = state
+                for name in at[:-1]:
+                    owner = owner[name]
+                owner[at[-1]] = wrong
+            else:
+                state = wrong
+            try:
+                controller.load_state_dict(state)
+            except (TypeError, ValueError):
+                assert controller.state_dict() == good
+            else:
+                accepted.append((".".join(at), wrong))
+                controller._next = 0
+                for _ in range(2):
+                    controller.step(*batch())
+                    controller.observe(torch.tensor(1.0))
+                controller.load_state_dict(good)
+    names = {name for name, _ in accepted}
+    numbers = {"noise", "density", "speedup", *(f"guard.{name}" for name in ("total", "late", "first", "recent", "smooth", "lowest"))}
+    assert names <= {"resting", "off", "ratios.0", "ratios.3", "ratios.6", *numbers}
+    assert all(value in (True, {}, 0.5) for name, value in accepted if name not in numbers)
+
+
 # ---- sharing
 
 
@@ -396,12 +515,12 @@ def test_refusals():
         controller.step(*batch())
     controller = NoiseController(model, loss_of(model), start=1)
     controller.step()
-    with pytest.raises(ValueError, match="batch: got no tensor of two images or more"):
-        controller.step(torch.randn(1, 3, 8, 8), torch.zeros(1))
+    with pytest.raises(ValueError, match="batch: got no tensor of images; accepted: batches that can be cut in half"):
+        controller.step({"images": torch.randn(4, 3, 8, 8)})
     with pytest.raises(ValueError, match="state: accepted: what state_dict"):
         controller.load_state_dict({})
     other = convert(network((4,)), noise=0.1, where="everywhere")
-    with pytest.raises(ValueError, match="state: its layers are not those of this model"):
+    with pytest.raises(ValueError, match="ratios: got .*; accepted: values for 0, 3, 6"):
         controller.load_state_dict(NoiseController(other, loss_of(other)).state_dict())
     sparse_layers(model)[0].noise = 0.2
     with pytest.raises(ValueError, match="noise: got layers with 0.1, 0.2; accepted: one for the whole network"):

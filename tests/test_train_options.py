@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import subprocess
 import sys
@@ -104,10 +105,15 @@ def test_damaged_states_of_a_controller_are_refused(tmp_path, capsys):
     record = load_record(path)
     state = record["state"]["twins"]["sparse"]["noise"]
     for name, value, message in (
-        ("ratios", {"0": 1.0}, r"sparse.noise.ratios lacks 3"),
-        ("step", "1", "sparse.noise.step: got str"),
-        ("ratios", {"0": -1.0, "3": 0.0}, "sparse.noise.ratios.0: got -1.0"),
-        ("off", {"0": 3}, "sparse.noise.off.0: got int, accepted is str"),
+        ("ratios", {"0": 1.0}, "sparse.noise: ratios: got {'0': 1.0}; accepted: values for 0, 3"),
+        ("step", "1", "sparse.noise: step: got '1'; accepted: an int"),
+        ("step", None, "sparse.noise: step: got None; accepted: an int"),
+        ("rests", 2**60, "sparse.noise: rests: got 1152921504606846976; accepted: at most"),
+        ("ratios", {"0": -1.0, "3": 0.0}, "sparse.noise: ratios.0: got -1.0"),
+        ("ratios", {"0": math.nan, "3": 0.0}, "sparse.noise: ratios.0: got nan"),
+        ("off", {"0": 3}, "sparse.noise: off.0: got 3; accepted: settings, as text"),
+        ("off", {"0": "percentile=nan"}, "sparse.noise: percentile: got nan"),
+        ("guard", {}, "sparse.noise: guard: got {}; accepted: values for"),
     ):
         record["state"]["twins"]["sparse"]["noise"] = state | {name: value}
         save_record(path, record)

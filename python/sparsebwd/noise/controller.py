@@ -17,7 +17,8 @@ from ..nn import SparseConv2d
 from ..settings import Pruning
 from . import allocate
 from .guard import LossGuard
-from .measure import Measured, Measurement, this_process
+from .measure import Measured, Measurement, images_of, this_process
+from .state import check as check_state
 
 log = logging.getLogger("sparsebwd")
 
@@ -122,7 +123,8 @@ class NoiseController:
         # Layers with a threshold of their own that are dense now, and what they had.
         self._off: dict[str, Pruning] = {}
         self._rests, self._resting = 0, False
-        self._loaded = False
+        self._loaded = self._warned = False
+        self._seen = self._states()
 
     def __call__(self, *batch: Any) -> Tensor:
         """The loss of the batch, as ``loss`` returns it: :meth:`step`, ``loss`` and :meth:`observe`."""
@@ -136,11 +138,42 @@ class NoiseController:
         if self._loaded:  # after the model, whose load_state_dict() makes its layers dense
             self._write()
             self._loaded = False
-        if self._step >= self._next:
+        elif self._forgotten():
+            log.info("noise: the parameters were replaced, which makes layers dense: measuring again")
+            self._ratios = dict.fromkeys(self._ratios, 0.0)
+            self._next = self._step
+        if self._step >= self._next and self._may_measure(batch):
             start = time.perf_counter()
             self._measure(batch)
             self.seconds += time.perf_counter() - start
         self._step += 1
+
+    def _states(self) -> list[tuple[int, int]]:
+        """What changes where somebody else has written to the layers' ``sigma_history``; known without waiting for a device."""
+        found = []
+        for name in self._ratios:
+            history = self._layers[name]._buffers.get("sigma_history")
+            if history is None or not isinstance(self._layers[name], SparseConv2d):
+                raise RuntimeError(f"noise: the layer {name!r} has no noise= any more; make a new NoiseController")
+            found.append((id(history), history._version))
+        return found
+
+    def _forgotten(self) -> bool:
+        """Whether layers have lost their ratios, as load_state_dict() of the model makes them."""
+        states, before = self._states(), self._seen
+        self._seen = states
+        if states == before:
+            return False
+        return any(ratio and not self._layers[name].sigma_history[-1] for name, ratio in self._ratios.items())
+
+    def _may_measure(self, batch: tuple) -> bool:
+        """Whether there are two images, as may not be in the last batch of an epoch: else the next batch is as good."""
+        if images_of(batch) > 1:
+            return True
+        if not self._warned:
+            log.warning("noise: a batch of one image cannot be measured, which takes two halves: waiting for a larger one")
+        self._warned = True
+        return False
 
     def observe(self, loss: Tensor) -> None:
         """Call it after each step with its loss; for the guard."""
@@ -233,7 +266,7 @@ class NoiseController:
 
     def _rest(self, reason: str) -> None:
         """Make the network dense for a while, longer each time."""
-        steps = min(self._every, self._start * 2 ** (self._rests + 1))
+        steps = min(self._every, self._start * 2 ** min(self._rests + 1, 64))
         log.warning("noise: %s: the network is dense for %d steps", reason, steps)
         self._rests, self._resting = self._rests + 1, True
         self._next = self._step + steps
@@ -260,6 +293,7 @@ class NoiseController:
     def _write_ratios(self) -> None:
         for name, ratio in self._ratios.items():
             self._layers[name].sigma_history[-1:].view(torch.float32).fill_(ratio)
+        self._seen = self._states()
 
     def _write(self) -> None:
         self._write_ratios()
@@ -284,17 +318,16 @@ class NoiseController:
             "guard": None if self._guard is None else self._guard.state_dict(),
         }
 
+    def check_state(self, state: Any) -> None:
+        """Raise TypeError or ValueError, naming what is wrong, unless :meth:`load_state_dict` takes ``state``."""
+        check_state(state, self.state_dict(), self._layers)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what :meth:`state_dict` of a controller of such a model has returned, before or after the model's own.
 
-        Raises ValueError where it is of other layers.
+        Raises TypeError or ValueError where it is of other layers, or damaged; this one is then unchanged.
         """
-        if not isinstance(state, dict) or state.keys() != self.state_dict().keys():
-            raise ValueError("state: accepted: what state_dict() of a NoiseController has returned")
-        if state["ratios"].keys() != self._ratios.keys() or not state["off"].keys() <= self._layers.keys():
-            raise ValueError("state: its layers are not those of this model")
-        if (state["guard"] is None) != (self._guard is None):
-            raise ValueError("state: got one with another guard=")
+        self.check_state(state)
         for name, pruning in self._off.items():
             self._layers[name].pruning = pruning
         self._step, self._next = state["step"], state["next"]

@@ -17,11 +17,13 @@ thresholds follows from one backward pass. docs/numerics.md has the proof.
 from __future__ import annotations
 
 import math
+import random
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
+import numpy
 import torch
 from torch import Tensor, distributed, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -32,6 +34,7 @@ from .. import granularity, histogram
 from ..backends import choose_backend, why_not_faster
 from ..nn import SparseConv2d
 from ..problem import ConvProblem
+from ..randomness import generators_kept
 
 RATIOS = torch.cat([torch.zeros(1), torch.logspace(math.log10(0.2), math.log10(16), 128)]).double()
 """tau / sigma at which curves are known; 0: not pruned."""
@@ -116,9 +119,9 @@ class Measurement:
         with ExitStack() as stack:
             stack.enter_context(_undisturbed(self._model, self._layers))
             for layer in self._layers:
-                handle = layer.register_forward_pre_hook(self._before)
+                handle = layer.register_forward_pre_hook(self._before, with_kwargs=True)
                 stack.callback(handle.remove)
-                handle = layer.register_forward_hook(self._after)
+                handle = layer.register_forward_hook(self._after, with_kwargs=True)
                 stack.callback(handle.remove)
             first, second = self._parts
             self._forward_moved(first)
@@ -168,18 +171,23 @@ class Measurement:
                 for weight in self._weights:
                     signs = torch.empty_like(weight).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
                     weight.add_(signs * self._move.to(weight))
-                torch.manual_seed(self._seed)
-                self._loss(*part)
+                self._drawn(part)
         finally:
             with torch.no_grad():
                 for weight, values in zip(self._weights, before):
                     weight.copy_(values)
 
+    def _drawn(self, part: Sequence) -> Tensor:
+        """The loss, for which each time the same is drawn."""
+        torch.manual_seed(self._seed)
+        random.seed(self._seed)
+        numpy.random.seed(self._seed)
+        return self._loss(*part)
+
     def _forward(self, part: Sequence, phase: str) -> Tensor:
         self._phase, self._place = phase, 0
-        torch.manual_seed(self._seed)
         with torch.enable_grad():
-            loss = self._loss(*part)
+            loss = self._drawn(part)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise TypeError(f"loss: returned {_kind(loss)}; accepted: a tensor of one element that depends on the weights")
         return loss.squeeze()
@@ -188,30 +196,32 @@ class Measurement:
         self._phase = "dense"
         return torch.autograd.grad(loss, self._weights, retain_graph=True, allow_unused=True)
 
-    def _before(self, layer: SparseConv2d, args: tuple) -> tuple | None:
-        if not args or not isinstance(args[0], Tensor) or layer.pruning.placement != "input":
+    def _before(self, layer: SparseConv2d, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        input = _input_of(args, kwargs)
+        if input is None or layer.pruning.placement != "input":
             return None
         if self._phase == "moved":
-            self._calls.append(_call_of(layer, args[0]))
-            self._calls[-1].moved = _looked_at(args[0], self._calls[-1])
-        elif self._phase == "first" and args[0].requires_grad:
+            self._calls.append(_call_of(layer, input))
+            self._calls[-1].moved = _looked_at(input, self._calls[-1])
+        elif self._phase == "first" and input.requires_grad:
             # A gradient of this layer's alone, whatever else takes the same input.
-            place = args[0].view_as(args[0])
+            place = input.view_as(input)
             self._watch(self._calls[self._place], place)
-            return (place, *args[1:])
+            return ((place, *args[1:]), kwargs) if args else (args, {**kwargs, "input": place})
         return None
 
-    def _after(self, layer: SparseConv2d, args: tuple, output: Tensor) -> None:
-        if not isinstance(output, Tensor):
+    def _after(self, layer: SparseConv2d, args: tuple, kwargs: dict, output: Tensor) -> None:
+        input = _input_of(args, kwargs)
+        if input is None or not isinstance(output, Tensor):
             return
         prunes_output = layer.pruning.placement == "output"
         if self._phase == "moved" and prunes_output:
-            self._calls.append(_call_of(layer, args[0]))
+            self._calls.append(_call_of(layer, input))
             self._calls[-1].moved = _looked_at(output, self._calls[-1])
         elif self._phase == "first":
             call = self._calls[self._place]
             self._place += 1
-            call.needs_grad_input = args[0].requires_grad
+            call.needs_grad_input = input.requires_grad
             if prunes_output:
                 self._watch(call, output)
             if output.requires_grad:
@@ -241,6 +251,12 @@ class Measurement:
         values, tau, sigma, _ = torch.ops.sparsebwd.prune(whole, key, layer.pruning.text, state)
         call.ratio = torch.where(sigma > 0, tau / sigma, 0.0)
         return None if layer in self._off else values.view_as(grad)
+
+
+def _input_of(args: tuple, kwargs: dict) -> Tensor | None:
+    """What a layer is called with: layer(x), or layer(input=x)."""
+    input = args[0] if args else kwargs.get("input")
+    return input if isinstance(input, Tensor) else None
 
 
 def _call_of(layer: SparseConv2d, input: Tensor) -> Call:
@@ -323,10 +339,15 @@ def weights_of(model: nn.Module) -> list[nn.Parameter]:
     return [weight for weight in weights if weight.requires_grad]
 
 
+def images_of(batch: Sequence) -> int:
+    """How many images the arguments of a loss hold. Raises ValueError if none of them is a tensor."""
+    sizes = [len(item) for item in batch if isinstance(item, Tensor) and item.dim() > 0]
+    if not sizes:
+        raise ValueError("batch: got no tensor of images; accepted: batches that can be cut in half")
+    return min(sizes)
+
+
 def _halves(batch: Sequence) -> tuple[list, list]:
-    tensors = [item for item in batch if isinstance(item, Tensor) and item.dim() > 0]
-    if not tensors or min(len(item) for item in tensors) < 2:
-        raise ValueError("batch: got no tensor of two images or more; accepted: batches that can be cut in half")
     parts: tuple[list, list] = ([], [])
     for item in batch:
         halves = (item, item)
@@ -346,7 +367,7 @@ def _undisturbed(model: nn.Module, layers: Sequence[SparseConv2d]) -> Iterator[N
     training = [layer.training for layer in layers]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.enter_context(generators_kept(device))
         if "torch._dynamo" in sys.modules:  # else nothing is compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in model.modules():

@@ -4,14 +4,11 @@
 from __future__ import annotations
 
 import copy
-import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +19,7 @@ from ..arguments import as_int, shown
 from ..backends import break_even, why_not_faster
 from ..conversion import conversion_report, convert
 from ..nn import SparseConv2d, a_parameter
+from ..randomness import generators_kept
 from ..settings import DEFAULT, Pruning
 from .result import Alternative, LayerProfile, Profile
 
@@ -98,7 +96,7 @@ def profile(
     from ..bench.timing import Call, interleave
 
     device = a_parameter_of(model).device
-    with _generators_kept(device), torch.enable_grad():
+    with generators_kept(device), torch.enable_grad():
         try:
             converted, copied_optimizer, loss = copy.deepcopy((model, optimizer, loss or cross_entropy))
         except (RuntimeError, TypeError) as error:
@@ -235,18 +233,6 @@ def _loss_of(loss: Loss, model: nn.Module, batch: Batch) -> Tensor:
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
         raise TypeError(f"loss: it returned {shown(value)}; accepted: a scalar tensor that depends on the model's parameters")
     return value
-
-
-@contextmanager
-def _generators_kept(device: torch.device) -> Iterator[None]:
-    """The random generators are afterwards as before: those of Python, of NumPy, and PyTorch's."""
-    python, arrays = random.getstate(), numpy.random.get_state()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(python)
-        numpy.random.set_state(arrays)
 
 
 def _copied(value: Any) -> Any:

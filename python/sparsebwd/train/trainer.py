@@ -144,8 +144,9 @@ class Trainer:
                 f"{self._checkpoint}: got a link to nothing, or what is no file; restore the checkpoint, or start again with --overwrite"
             )
         parameters = {twin.name: dict(twin.model.named_parameters()) for twin in self.twins}
+        controllers = {twin.name: twin.controller.check_state for twin in self.twins if twin.controller is not None}
         state = checkpoint.load(
-            self._checkpoint, self.config, self.data.fingerprint, self._state(), parameters, len(self._batches)
+            self._checkpoint, self.config, self.data.fingerprint, self._state(), parameters, len(self._batches), controllers
         )
         for key, value in self._environment.items():
             if state["environment"].get(key) != value:

@@ -110,6 +110,10 @@ def test_multiply_adds_are_those_of_the_published_network():
 def test_wrong_arguments_are_refused(tmp_path, capsys):
     for arguments, text in (
         (["--percentiles", "101"], "accepted: numbers in [50, 100), none, dense"),
+        (["--stale", "0"], "argument --stale: got '0'; accepted: seconds from 1"),
+        (["--stale", "nan"], "argument --stale: got 'nan'; accepted: seconds from 1"),
+        (["--timing-steps", "-1"], "argument --timing-steps: got '-1'; accepted: integers from 0"),
+        (["--epochs", "9" * 30], "argument --epochs: got '999999999999999999999999999999'; accepted: integers from 1"),
         (["--also", "noise"], "KEY=VALUE"),
         (["--also", "batch_size=many"], "a number"),
         (["--also", "augment=1"], "true or false"),

@@ -188,3 +188,32 @@ def test_the_paper_as_printed():
         paper.TABLES["table3"].figures("resnet50", "90") is None
         and paper.TABLES["table1"].figures("resnet18", "80") is None
     )
+
+
+@pytest.mark.parametrize(
+    "file, change",
+    [
+        (log.JSON_FILE, lambda record: record.pop("config")),
+        (log.JSON_FILE, lambda record: record.pop("data")),
+        (log.JSON_FILE, lambda record: record.update(config=[])),
+        (log.JSON_FILE, lambda record: record["config"].update(percentile="x")),
+        (log.JSON_FILE, lambda record: record.update(epochs=3)),
+        (log.JSON_FILE, lambda record: record.update(epochs=[{}])),
+        (log.JSON_FILE, lambda record: record["epochs"][-1]["variants"].update(sparse=[])),
+        (log.JSON_FILE, lambda record: record["epochs"][0].update(global_step="1")),
+        (log.JSON_FILE, lambda record: record["data"].pop("classes")),
+        (timing.FILE, lambda record: record.pop("speedup")),
+        (timing.FILE, lambda record: record.update(speedup={})),
+        (timing.FILE, lambda record: record["variants"].pop("dense")),
+    ],
+)
+def test_files_that_are_no_logs_are_named(output, capsys, file, change):
+    path = output / "p90-0" / file
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["table2", "--collect", "--output", str(output)])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2
+    assert f"error: {path.parent}" in said and "its contents are not what this version writes" in said

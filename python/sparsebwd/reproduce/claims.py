@@ -72,7 +72,7 @@ def holder(folder: Path, stale: float = STALE) -> str | None:
     """Who holds the directory, in words; None where nobody does."""
     path = folder / FILE
     try:
-        text = path.read_text()
+        text = path.read_text("utf-8", "replace")
         if _is_stale(path, text, stale):
             return None
     except FileNotFoundError:
@@ -105,7 +105,7 @@ def kept(claim: Claim, lost: Callable[[], None], stale: float = STALE) -> Iterat
 def _removed_stale(path: Path, stale: float) -> bool:
     """Remove the claim if it is stale, or gone."""
     try:
-        text = path.read_text()
+        text = path.read_text("utf-8", "replace")
         if not _is_stale(path, text, stale):
             return False
         aside = path.with_name(f"{FILE}.{secrets.token_hex(8)}")
@@ -140,7 +140,7 @@ def _is_stale(path: Path, text: str, stale: float) -> bool:
 def _lives(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # the latter of what is no number of a process
         return False
     except PermissionError:
         pass

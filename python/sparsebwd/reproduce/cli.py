@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table as RichTable
 
 from .. import data, models
+from ..arguments import shown
 from ..commands import check_environment, describe, one_line_errors
 from ..settings import check_percentile
 from ..train.recipes import RECIPES
@@ -230,16 +234,28 @@ def _parser(prog: str = "python -m sparsebwd.reproduce") -> argparse.ArgumentPar
     text = "then train dense for as long as each sparse run takes by its measured steps, schedule compressed to match"
     group.add_argument("--equal-time", action="store_true", help=text)
     text = f"steps, dense and sparse in turns, that are timed after a run (default: {timing.STEPS}; 0: none)"
-    group.add_argument("--timing-steps", type=int, default=timing.STEPS, metavar="N", help=text)
+    group.add_argument("--timing-steps", type=partial(_integer, least=0), default=timing.STEPS, metavar="N", help=text)
     text = "a checkpoint every N steps, besides those after each epoch (default: 200)"
     group.add_argument("--checkpoint-steps", type=_positive, default=200, metavar="N", help=text)
     group.add_argument("--no-wait", action="store_true", help="leave when all that is missing is in other hands")
     text = f"seconds without a sign of life after which a run is taken over (default: {claims.STALE:.0f})"
-    group.add_argument("--stale", type=float, default=claims.STALE, metavar="S", help=text)
+    group.add_argument("--stale", type=_seconds, default=claims.STALE, metavar="S", help=text)
     return parser
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}; accepted: integers from 1")
+def _integer(text: str, least: int) -> int:
+    if not text.isdecimal() or len(text) > _DIGITS or int(text) < least:
+        raise argparse.ArgumentTypeError(f"got {shown(text)}; accepted: integers from {least}")
     return int(text)
+
+
+_positive = partial(_integer, least=1)
+_DIGITS = 18  # of numbers that have 64 bits
+
+
+def _seconds(text: str) -> float:
+    """A claim whose time is none, or no number, would be taken from a process that lives."""
+    with suppress(ValueError):
+        if 1 <= float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"got {shown(text)}; accepted: seconds from 1")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .. import models
-from .runs import Run
+from .runs import Run, reading
 
 _OVERHEAD = 1.15  # optimiser, test, batches
 
@@ -23,11 +23,11 @@ class Estimates:
     def __init__(self, runs: Sequence[Run]) -> None:
         self._known: dict[tuple, dict[bool, list[float]]] = {}
         for run in runs:
-            for entry in (run.log() or {}).get("epochs", ()):
-                for row in entry["variants"].values():
-                    if row["step_ms"]:
-                        times = self._known.setdefault(_key(run), {}).setdefault(run.config.dense, [])
-                        times.append(_OVERHEAD * row["step_ms"] / 1e3)
+            with reading(run.folder):
+                rows = [row for entry in (run.log() or {}).get("epochs", ()) for row in entry["variants"].values()]
+                for spent in (row["step_ms"] for row in rows if row["step_ms"]):
+                    times = self._known.setdefault(_key(run), {}).setdefault(run.config.dense, [])
+                    times.append(_OVERHEAD * spent / 1e3)
 
     def measured(self, run: Run) -> bool:
         """Whether a run like this one has been there."""

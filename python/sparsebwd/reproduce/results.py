@@ -15,7 +15,7 @@ from ..train import log
 from ..train.config import TrainConfig
 from . import estimate, timing
 from .paper import DENSE, Table
-from .runs import FAILED_FILE, LENGTH, OF_SPARSE, read_json
+from .runs import FAILED_FILE, LENGTH, OF_SPARSE, read_json, read_log, reading
 
 COLLAPSED = 20.0
 """Percentage points below dense from which on a run is called collapsed."""
@@ -122,9 +122,12 @@ COLUMNS = tuple(field.name for field in fields(Row))
 
 
 def read(output: Path) -> list[Result]:
-    """All runs in a folder that are at their end."""
-    found = [_read(path.parent) for path in sorted(output.glob(f"*/{log.JSON_FILE}"))]
-    return [result for results in found for result in results]
+    """All runs in a folder that are at their end. Raises WrongContents for a file that is no log of one."""
+    found = []
+    for path in sorted(output.glob(f"*/{log.JSON_FILE}")):
+        with reading(path.parent):
+            found += _read(path.parent)
+    return found
 
 
 def rows(results: Sequence[Result], table: Table, data: str) -> list[Row]:
@@ -187,7 +190,7 @@ def kind_of(config: dict[str, Any], variant: str) -> str:
 
 def _read(folder: Path) -> list[Result]:
     """Of a run with its twin there are two."""
-    record, failed = read_json(folder / log.JSON_FILE), (folder / FAILED_FILE).exists()
+    record, failed = read_log(folder), (folder / FAILED_FILE).exists()
     if record is None or (record.get("summary") is None and not failed):
         return []
     config = {**asdict(TrainConfig()), **record["config"]}
@@ -197,7 +200,7 @@ def _read(folder: Path) -> list[Result]:
     for variant in names:
         history = [(entry["global_step"], entry["variants"][variant]) for entry in entries]
         last = history[-1][1] if history and not failed else {}
-        times = read_json(folder / timing.FILE)
+        times = _read_times(folder)
         if times is None and len(names) > 1 and record["summary"] is not None:
             times = {"speedup": record["summary"]["speedup"], "variants": record["summary"]["variants"], "quiet": None}
         results.append(
@@ -219,6 +222,16 @@ def _read(folder: Path) -> list[Result]:
             )
         )
     return results
+
+
+def _read_times(folder: Path) -> dict[str, Any] | None:
+    """What was measured, with all that rows are made of. Raises KeyError or TypeError where it lacks some of it."""
+    times = read_json(folder / timing.FILE)
+    for path in (("quiet",), ("speedup", "step"), ("speedup", "backward"), ("variants", "dense", "step_ms")):
+        found = times
+        for name in path if times is not None else ():
+            found = found[name]
+    return times
 
 
 def _over_run(history, value) -> float | None:

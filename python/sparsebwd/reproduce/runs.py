@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import json
 import typing
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ..arguments import shown
+from ..commands import describe
 from ..settings import KNOBS, Pruning
 from ..train import checkpoint, log
 from ..train.config import TrainConfig
@@ -60,7 +62,7 @@ class Run:
         return [*result, "--output", str(self.folder)]
 
     def log(self) -> dict[str, Any] | None:
-        return read_json(self.folder / log.JSON_FILE)
+        return read_log(self.folder)
 
     @property
     def other(self) -> str | None:
@@ -172,7 +174,8 @@ def at_equal_time(planned: Sequence[Run]) -> list[Run]:
     result = []
     for group in groups.values():
         times = [read_json(run.folder / timing.FILE) for run in group]
-        speedups = [entry["speedup"]["step"] for entry in times if entry and entry["speedup"]["step"]]
+        with reading(group[0].folder.with_name(f"*/{timing.FILE}")):
+            speedups = [entry["speedup"]["step"] for entry in times if entry and entry["speedup"]["step"]]
         if speedups and median(speedups) > 1:  # otherwise the dense run takes no longer as it is
             result += [_at_equal_time(run, median(speedups)) for run in group]
     return result
@@ -182,7 +185,7 @@ def _at_equal_time(run: Run, speedup: float) -> Run:
     name = f"dense-as-{run.name}"
     folder = run.folder.with_name(name)
     ours = {name: getattr(TrainConfig, name) for name in OF_SPARSE}
-    if begun := read_json(folder / log.JSON_FILE):
+    if begun := read_log(folder):
         length = {name: begun["config"][name] for name in LENGTH}
     elif run.config.schedule == "step":
         length = {name: max(1, round(getattr(run.config, name) / speedup)) for name in ("epochs", "decay_epochs")}
@@ -248,6 +251,34 @@ def _value(text: str, kind: Any, value: str) -> Any:
             except ValueError:
                 raise ValueError(f"also: got {text!r}; accepted: a number") from None
     return value
+
+
+class WrongContents(ValueError):
+    """A file in the folder of a run that is not what this version writes. The message names it."""
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Around the use of what a file, or files, in the folders of runs held. Raises WrongContents where they are of another form."""
+    try:
+        yield
+    except WrongContents:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        found = f"{type(error).__name__}: {describe(error)}"
+        raise WrongContents(f"{path}: its contents are not what this version writes ({found}); move it away") from error
+
+
+def read_log(folder: Path) -> dict[str, Any] | None:
+    """The log of the run in a folder; None where there is none. Raises WrongContents if it is something else."""
+    path = folder / log.JSON_FILE
+    record = read_json(path)
+    with reading(path):
+        if record is not None:
+            for name, kind in (("config", dict), ("data", dict), ("epochs", list)):
+                if not isinstance(record[name], kind):
+                    raise TypeError(f"{name} is {shown(record[name])}")
+    return record
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

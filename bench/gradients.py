@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from sparsebwd.data.files import atomic_write
+from sparsebwd.data.records import load_record, save_record
 from sparsebwd.problem import ConvProblem
 
 _FORMAT = "sparsebwd-gradients-1"
@@ -64,18 +63,17 @@ def save(path: Path, captured: GradientFile) -> None:
         "format": _FORMAT,
         "gradients": [vars(found) | {"problem": str(found.problem)} for found in captured.gradients],
     }
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        torch.save(record, file)
+    save_record(path, record)
 
 
 def load(path: Path) -> GradientFile:
-    """What `save` was given. No code in the file is run.
+    """What `save` was given, verified bit by bit. No code in the file is run.
 
     Raises:
         ValueError: there is no such file, or it is truncated, corrupt or another kind of file.
     """
     try:
-        record: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        record: dict[str, Any] = load_record(path)
         if record.pop("format") != _FORMAT:
             raise ValueError(f"its format is not {_FORMAT}")
         gradients = tuple(

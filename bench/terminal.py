@@ -17,7 +17,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from sparsebwd import keep_memory
-from sparsebwd.data.files import write_json, write_text
+from sparsebwd.data.files import check_replaceable, write_json, write_text
 
 from .environment import OtherProcesses, environment
 
@@ -35,6 +35,10 @@ def check_writable(**files: Path | None) -> None:
     """Refuse now rather than after the measurement."""
     for name, path in files.items():
         if path is not None:
+            try:
+                check_replaceable(path)
+            except OSError as error:
+                raise typer.BadParameter(f"{name}: got {str(path)!r}; {error.strerror}", param_hint=f"--{name}") from None
             folder = next(folder for folder in path.absolute().parents if folder.exists())
             if not (folder.is_dir() and os.access(folder, os.W_OK)):
                 raise typer.BadParameter(

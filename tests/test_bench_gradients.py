@@ -8,6 +8,7 @@ import torch
 
 from sparsebwd.bench import gradients
 from sparsebwd.bench.gradients import Captured, GradientFile
+from sparsebwd.data.records import load_record, save_record
 from sparsebwd.problem import ConvProblem
 
 PROBLEM = ConvProblem.parse("n2c4h6w5k8r3s3u2x1p1d1g1")
@@ -65,9 +66,34 @@ def _truncate(path):
 
 def _edit(**changes):
     def edit(path):
-        torch.save(torch.load(path, weights_only=True) | changes, path)
+        save_record(path, load_record(path) | changes)
 
     return edit
+
+
+def _flip_a_bit(path):
+    """Of a number: the file is as well-formed as before."""
+    content = bytearray(path.read_bytes())
+    number = captured(grad_output=torch.full(PROBLEM.output_size, 3.0)).grad_output.numpy().tobytes()
+    content[content.index(number)] ^= 1
+    path.write_bytes(content)
+
+
+def test_every_bit_counts(tmp_path):
+    path = tmp_path / "gradients.pt"
+    gradients.save(path, a_file(captured(grad_output=torch.full(PROBLEM.output_size, 3.0))))
+    gradients.load(path)
+    _flip_a_bit(path)
+    with pytest.raises(ValueError, match="truncated or corrupt"):
+        gradients.load(path)
+
+
+def test_a_file_of_an_earlier_version_is_named_so(tmp_path):
+    path = tmp_path / "gradients.pt"
+    gradients.save(path, a_file(captured()))
+    torch.save(load_record(path), path)
+    with pytest.raises(ValueError, match="written by an earlier version"):
+        gradients.load(path)
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,8 @@ def test_help_lists_all_commands_whole():
         (["bench", "step", "--percentile", "3"], "percentile: got 3.0"),
         (["info", "--jason"], "No such option: --jason"),
         (["calibrate", "--threads", "0"], "threads: got 0"),
+        (["calibrate", "--output", "/dev/null"], "output: got '/dev/null'; it is no regular file, and is not replaced"),
+        (["profile", "resnet18", "--json", "/dev/null"], "json: got '/dev/null'; it is no regular file, and is not replaced"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -124,7 +126,7 @@ def test_the_command_is_installed_and_its_help_loads_no_torch():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize("arguments", [["--help"], ["info"], ["bench", "--help"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["--help"], ["info"], ["bench", "--help"], ["train", "--help"], ["reproduce", "-h"]], ids=" ".join)
 def test_output_that_cannot_be_written(arguments):
     with open("/dev/full", "w") as full:
         done = subprocess.run([SCRIPT, *arguments], stdout=full, stderr=subprocess.PIPE, text=True)

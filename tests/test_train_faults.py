@@ -400,6 +400,17 @@ def test_writes_name_their_file(tmp_path, monkeypatch, write):
     assert path.read_text() == "before" and os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/null", path)], ids=["pipe", "link to a device"])
+def test_what_is_no_file_is_not_replaced(tmp_path, make):
+    path = tmp_path / "out"
+    make(path)
+    for write in (partial(records.save_record, record={"a": 1}), partial(data.write_text, text="x")):
+        with pytest.raises(OSError) as caught:
+            write(path)
+        assert commands.describe(caught.value) == f"{path}: it is no regular file, and is not replaced"
+        assert os.listdir(tmp_path) == ["out"] and not path.is_file()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
 def test_output_that_cannot_be_printed(tmp_path, driver):

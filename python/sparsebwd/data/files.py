@@ -9,6 +9,7 @@ import math
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,17 @@ from typing import Any
 
 # What locking a file fails with on a file system that has no locks.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def check_replaceable(path: Path) -> None:
+    """Raises OSError, with its name, if `path` is a device, a pipe or a socket, or a link to one, as /dev/stdout is: it would be
+    replaced by a file."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EEXIST, "it is no regular file, and is not replaced", str(path))
 
 
 @contextmanager
@@ -26,9 +38,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
     file is removed and `path` is as it was.
 
     Raises:
-        OSError: the file cannot be written; its `filename` is `path`, also where the system call that failed (a write,
+        OSError: the file cannot be written, or `check_replaceable` refuses it; its `filename` is `path`, also where the system call that failed (a write,
             on a full disk) knew of no name.
     """
+    check_replaceable(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

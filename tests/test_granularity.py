@@ -66,6 +66,17 @@ def test_groups_are_kept_and_divided_by_the_probability(kind, memory_format, gen
     assert outcomes == {True, False}
 
 
+def test_a_row_has_no_more_channels_than_there_are(generator):
+    """Whatever its width, which is not what is reserved."""
+    grad, key = heavy_tailed((3, 6, 4, 3), generator), torch.tensor([1, 2])
+    whole, wide = (
+        torch.ops.sparsebwd.prune(grad, key, Pruning(density=0.4, granularity=("row", width)).text) for width in (6, 2**62)
+    )
+    assert whole[3] < 1
+    for one, other in zip(whole, wide):
+        assert_bit_equal(one, other)
+
+
 def test_one_element_is_algorithm_1(generator):
     """("row", 1) to the bit; a group that happens to have one element but for rounding."""
     assert Pruning(granularity=("row", 1)) == Pruning()

@@ -178,18 +178,30 @@ def reload(*names):
     for name in names:
         importlib.reload(sys.modules[name])
 
+class Own(torch.nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x)
+
 old = sparsebwd.SparseConv2d(4, 4, 3)
 expected = step(old)
-for again in (
-    lambda: reload("sparsebwd"),
-    lambda: reload(*names()),
-    lambda: reload(*reversed(names())),
-    lambda: delete("sparsebwd"),
-    lambda: delete(*names()),
-    lambda: delete(*names()),
+sparsebwd.register_conv(Own)
+numbers = [old.layer_id]
+for again, reloads in (
+    (lambda: reload("sparsebwd"), True),
+    (lambda: reload(*names()), True),
+    (lambda: reload(*reversed(names())), True),
+    (lambda: delete("sparsebwd"), False),
+    (lambda: delete(*names()), False),
+    (lambda: delete(*names()), False),
 ):
     again()
     import sparsebwd
+    if reloads:
+        own = sparsebwd.convert(torch.nn.Sequential(Own(4, 4, 3)), where="everywhere")[0]
+        assert type(own).__name__ == "SparseOwn" and own.layer_id not in numbers
+        assert sys.modules["sparsebwd.ranges"].name_of(old.layer_id) == f"layer {old.layer_id}"
+        assert old.layer_id in sys.modules["sparsebwd.ranges"]._layers
+        numbers.append(own.layer_id)
     new = sparsebwd.convert(old.to_conv2d(), placement="output", where="everywhere")
     assert torch.equal(step(new), expected) and torch.equal(step(old), expected)
     assert sparsebwd.prune_gradient(torch.randn(2, 3)).density <= 1

@@ -57,7 +57,11 @@ def one_line_errors() -> Iterator[None]:
         with suppress(AttributeError, ValueError):  # a replaced stream
             stream.reconfigure(errors="backslashreplace")
     try:
-        yield
+        try:
+            yield
+        except SystemExit:  # after --help, or what was wrong
+            _flush()
+            raise
         _flush()
     except KeyboardInterrupt as error:
         _end(str(error) or "interrupted", getattr(error, "status", 130))

@@ -47,7 +47,8 @@ def _norm(grad: Tensor, dim: int | tuple[int, ...], keepdim: bool) -> Tensor:
 
 
 def as_rows(grad: Tensor, width: int) -> Tensor:
-    """(N, C, H, W) as (N, rows, width, H, W), with zeros for channels that there are not."""
+    """(N, C, H, W) as (N, rows, width, H, W), with zeros for channels that there are not. A row has no more than all."""
+    width = min(width, max(grad.shape[1], 1))
     missing = -grad.shape[1] % width
     padded = F.pad(grad, (0, 0, 0, 0, 0, missing)) if missing else grad
     return padded.unflatten(1, (padded.shape[1] // width, width))
@@ -75,7 +76,7 @@ def prune(grad: Tensor, key: Tensor, pruning: Pruning) -> PrunedGradient:
     is that of the elements. The random number of a group is that of an element at its place among the norms."""
     factors, tau, sigma = _factors(grad, key, pruning)
     if isinstance(pruning.granularity, tuple):
-        width = pruning.granularity[1]
+        width = min(pruning.granularity[1], max(grad.shape[1], 1))
         factors = factors.repeat_interleave(width, 1)[:, : grad.shape[1]]
     values = _scaled(grad, factors).contiguous(memory_format=reference.memory_format(grad))
     return PrunedGradient(values, tau, sigma, reference.density(values))

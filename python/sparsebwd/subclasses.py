@@ -18,7 +18,7 @@ from .nn import SparseConv2d
 
 _C = TypeVar("_C", bound=type[nn.Conv2d])
 
-_registered: set[type[nn.Conv2d]] = set()
+_registered: set[type[nn.Conv2d]] = globals().get("_registered", set())  # kept where this module is reloaded
 
 
 def register_conv(cls: _C) -> _C:

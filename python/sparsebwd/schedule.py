@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from .arguments import as_int, check_choice, shown
 from .nn import SparseConv2d
+from .settings import check_percentile
 
 __all__ = ["PercentileSchedule"]
 
@@ -134,10 +135,10 @@ class PercentileSchedule:
         values = {name: as_int(state_dict[name], name, least=0) for name in ("warmup", "start", "steps")}
         shape, changes = check_choice("shape", state_dict["shape"], _SHAPES), state_dict["changes"]
         values |= {"shape": shape, "changes": None if changes is None else as_int(changes, "changes", least=1)}
-        checked = {name: layer.pruning.replace(percentile=targets[name]) for name, layer in self._layers.items()}
+        checked = {name: cast(float, check_percentile(targets[name], or_none=False)) for name in self._layers}
         for name, value in values.items():
             setattr(self, name, value)
-        self.targets = {name: settings.percentile for name, settings in checked.items() if settings.percentile is not None}
+        self.targets = checked
         self._progress = None
         self._apply()
 

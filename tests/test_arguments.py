@@ -235,10 +235,13 @@ def test_every_argument_is_checked(call):
 def test_attributes_of_layers_are_checked(name, values):
     layer = sparsebwd.SparseConv2d(**CONV)
     before = layer.pruning
-    for value in values.values():
+    # nn.Module keeps modules and parameters that are assigned, whatever the name.
+    for value in (*values.values(), nn.Linear(1, 1), nn.Parameter(torch.ones(1))):
         with pytest.raises((TypeError, ValueError), match=f"{name}: got .*accepted: "):
             setattr(layer, name, value)
-    assert layer.pruning is before
+    with pytest.raises(TypeError, match="pruning: got Linear; accepted: a sparsebwd.Pruning"):
+        layer.pruning = nn.Linear(1, 1)
+    assert layer.pruning is before and not list(layer.children())
 
 
 @pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3), torch.tensor(3), np.array(3)])

@@ -514,7 +514,12 @@ def test_refusals():
     with pytest.raises(TypeError, match="loss: returned float; accepted: a tensor of one element"):
         controller.step(*batch())
     controller = NoiseController(model, loss_of(model), start=1)
+    for wrong in (2.5, None, torch.zeros(2)):
+        with pytest.raises(TypeError, match="loss: got .*; accepted: a tensor of one element"):
+            controller.observe(wrong)
     controller.step()
+    with pytest.raises(TypeError, match="batch: got a sparse or nested tensor"):
+        controller.step(torch.randn(4, 3, 8, 8), torch.eye(4).to_sparse())
     with pytest.raises(ValueError, match="batch: got no tensor of images; accepted: batches that can be cut in half"):
         controller.step({"images": torch.randn(4, 3, 8, 8)})
     with pytest.raises(ValueError, match="state: accepted: what state_dict"):

@@ -7,6 +7,7 @@ import copy
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any, ClassVar, Optional
 
 import torch
@@ -37,6 +38,7 @@ def _setting(name: str, doc: str) -> Any:
     return property(get, set, doc=doc)
 
 
+_SETTINGS = {"pruning", *(setting.name for setting in fields(Pruning) if setting.init)}
 # What a record of sigma was made with.
 _DEFINING_SIGMA = ("threshold", "placement", "sigma_estimator", "state_size")
 
@@ -368,7 +370,10 @@ class SparseConv2d(nn.Conv2d):
                 stacklevel=2,
             )
         self.__dict__.pop("_known_dense", None)
-        super().__setattr__(name, value)
+        if name in _SETTINGS:  # nn.Module would register modules and parameters, whatever there is of that name
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # What is_dense() has found out holds for the next ordinary tensor of that size; to ask again would take longer.

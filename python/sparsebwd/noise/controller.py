@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import as_int, check_flag
+from ..arguments import as_int, check_flag, shown
 from ..nn import SparseConv2d
 from ..settings import Pruning
 from . import allocate
@@ -58,8 +58,8 @@ class NoiseController:
     Now and then, on a batch of the training itself, it measures the variance that weight gradients have between minibatches,
     and what pruning adds to it as a function of the threshold of each layer (:mod:`sparsebwd.noise.measure`); it sets the
     thresholds, as tau / sigma, so that what is added to the weight gradients of all layers together is the budget, and that the
-    backward pass takes the least time. Training starts dense. Parameters, their gradients, buffers and random generators
-    are left as they are; a measurement takes as long as 2 to 2.5 steps, dense ones, and no more memory.
+    backward pass takes the least time. Training starts dense. Parameters, their gradients, buffers and the generators of the
+    process (PyTorch's, NumPy's, Python's) are left as they are; a measurement takes as long as 2 to 2.5 steps, dense ones, and no more memory.
 
     The guard makes the network dense where the loss, or the measured noise, runs away, says so once in the log, and comes back
     later. It also works for layers with a percentile, density or variance, whose thresholds stay as they are: those with most noise
@@ -177,7 +177,9 @@ class NoiseController:
 
     def observe(self, loss: Tensor) -> None:
         """Call it after each step with its loss; for the guard."""
-        if self._guard is not None and self._guard.runs_away(loss) and not self._resting:
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise TypeError(f"loss: got {shown(loss)}; accepted: a tensor of one element")
+        if self._guard is not None and self._guard.runs_away(loss.reshape(())) and not self._resting:
             self._rest("the loss has run away")
 
     @property

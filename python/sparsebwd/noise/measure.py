@@ -340,8 +340,12 @@ def weights_of(model: nn.Module) -> list[nn.Parameter]:
 
 
 def images_of(batch: Sequence) -> int:
-    """How many images the arguments of a loss hold. Raises ValueError if none of them is a tensor."""
-    sizes = [len(item) for item in batch if isinstance(item, Tensor) and item.dim() > 0]
+    """How many images the arguments of a loss hold. Raises ValueError if none of them is a tensor, TypeError if one is not dense."""
+    tensors = [item for item in batch if isinstance(item, Tensor)]
+    for tensor in tensors:
+        if tensor.is_nested or tensor.layout is not torch.strided:
+            raise TypeError("batch: got a sparse or nested tensor; accepted: dense tensors, which can be cut in half")
+    sizes = [len(tensor) for tensor in tensors if tensor.dim() > 0]
     if not sizes:
         raise ValueError("batch: got no tensor of images; accepted: batches that can be cut in half")
     return min(sizes)

@@ -236,7 +236,7 @@ def _loss_of(loss: Loss, model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _copied(value: Any) -> Any:
-    return value.detach().clone(memory_format=torch.preserve_format) if isinstance(value, Tensor) else value
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def _layout(model: nn.Module, data: Batch) -> str:

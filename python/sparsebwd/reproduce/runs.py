@@ -173,12 +173,17 @@ def at_equal_time(planned: Sequence[Run]) -> list[Run]:
             groups.setdefault(run.name.rpartition("-s")[0], []).append(run)
     result = []
     for group in groups.values():
-        times = [read_json(run.folder / timing.FILE) for run in group]
-        with reading(group[0].folder.with_name(f"*/{timing.FILE}")):
-            speedups = [entry["speedup"]["step"] for entry in times if entry and entry["speedup"]["step"]]
+        speedups = [speedup for run in group if (speedup := _step_speedup(run))]
         if speedups and median(speedups) > 1:  # otherwise the dense run takes no longer as it is
             result += [_at_equal_time(run, median(speedups)) for run in group]
     return result
+
+
+def _step_speedup(run: Run) -> float | None:
+    path = run.folder / timing.FILE
+    entry = read_json(path)
+    with reading(path):
+        return entry["speedup"]["step"] if entry else None
 
 
 def _at_equal_time(run: Run, speedup: float) -> Run:

@@ -15,6 +15,7 @@ import torch
 from benching import captured_file, gpu  # noqa: F401  fixtures
 from strategies import backends_on
 
+from sparsebwd import backends
 from sparsebwd.backends import observers
 from sparsebwd.bench import environment, terminal
 
@@ -89,6 +90,14 @@ def stats():
     observers.append(recorded.append)
     yield recorded
     observers.remove(recorded.append)
+
+
+@pytest.fixture
+def register(monkeypatch):
+    """backends.register, undone after the test."""
+    monkeypatch.setattr(backends.base, "_backends", dict(backends.base._backends))
+    yield backends.register
+    backends.choose_backend.cache_clear()
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -21,15 +22,19 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pybind11
 import torch
+from torch.utils import cpp_extension
 
 from sparsebwd.problem import ConvProblem
 
 ROOT = Path(__file__).resolve().parent.parent
 EMULATOR = ROOT / "csrc" / "emulator"
 CUDA = ROOT / "csrc" / "cuda"
+COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 # Comes first in what is linked: of inline functions that it shares with kernels, the linker then takes the runtime's,
 # which are not instrumented.
 RUNTIME = [EMULATOR / name for name in ("runtime.cpp", "checks.cpp", "symbols.cpp")]
+# Of PyTorch's, over its stable ABI.
+OPERATORS = ROOT / "csrc" / "torch" / "library_cuda.cpp"
 
 # fast: optimised. checked: each memory access of a kernel is seen by the runtime (csrc/emulator/checks.cpp).
 # sanitized: with the compiler's own sanitizers, in a process for which sanitized_environment() is set.
@@ -54,7 +59,7 @@ def sanitized_environment() -> dict[str, str] | None:
     """Environment variables for a process that imports the sanitized build; None if the compiler has no sanitizers."""
     libraries = []
     for name in ("libasan.so", "libstdc++.so.6"):  # the former looks for functions of the latter when it is loaded
-        command = [_compiler(), f"-print-file-name={name}"]
+        command = [*COMPILER, f"-print-file-name={name}"]
         libraries.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
     if not all(map(os.path.isabs, libraries)):
         return None
@@ -62,8 +67,13 @@ def sanitized_environment() -> dict[str, str] | None:
     return os.environ | {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
 
 
-def _compiler() -> str:
-    return os.environ.get("CXX", "g++")
+def fixed_addresses() -> list[str]:
+    """A command before others: some versions of AddressSanitizer find no place for themselves, now and then, where addresses
+    are very random."""
+    command = ["setarch", "-R"]
+    if shutil.which(command[0]) is None or subprocess.run([*command, "true"], capture_output=True).returncode:
+        return []
+    return command
 
 
 def _compile(source: Path, variant: Variant, name: str) -> str:
@@ -73,8 +83,12 @@ def _compile(source: Path, variant: Variant, name: str) -> str:
         own = f"-x c++ -Wno-unknown-pragmas -Wno-unused-parameter {KERNEL_FLAGS[variant]}"
     else:
         own = RUNTIME_FLAGS[variant]
-        if "PYBIND11_MODULE" in source.read_text("utf-8"):
-            includes += [Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
+        python = Path(sysconfig.get_path("include"))
+        if source == OPERATORS:
+            includes += [*map(Path, cpp_extension.include_paths()), python]
+            own += " -O1 -std=c++20 -DTORCH_TARGET_VERSION=0x020b000000000000"
+        elif "PYBIND11_MODULE" in source.read_text("utf-8"):
+            includes += [Path(pybind11.get_include()), python]
             own += f" -DSPARSEBWD_MODULE={name}"
     return " ".join([FLAGS, "-DSPARSEBWD_EMULATOR", own, *(f"-I{shlex.quote(str(path))}" for path in includes)])
 
@@ -86,13 +100,13 @@ def _escaped(*paths: Path) -> str:
 def _ninja(folder: Path, edges: list[str], targets: list[Path], link_flags: str = "") -> None:
     rules = [
         "rule compile",
-        "  command = $cxx $flags -MMD -MF $out.d -c $in -o $out",
+        "  command = $cxx $flags -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = $cxx -shared -Wl,-z,now {link_flags} -o $out.new $in -ldl && mv -f $out.new $out",
+        f"  command = $cxx -shared -Wl,-z,now -o $out.new $in {link_flags} -ldl && mv -f $out.new $out",
     ]
-    (folder / "build.ninja").write_text("\n".join([f"cxx = {_compiler()}", *rules, *edges, ""]))
+    (folder / "build.ninja").write_text("\n".join([f"cxx = {shlex.join(COMPILER)}", *rules, *edges, ""]))
     jobs = str(os.cpu_count())
     command = [sys.executable, "-m", "ninja", "-C", str(folder), "-j", jobs, *map(str, targets)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -110,8 +124,8 @@ def _edges(folder: Path, sources: list[Path], variant: Variant, name: str) -> tu
     return edges, built
 
 
-def _sources() -> list[Path]:
-    return [*RUNTIME, *sorted(CUDA.glob("*.cu")), *sorted(CUDA.glob("*.cpp"))]
+def _kernels() -> list[Path]:
+    return [*sorted(CUDA.glob("*.cu")), *sorted(CUDA.glob("*.cpp"))]
 
 
 class _Folder:
@@ -130,15 +144,23 @@ class _Folder:
         self.lock.close()
 
 
-def objects(variant: Variant = "fast") -> list[Path]:
-    """Compile all kernels, their host code and the emulator's runtime: object files to link into a library.
+def _link(folder: Path, sources: list[Path], variant: Variant, name: str, flags: str = "") -> Path:
+    """The shared library of these sources and of the runtime; the folder is locked."""
+    edges, built = _edges(folder, [*RUNTIME, *sources], variant, name)
+    library = folder / f"{name}.so"
+    edge = f"build {_escaped(library)}: link {_escaped(*built)}"
+    _ninja(folder, [*edges, edge], [library], f"{LINK_FLAGS[variant]} {flags}")
+    return library
+
+
+def operators() -> Path:
+    """Compile the raw operators of the cuda backend with all kernels: a library for torch.ops.load_library.
 
     Raises RuntimeError with the compiler's messages.
     """
-    with _Folder(f"emulator-{variant}") as folder:
-        edges, built = _edges(folder, _sources(), variant, "")
-        _ninja(folder, edges, built)
-    return built
+    places = " ".join(f"-L{shlex.quote(place)}" for place in cpp_extension.library_paths())
+    with _Folder("emulator-fast") as folder:
+        return _link(folder, [*_kernels(), OPERATORS], "fast", "operators", f"{places} -ltorch -ltorch_cpu -lc10")
 
 
 def build(name: str, sources: list[Path], variant: Variant = "fast") -> ModuleType:
@@ -149,9 +171,7 @@ def build(name: str, sources: list[Path], variant: Variant = "fast") -> ModuleTy
     """
     name = f"{name}_{variant}"
     with _Folder(f"emulator-{variant}") as folder:
-        edges, built = _edges(folder, [*RUNTIME, *sources], variant, name)
-        library = folder / f"{name}.so"
-        _ninja(folder, [*edges, f"build {_escaped(library)}: link {_escaped(*built)}"], [library], LINK_FLAGS[variant])
+        library = _link(folder, sources, variant, name)
         loader = importlib.machinery.ExtensionFileLoader(name, str(library))
         module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
         loader.exec_module(module)
@@ -160,7 +180,7 @@ def build(name: str, sources: list[Path], variant: Variant = "fast") -> ModuleTy
 
 @functools.cache
 def _module(variant: Variant) -> ModuleType:
-    return build("emulator", [*(s for s in _sources() if s not in RUNTIME), EMULATOR / "bindings.cpp"], variant)
+    return build("emulator", [*_kernels(), EMULATOR / "bindings.cpp"], variant)
 
 
 class Device(NamedTuple):

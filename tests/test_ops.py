@@ -1,16 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registered operators: schemas, fakes, autograd, autocast, and how a backend is chosen."""
+"""The registered operators: schemas, fakes, autograd, autocast, and what observers see."""
 
 from __future__ import annotations
 
-import logging
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from strategies import backends_on
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsebwd
@@ -19,19 +13,10 @@ from sparsebwd.problem import ConvProblem
 from sparsebwd.settings import Pruning
 from sparsebwd.testing import assert_bit_equal, random_tensor
 
-
-@pytest.fixture
-def register(monkeypatch):
-    """backends.register, undone after the test."""
-    monkeypatch.setattr(backends.base, "_backends", dict(backends.base._backends))
-    yield backends.register
-    backends.choose_backend.cache_clear()
-
-
 PROBLEMS = ["n2c6h7w8k4r3s3u2p1", "n2c6h7w8k4r3s2p1x0d2x1g2", "n0c3h5w5k4r3s3", "n1c1h5w4k1r1s1"]
 
 
-def _operands(text: str, dtype, memory_format, requires_grad=False):
+def operands_of(text: str, dtype, memory_format, requires_grad=False):
     problem = ConvProblem.parse(text)
     generator = torch.Generator().manual_seed(1)
     input, weight, grad_output = (
@@ -50,7 +35,7 @@ def _operands(text: str, dtype, memory_format, requires_grad=False):
     + [(PROBLEMS[0], 90.0, "input", True), (PROBLEMS[0], None, "output", True), (PROBLEMS[1], 90.0, "input", False)],
 )
 def test_opcheck_conv2d(text, percentile, placement, with_bias, memory_format):
-    problem, input, weight, _, geometry = _operands(text, torch.float32, memory_format, True)
+    problem, input, weight, _, geometry = operands_of(text, torch.float32, memory_format, True)
     bias = torch.ones(problem.k, requires_grad=True) if with_bias else None
     key = torch.tensor([1, 2])
     config = (key, Pruning(percentile=percentile, placement=placement).text, 3)
@@ -66,14 +51,14 @@ MASKS = [ALL, (True, False, False), (False, True, False), (False, False, True)]
     [(text, ALL) for text in PROBLEMS] + [(PROBLEMS[0], mask) for mask in MASKS[1:]],
 )
 def test_opcheck_conv2d_backward(text, output_mask, memory_format, backend):
-    _, input, weight, grad_output, geometry = _operands(text, torch.float32, memory_format)
+    _, input, weight, grad_output, geometry = operands_of(text, torch.float32, memory_format)
     config = (torch.tensor([1, 2]), Pruning(backend=backend).text, 3, output_mask)
     torch.library.opcheck(torch.ops.sparsebwd.conv2d_backward.default, (grad_output, input, weight, *geometry, *config))
 
 
 @pytest.mark.parametrize("text", PROBLEMS)
 def test_opcheck_conv2d_input_and_weight(text, memory_format, backend):
-    problem, input, weight, grad_output, geometry = _operands(text, torch.float32, memory_format)
+    problem, input, weight, grad_output, geometry = operands_of(text, torch.float32, memory_format)
     torch.library.opcheck(
         torch.ops.sparsebwd.conv2d_input.default,
         (problem.input_size, weight, grad_output, *geometry, backend),
@@ -102,7 +87,7 @@ def test_gradients_have_the_format_of_their_tensors(backend, dtype):
     for of_input in formats:
         for of_weight in formats:
             for of_grad in formats:
-                problem, input, weight, grad_output, geometry = _operands(PROBLEMS[0], dtype, torch.contiguous_format)
+                problem, input, weight, grad_output, geometry = operands_of(PROBLEMS[0], dtype, torch.contiguous_format)
                 input = input.contiguous(memory_format=of_input)
                 weight = weight.contiguous(memory_format=of_weight)
                 grad_output = grad_output.contiguous(memory_format=of_grad)
@@ -149,7 +134,7 @@ def test_bias_gradient_does_not_depend_on_the_number_of_threads(text, memory_for
 
 
 def test_operands_in_any_layout(backend, generator):
-    problem, input, weight, grad_output, geometry = _operands(
+    problem, input, weight, grad_output, geometry = operands_of(
         "n2c6h8w8k6r3s3p1", torch.float32, torch.contiguous_format
     )
     config = (torch.tensor([1, 2]), Pruning(backend=backend).text, 0, (True, True, True))
@@ -187,7 +172,7 @@ def test_only_the_gradients_asked_for_are_computed(output_mask, register):
             return super().conv2d_weight(*args)
 
     register(Spy())
-    _, input, weight, grad_output, geometry = _operands(PROBLEMS[0], torch.float32, torch.contiguous_format)
+    _, input, weight, grad_output, geometry = operands_of(PROBLEMS[0], torch.float32, torch.contiguous_format)
     for placement in ("output", "input"):
         config = (torch.tensor([1, 2]), Pruning(placement=placement, backend="spy").text, 0, output_mask)
         calls.clear()
@@ -204,7 +189,7 @@ def test_only_the_gradients_asked_for_are_computed(output_mask, register):
 
 
 def test_default_device_does_not_matter(backend, memory_format, stats):
-    _, input, weight, grad_output, geometry = _operands("n2c16h8w8k16r3s3p1", torch.float32, memory_format)
+    _, input, weight, grad_output, geometry = operands_of("n2c16h8w8k16r3s3p1", torch.float32, memory_format)
     key = torch.tensor([1, 2])
     config = (key, Pruning(backend=backend).text, 0, (True, True, True))
     expected = torch.ops.sparsebwd.conv2d_backward(grad_output, input, weight, *geometry, *config)
@@ -218,7 +203,7 @@ def test_default_device_does_not_matter(backend, memory_format, stats):
 
 
 def test_not_differentiable():
-    problem, input, weight, grad_output, geometry = _operands(PROBLEMS[0], torch.float32, torch.contiguous_format, True)
+    problem, input, weight, grad_output, geometry = operands_of(PROBLEMS[0], torch.float32, torch.contiguous_format, True)
     results = [
         torch.ops.sparsebwd.conv2d_input(problem.input_size, weight, grad_output, *geometry, "auto"),
         torch.ops.sparsebwd.conv2d_weight(input, problem.weight_size, grad_output, *geometry, "auto"),
@@ -230,7 +215,7 @@ def test_not_differentiable():
 
 
 def test_double_backward_raises():
-    _, input, weight, _, geometry = _operands(PROBLEMS[0], torch.float32, torch.contiguous_format, True)
+    _, input, weight, _, geometry = operands_of(PROBLEMS[0], torch.float32, torch.contiguous_format, True)
     output = torch.ops.sparsebwd.conv2d(
         input, weight, None, *geometry, torch.tensor([1, 2]), Pruning(percentile=None).text, 0
     )
@@ -241,7 +226,7 @@ def test_double_backward_raises():
 
 @pytest.mark.parametrize("amp_dtype", [torch.bfloat16, torch.float16])
 def test_autocast_casts_as_the_convolution_of_torch_does(amp_dtype):
-    problem, input, weight, grad_output, geometry = _operands(PROBLEMS[0], torch.float32, torch.contiguous_format, True)
+    problem, input, weight, grad_output, geometry = operands_of(PROBLEMS[0], torch.float32, torch.contiguous_format, True)
     config = (torch.tensor([1, 2]), Pruning(percentile=None, backend="reference").text, 0)
     with torch.autocast("cpu", amp_dtype):
         output = torch.ops.sparsebwd.conv2d(input, weight, None, *geometry, *config)
@@ -265,7 +250,7 @@ def test_modes_see_the_operators():
             seen.append(function)
             return function(*args, **(kwargs or {}))
 
-    _, input, weight, _, geometry = _operands(PROBLEMS[0], torch.float32, torch.contiguous_format, True)
+    _, input, weight, _, geometry = operands_of(PROBLEMS[0], torch.float32, torch.contiguous_format, True)
     config = (torch.tensor([1, 2]), Pruning().text, 0)
     with Spy():
         torch.ops.sparsebwd.conv2d(input, weight, None, *geometry, *config).sum().backward()
@@ -296,7 +281,7 @@ def test_tensors_of_zeros_without_memory(kind):
 
 
 def test_shapes_that_do_not_fit():
-    problem, input, weight, grad_output, geometry = _operands(PROBLEMS[0], torch.float32, torch.contiguous_format)
+    problem, input, weight, grad_output, geometry = operands_of(PROBLEMS[0], torch.float32, torch.contiguous_format)
     wrong = grad_output[:, :, 1:]
     with pytest.raises(ValueError, match="grad_output: got shape"):
         torch.ops.sparsebwd.conv2d_input(problem.input_size, weight, wrong, *geometry, "auto")
@@ -304,151 +289,11 @@ def test_shapes_that_do_not_fit():
         torch.ops.sparsebwd.conv2d_weight(input, problem.weight_size, wrong, *geometry, "auto")
 
 
-# ---- choice of a backend
-
-
-def test_order_of_backends():
-    names = backends.registered_backends()
-    assert names[:2] == ("reference", "dense")
-    assert set(backends.available_backends()) <= set(names)
-    problem = ConvProblem.parse("n2c3h5w5k4r3s3")
-    for dtype, expected in (
-        (torch.float64, "reference"),
-        (torch.float16, "dense"),
-        (torch.float32, backends_on("cpu")[-1]),
-        (torch.bfloat16, backends_on("cpu")[-1]),
-    ):
-        assert backends.choose_backend("auto", problem, "cpu", dtype).name == expected
-    assert backends.choose_backend("auto", problem, "mps", torch.float32).name == "dense"
-
-
-def test_unknown_and_unable_backends():
-    problem = ConvProblem.parse("n2c3h5w5k4r3s3")
-    with pytest.raises(ValueError, match="backend: got 'abacus'; accepted: 'auto', 'reference'"):
-        backends.choose_backend("abacus", problem, "cpu", torch.float32)
-    with pytest.raises(RuntimeError, match="'triton' cannot run: this version has no Triton kernels yet"):
-        backends.choose_backend("triton", problem, "cpu", torch.float32)
-    with pytest.raises(RuntimeError, match="'dense' cannot run n2c3.*float64.*not float32"):
-        backends.choose_backend("dense", problem, "cpu", torch.float64)
-    with pytest.raises(RuntimeError, match="'auto' cannot run pruning.*'dense': .*; 'reference': "):
-        backends.choose_backend("auto", None, "cpu", torch.int32)
-
-
-def test_a_planned_backend_can_be_registered(register):
-    class Triton(type(backends.get_backend("dense"))):
-        name = "triton"
-
-    register(Triton())
-    assert backends.choose_backend("triton", None, "cpu", torch.float32).name == "triton"
-    assert list(sparsebwd.info()["backends"]) == list(backends.registered_backends())
-    assert sparsebwd.info()["backends"]["triton"] is None
-
-
-def test_backend_that_is_not_available(register, caplog):
-    class Absent(type(backends.get_backend("dense"))):
-        name = "absent"
-
-        def available(self):
-            return "it is not here"
-
-    register(Absent())
-    assert "absent" in backends.registered_backends()
-    assert "absent" not in backends.available_backends()
-    with pytest.raises(RuntimeError, match="'absent': it is not here"):
-        backends.choose_backend("absent", None, "cpu", torch.float32)
-    with caplog.at_level(logging.DEBUG, "sparsebwd"):
-        assert backends.choose_backend("auto", None, "cpu", torch.float32).name != "absent"
-    assert "'absent' refuses: it is not here" in caplog.text
-    with pytest.raises(ValueError, match="'absent' is registered already"):
-        register(Absent())
-
-
-LOGGING = "import torch, sparsebwd; sparsebwd.prune_gradient(torch.ones(1, 1, dtype=torch.float64))"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("level", ["debug", "", "loud"])
-def test_log_level_of_the_environment(level):
-    process = subprocess.run(
-        [sys.executable, "-c", LOGGING],
-        env={**os.environ, "SPARSEBWD_LOG": level},
-        capture_output=True,
-        text=True,
-    )
-    if level == "loud":
-        assert "SPARSEBWD_LOG: got 'loud'; accepted: debug" in process.stderr
-    else:
-        assert process.returncode == 0, process.stderr
-        assert ("backend 'dense' refuses" in process.stderr) == (level == "debug")
-
-
-def test_dense_convolutions_compute_in_the_layout_of_their_operands(memory_format):
-    """Else PyTorch converts an operand, which can take longer than the convolution."""
-    problem, input, weight, grad_output, _ = _operands("n2c6h7w8k4r3s3p1", torch.float32, memory_format)
-    dense = backends.get_backend("dense")
-    for result in (
-        dense.conv2d_input(problem, weight, grad_output),
-        dense.conv2d_weight(problem, input, grad_output),
-    ):
-        assert result.is_contiguous(memory_format=memory_format)
-
-
-needs_cpu_kernels = pytest.mark.skipif("cpu" not in backends.available_backends(), reason="no CPU kernels")
-
-
-@needs_cpu_kernels
-@pytest.mark.parametrize(
-    "limits, expected", [((1, 1), "cpu"), ((1, 0.3), "cpu+dense"), ((0.3, 1), "cpu+dense"), ((0.3, 0.3), "dense")]
-)
-@pytest.mark.parametrize("percentile, placement", [(90.0, "output"), (90.0, "input"), (None, "output")])
-def test_auto_takes_either_for_either_gradient(
-    limits, expected, percentile, placement, memory_format, monkeypatch, stats
-):
-    monkeypatch.setattr(backends.cpu, "break_even", lambda problem, dtype, channels_last: limits)
-    _, input, weight, grad_output, geometry = _operands("n2c16h12w12k16r3s3p1", torch.float32, memory_format)
-    results = []
-    for backend in ("auto", "cpu"):
-        config = (torch.tensor([1, 2]), Pruning(percentile=percentile, placement=placement, backend=backend).text, 0)
-        results.append(
-            torch.ops.sparsebwd.conv2d_backward(grad_output, input, weight, *geometry, *config, (True, True, False))
-        )
-    assert [record.implementation for record in stats] == [expected, "cpu"]
-    assert stats[0].density == stats[1].density and stats[0].sigma == stats[1].sigma
-    for actual, wanted in zip(*results):
-        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-3)
-
-
-@needs_cpu_kernels
-@pytest.mark.parametrize("text", ["n1c16h4w4k16r3s3p1", "n2c64h16w16k64r3s3p1g64"])
-def test_auto_leaves_to_pytorch_where_sparse_never_pays(text, stats):
-    _, input, weight, grad_output, geometry = _operands(text, torch.float32, torch.channels_last)
-    config = (torch.tensor([1, 2]), Pruning(percentile=99.0).text, 0)
-    torch.ops.sparsebwd.conv2d_backward(grad_output, input, weight, *geometry, *config, (True, True, True))
-    assert [record.implementation for record in stats] == ["dense"]
-
-
-@needs_cpu_kernels
-@pytest.mark.parametrize("shape", [(16, 32, 24, 24), (2, 3, 5, 7), (1, 1, 1, 1)])
-def test_expected_density(shape, memory_format, dtype, generator):
-    """Of a gradient whose images differ, within five standard deviations of a sample of 127 x 32."""
-    key = torch.tensor([1, 2])
-    grad = (
-        random_tensor(shape, generator=generator, dtype=dtype) * torch.linspace(0.1, 2, shape[0])[:, None, None, None]
-    )
-    grad = grad.to(dtype).contiguous(memory_format=memory_format)
-    before = grad.clone()
-    values, _, _, density = torch.ops.sparsebwd.prune(grad, key, "backend=cpu")
-    bound = 5 * 0.5 / min(grad.numel(), 127 * 32) ** 0.5
-    assert backends.cpu._expected_density(grad, Pruning()) == pytest.approx(density.item(), abs=bound)
-    assert backends.cpu._expected_density(values, Pruning(None)) == pytest.approx(density.item(), abs=bound)
-    assert_bit_equal(grad, before)
-
-
 # ---- observers
 
 
 def test_observers_see_every_backward_pass(backend, stats):
-    problem, input, weight, grad_output, geometry = _operands(
+    problem, input, weight, grad_output, geometry = operands_of(
         "n2c6h8w8k6r3s3p1", torch.float32, torch.contiguous_format
     )
     key = torch.tensor([1, 2])
@@ -480,7 +325,7 @@ def test_observers_see_every_backward_pass(backend, stats):
 
 def test_geometry_is_looked_up_once():
     ops.problem_of.cache_clear()
-    problem, input, weight, grad_output, geometry = _operands(PROBLEMS[0], torch.float32, torch.contiguous_format)
+    problem, input, weight, grad_output, geometry = operands_of(PROBLEMS[0], torch.float32, torch.contiguous_format)
     for _ in range(3):
         torch.ops.sparsebwd.conv2d_input(problem.input_size, weight, grad_output, *geometry, "auto")
     assert ops.problem_of.cache_info().misses == 1

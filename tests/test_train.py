@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training command on a tiny model: resuming, logs, checkpoints, bad input. Two tests start processes (20 s)."""
+"""The training command on a tiny model: what a run does, logs, bad input."""
 
 from __future__ import annotations
 
@@ -7,14 +7,9 @@ import csv
 import io
 import json
 import math
-import os
 import shlex
-import signal
 import subprocess
 import sys
-import time
-from dataclasses import asdict
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,18 +18,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from torch import nn
-from training import (
-    DRIVER,
-    SMALL,
-    TINY,
-    assert_same_run,
-    interrupt,
-    refused,
-    saved_state,
-    tiny,  # noqa: F401  a fixture
-    train,
-    without_times,
-)
+from training import SMALL, assert_same_run, interrupt, refused, saved_state, tiny, train  # noqa: F401
 
 from sparsebwd import convert, data
 from sparsebwd.train import TrainConfig, checkpoint, cli, log, measure
@@ -215,193 +199,6 @@ def test_backward_timer_tells_kinds_apart(monkeypatch):
     assert timer.seconds == {"convolution": 2, "batch_norm": 1, "relu": 1, "pooling": 1, "linear": 2}
     assert other > 0
     assert len(calls) == 2 * (sum(timer.seconds.values()) + other)  # before and after each
-
-
-# resuming
-
-
-@pytest.mark.parametrize("stop", [2, 6, 8])
-def test_resume_after_a_stop(tmp_path, stop):
-    """Within the first epoch, between epochs, within the second."""
-    train(tmp_path / "whole", "--compare")
-    train(tmp_path / "parts", "--compare", "--max-steps", str(stop))
-    rows = list(csv.DictReader(open(tmp_path / "parts" / log.CSV_FILE)))
-    assert rows[-1]["complete"] == str(int(stop == 6)) and rows[-1]["global_step"] == str(stop)
-    train(tmp_path / "parts", "--compare", "--resume")
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
-    records = [json.loads((tmp_path / name / log.JSON_FILE).read_text()) for name in ("whole", "parts")]
-    assert without_times(records[0]["epochs"]) == without_times(records[1]["epochs"])
-
-
-def test_resume_with_predicted_thresholds(tmp_path, capsys):
-    """They depend on earlier steps, too."""
-    options = ["--threshold", "predicted"]
-    train(tmp_path / "whole", *options)
-    assert "percentile 90 with predicted thresholds" in capsys.readouterr().out
-    train(tmp_path / "parts", *options, "--max-steps", "5")
-    train(tmp_path / "parts", *options, "--resume")
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
-    histories = [saved_state(tmp_path / name)["twins"]["sparse"]["sigma_histories"] for name in ("whole", "parts")]
-    assert histories[0].keys() == {"0.sigma_history", "3.sigma_history"}
-    for name, history in histories[0].items():
-        assert history[0] == 12 and torch.equal(history, histories[1][name])
-
-
-def test_resume_from_before_an_option_existed(tmp_path):
-    config = TrainConfig()
-    saved = asdict(config)
-    del saved["threshold"]
-    assert config.differences(saved) == []
-    predicted = TrainConfig(threshold="predicted")
-    assert predicted.differences(saved) == ["threshold is 'exact' in the checkpoint and 'predicted' here"]
-
-
-def test_resume_of_a_finished_run(tmp_path, capsys):
-    train(tmp_path)
-    before = saved_state(tmp_path)
-    train(tmp_path, "--resume")
-    assert "resumed after step 12" in capsys.readouterr().out
-    assert without_times(saved_state(tmp_path)["history"]) == without_times(before["history"])
-    assert json.loads((tmp_path / log.JSON_FILE).read_text())["summary"]["global_step"] == 12
-
-
-@pytest.mark.slow
-def test_resume_killed(tmp_path):
-    """SIGKILL at two arbitrary moments, found by watching the checkpoint; the rest of the run is as if uninterrupted."""
-    arguments = [*SMALL, "--compare", "--epochs", "40", "--checkpoint-steps", "1", "--threads", "1", "--output"]
-    (tmp_path / "driver.py").write_text(DRIVER)
-    command = [sys.executable, str(tmp_path / "driver.py"), *arguments]
-    file = tmp_path / "killed" / checkpoint.FILE
-    for saves, options in ((1, []), (40, ["--resume"])):
-        process = subprocess.Popen([*command, str(tmp_path / "killed"), *options], stdout=subprocess.DEVNULL)
-        try:
-            seen = set()
-            started = file.stat().st_mtime_ns if file.exists() else None
-            deadline = time.monotonic() + 120
-            while len(seen - {started}) < saves:
-                assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
-                if file.exists():
-                    seen.add(file.stat().st_mtime_ns)
-                time.sleep(0.0005)
-        finally:
-            process.kill()
-            process.wait()
-        assert process.returncode == -signal.SIGKILL
-    assert 1 < saved_state(tmp_path / "killed")["step"] < 240
-    train(tmp_path / "killed", *arguments[len(SMALL) : -1], "--resume")
-    train(tmp_path / "whole", *arguments[len(SMALL) : -1])
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
-    files = sorted(path.name for path in (tmp_path / "killed").iterdir())
-    assert files == ["checkpoint.pt", "epochs.csv", "log.json", "steps.csv"]
-
-
-def test_resume_without_a_checkpoint_starts(tmp_path, capsys):
-    train(tmp_path, "--resume", "--max-steps", "1")
-    assert "no checkpoint in" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_two_processes(tmp_path):
-    """Under torchrun: process 0 writes and prints, and a resumed run is the same."""
-    common = [*SMALL, "--compare", "--device", "cpu", "--output"]
-    runs = [
-        [*common, str(tmp_path / "whole"), "--distributed"],
-        [*common, str(tmp_path / "parts"), "--max-steps", "8"],
-        [*common, str(tmp_path / "parts"), "--resume"],
-    ]
-    lines = [
-        TINY,
-        "import torch.distributed",
-        "from sparsebwd.train.cli import main",
-        "torch.distributed.init_process_group('gloo')",
-        f"statuses = [main(run) for run in {runs!r}]",
-        "torch.distributed.destroy_process_group()",
-        "assert statuses == [0, 0, 0], statuses",
-    ]
-    (tmp_path / "driver.py").write_text("\n".join(lines))
-    # The name of this machine need not have an address.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    process = subprocess.Popen(
-        [*command, "--nproc-per-node", "2", str(tmp_path / "driver.py")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        output, errors = process.communicate(timeout=240)
-    finally:
-        process.terminate()  # torchrun then ends its own processes, where they hang
-    assert process.returncode == 0, errors
-    assert output.count("processes: 2") == len(runs)
-    assert saved_state(tmp_path / "whole")["history"][0]["variants"]["sparse"]["train_loss"] > 0
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
-
-
-# checkpoints that do not fit
-
-
-def test_checkpoint_of_another_run(tmp_path, capsys, monkeypatch):
-    train(tmp_path, "--max-steps", "1")
-    arguments = [*SMALL, "--output", str(tmp_path), "--resume"]
-    message = refused(capsys, *arguments, "--percentile", "95", "--seed", "3")
-    assert "percentile is 90.0 in the checkpoint and 95.0 here; seed is 0 in the checkpoint and 3 here" in message
-    message = refused(capsys, *arguments, "--model", "resnet18")
-    assert "model is 'tiny' in the checkpoint and 'resnet18' here" in message
-    assert "compare is False in the checkpoint and True here" in refused(capsys, *arguments, "--compare")
-    # Two data sets of the same name, as image folders may be.
-    monkeypatch.setattr(data.ImageData, "fingerprint", "of other images")
-    assert "the images or labels are not the same" in refused(capsys, *arguments)
-
-
-@pytest.mark.parametrize("size", [0, 100, -1, -1000])
-def test_truncated_checkpoint(tmp_path, capsys, size):
-    train(tmp_path, "--max-steps", "1")
-    path = tmp_path / checkpoint.FILE
-    os.truncate(path, size if size >= 0 else path.stat().st_size + size)
-    message = refused(capsys, *SMALL, "--output", str(tmp_path), "--resume")
-    assert f"{path}: truncated or corrupt" in message
-
-
-def test_checkpoint_with_code_is_not_run(tmp_path, capsys):
-    class Evil:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "was_run",)
-
-    torch.save({"format": 1, "config": {}, "fingerprint": "", "state": Evil()}, tmp_path / checkpoint.FILE)
-    assert "truncated or corrupt" in refused(capsys, *SMALL, "--output", str(tmp_path), "--resume")
-    assert not (tmp_path / "was_run").exists()
-
-
-def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
-    train(tmp_path, "--max-steps", "1")
-    before = (tmp_path / checkpoint.FILE).read_bytes()
-
-    def half(record, file):
-        file.write(b"half of a checkpo")
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", half)
-        assert cli.main([*SMALL, "--output", str(tmp_path), "--resume"]) == 1
-    assert (tmp_path / checkpoint.FILE).read_bytes() == before
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_an_existing_run_is_not_replaced(tmp_path, capsys):
-    train(tmp_path, "--max-steps", "1")
-    assert "holds a run already" in refused(capsys, *SMALL, "--output", str(tmp_path))
-    train(tmp_path, "--max-steps", "2", "--overwrite")
-    assert saved_state(tmp_path)["step"] == 2
-
-
-def test_a_replaced_run_cannot_be_resumed(tmp_path, monkeypatch):
-    train(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(data.Batches, "batch", interrupt)
-        assert cli.main([*SMALL, "--output", str(tmp_path), "--overwrite"]) == 130
-    train(tmp_path, "--resume", "--max-steps", "1")
-    assert saved_state(tmp_path)["step"] == 1
 
 
 # bad input

@@ -9,25 +9,16 @@ go to pytest in place of the choice of tests. Errors abort the process, with a r
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-from emulation import sanitized_environment  # noqa: E402
+from emulation import fixed_addresses, sanitized_environment  # noqa: E402
 
 PACKAGE = ROOT / "build" / "sanitized"
-TESTS = ["test_bounds.py", "test_native.py", "test_fuzz.py", "test_parity.py"]
-
-
-def fixed_addresses() -> list[str]:
-    """A command before others: some versions of AddressSanitizer find no place where addresses are very random."""
-    command = ["setarch", "-R"]
-    if shutil.which(command[0]) is None or subprocess.run([*command, "true"], capture_output=True).returncode:
-        return []
-    return command
+TESTS = ["test_bounds.py", "test_native.py", "test_native_kernels.py", "test_fuzz.py", "test_parity.py"]
 
 
 def main(arguments: list[str]) -> int:

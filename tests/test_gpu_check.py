@@ -342,20 +342,33 @@ def test_outcomes_of_tests(tmp_path):
 
 @pytest.mark.slow
 def test_tests_that_take_too_long_report_what_ran(check, monkeypatch, tmp_path):
+    running = tmp_path / "running"
     (tmp_path / "test_slow.py").write_text(
-        "import time\n"
+        "import pathlib, time\n"
         "def test_bad(): assert False\n"
-        "def test_slow(): time.sleep(600)\n"
-    )  # fmt: skip
+        f"def test_slow(): pathlib.Path({str(running)!r}).touch(); time.sleep(600)\n"
+    )
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     monkeypatch.setattr(testing, "require", lambda *_: None)
     monkeypatch.setattr(testing, "tests_command", lambda report, which: [
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", tmp_path / "pytest.ini",
         f"--junitxml={report}", tmp_path / "test_slow.py",
     ])  # fmt: skip
-    # It is interrupted after 15 seconds, and has as long as it takes to end.
+    # It is interrupted when its time is over but for the last 285 seconds, in which it can end however slow the machine is.
     check.minutes = 5.0
     monkeypatch.setattr(machine, "_LAST_SECONDS", 285.0)
+
+    class Impatient(subprocess.Popen):
+        """The first 15 seconds are over as soon as the second test runs."""
+
+        def wait(self, timeout=None):
+            while timeout == 15.0 and self.poll() is None:
+                if running.exists():
+                    raise subprocess.TimeoutExpired(self.args, timeout)
+                time.sleep(0.01)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Impatient)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background
     try:
         assert not check.part("tests", testing.tests)

@@ -5,9 +5,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from training import SMALL, TINY, assert_same_run, refused, saved_state, tiny, train  # noqa: F401
+from training import SMALL, TINY, assert_same_run, refused, saved_state, tiny, train, train_by_two  # noqa: F401
 
 import sparsebwd
 from sparsebwd import NoiseController, models
@@ -221,35 +218,15 @@ def test_a_compiler_that_fails_ends_the_run_in_one_line(tmp_path, capsys, monkey
 @pytest.mark.slow
 def test_two_processes_are_as_good_as_one(tmp_path, plain, capsys):
     """To rounding: without BatchNorm, and with it where its statistics are shared."""
-    common = [*SMALL, "--device", "cpu", "--percentile", "none", "--backend", "cpu", "--output"]
+    common = ["--percentile", "none", "--backend", "cpu", "--output"]
     runs = {
         "plain": ["--model", "plain"],
         "parts": ["--model", "plain", "--accumulate", "2"],
         "normed": ["--model", "normed", "--sync-bn"],
     }
-    both = [[*common, str(tmp_path / f"two-{name}"), *options] for name, options in runs.items()]
-    lines = [
-        TINY,
-        PLAIN,
-        "import torch.distributed",
-        "from sparsebwd.train.cli import main",
-        "torch.distributed.init_process_group('gloo')",
-        f"statuses = [main(run) for run in {both!r}]",
-        "torch.distributed.destroy_process_group()",
-        "assert statuses == [0, 0, 0], statuses",
-    ]
-    (tmp_path / "driver.py").write_text("\n".join(lines))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    result = subprocess.run(
-        [*command, "--nproc-per-node", "2", str(tmp_path / "driver.py")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert result.returncode == 0, result.stderr
+    train_by_two(tmp_path, [[*common, str(tmp_path / f"two-{name}"), *options] for name, options in runs.items()], TINY + PLAIN)
     for name, options in runs.items():
-        train(tmp_path / f"one-{name}", *common[len(SMALL) : -1], *options)
+        train(tmp_path / f"one-{name}", "--device", "cpu", *common[:-1], *options)
         assert difference(tmp_path / f"one-{name}", tmp_path / f"two-{name}") < 1e-5, name
     assert "sync_bn: one process alone has nobody" in capsys.readouterr().out
 

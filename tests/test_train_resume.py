@@ -14,7 +14,18 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from training import DRIVER, SMALL, TINY, assert_same_run, interrupt, saved_state, signals, tiny, train, without_times  # noqa: F401
+from training import (  # noqa: F401
+    DRIVER,
+    SMALL,
+    assert_same_run,
+    interrupt,
+    saved_state,
+    signals,
+    tiny,
+    train,
+    train_by_two,
+    without_times,
+)
 
 from sparsebwd import data
 from sparsebwd.train import TrainConfig, checkpoint, cli, log, stop, trainer
@@ -70,9 +81,9 @@ def test_resume_of_a_finished_run(tmp_path, capsys):
 @pytest.mark.slow
 def test_resume_killed(tmp_path):
     """SIGKILL at two arbitrary moments, found by watching the checkpoint; the rest of the run is as if uninterrupted."""
-    arguments = [*SMALL, "--compare", "--epochs", "40", "--checkpoint-steps", "1", "--threads", "1", "--output"]
+    arguments = [*SMALL, "--compare", "--epochs", "40", "--threads", "1"]
     (tmp_path / "driver.py").write_text(DRIVER)
-    command = [sys.executable, str(tmp_path / "driver.py"), *arguments]
+    command = [sys.executable, str(tmp_path / "driver.py"), *arguments, "--checkpoint-steps", "1", "--output"]
     file = tmp_path / "killed" / checkpoint.FILE
     for saves, options in ((1, []), (40, ["--resume"])):
         process = subprocess.Popen([*command, str(tmp_path / "killed"), *options], stdout=subprocess.DEVNULL)
@@ -89,9 +100,11 @@ def test_resume_killed(tmp_path):
             process.kill()
             process.wait()
         assert process.returncode == -signal.SIGKILL
-    assert 1 < saved_state(tmp_path / "killed")["step"] < 240
-    train(tmp_path / "killed", *arguments[len(SMALL) : -1], "--resume")
-    train(tmp_path / "whole", *arguments[len(SMALL) : -1])
+    step = saved_state(tmp_path / "killed")["step"]
+    assert 1 < step < 240
+    rest = [*arguments[len(SMALL) :], "--max-steps", str(step + 8)]  # the end of an epoch is among them
+    train(tmp_path / "killed", *rest, "--resume")
+    train(tmp_path / "whole", *rest)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
     files = sorted(path.name for path in (tmp_path / "killed").iterdir())
     assert files == ["checkpoint.pt", "epochs.csv", "log.json", "steps.csv"]
@@ -105,37 +118,13 @@ def test_resume_without_a_checkpoint_starts(tmp_path, capsys):
 @pytest.mark.slow
 def test_two_processes(tmp_path):
     """Under torchrun: process 0 writes and prints, and a resumed run is the same."""
-    common = [*SMALL, "--compare", "--device", "cpu", "--output"]
+    common = ["--compare", "--output"]
     runs = [
         [*common, str(tmp_path / "whole"), "--distributed"],
         [*common, str(tmp_path / "parts"), "--max-steps", "8"],
         [*common, str(tmp_path / "parts"), "--resume"],
     ]
-    lines = [
-        TINY,
-        "import torch.distributed",
-        "from sparsebwd.train.cli import main",
-        "torch.distributed.init_process_group('gloo')",
-        f"statuses = [main(run) for run in {runs!r}]",
-        "torch.distributed.destroy_process_group()",
-        "assert statuses == [0, 0, 0], statuses",
-    ]
-    (tmp_path / "driver.py").write_text("\n".join(lines))
-    # The name of this machine need not have an address.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    process = subprocess.Popen(
-        [*command, "--nproc-per-node", "2", str(tmp_path / "driver.py")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        output, errors = process.communicate(timeout=240)
-    finally:
-        process.terminate()  # torchrun then ends its own processes, where they hang
-    assert process.returncode == 0, errors
-    assert output.count("processes: 2") == len(runs)
+    assert train_by_two(tmp_path, runs).count("processes: 2") == len(runs)
     assert saved_state(tmp_path / "whole")["history"][0]["variants"]["sparse"]["train_loss"] > 0
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 

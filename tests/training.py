@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -61,6 +64,35 @@ def refused(capsys, *arguments):
         cli.main(list(arguments))
     assert stopped.value.code == 2
     return capsys.readouterr().err
+
+
+def train_by_two(folder, runs, definitions=TINY) -> str:
+    """The command, once for each list of arguments in `runs`, by two processes under torchrun. Returns what they print."""
+    lines = [
+        definitions,
+        "import torch.distributed",
+        "from sparsebwd.train.cli import main",
+        "torch.distributed.init_process_group('gloo')",
+        f"statuses = [main([*{SMALL!r}, '--device', 'cpu', *run]) for run in {runs!r}]",
+        "torch.distributed.destroy_process_group()",
+        "assert not any(statuses), statuses",
+    ]
+    (folder / "driver.py").write_text("\n".join(lines))
+    # The name of this machine need not have an address.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    process = subprocess.Popen(
+        [*command, "--nproc-per-node", "2", str(folder / "driver.py")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        output, errors = process.communicate(timeout=240)
+    finally:
+        process.terminate()  # torchrun then ends its own processes, where they hang
+    assert process.returncode == 0, errors
+    return output
 
 
 def interrupt(*_):

@@ -8,6 +8,7 @@ same functions.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -166,7 +167,7 @@ def disassemble(toolkit: CudaToolkit, source: Path, flags: Sequence[str] = ()) -
     """Compiles a .cu file for all architectures, warnings being errors, and returns its kernels.
 
     Raises RuntimeError with the compiler's words. What was compiled before from the same files with the same compiler
-    and flags comes from `CACHE`; calls at the same time, in other processes too, do not disturb each other.
+    and flags comes from `CACHE`; of calls at the same time, in other processes too, one compiles and the others wait for it.
     """
     first, *others = gencode(ARCHITECTURES)
     # The PTX of one architecture has the launch bounds.
@@ -179,12 +180,13 @@ def disassemble(toolkit: CudaToolkit, source: Path, flags: Sequence[str] = ()) -
     compiled = object_of(source)
     listing = compiled.with_suffix(".txt")
     heading = f"key {key.hexdigest()}\n"
-    if listing.is_file() and compiled.is_file():
-        text = listing.read_text("utf-8")
-        if text.startswith(heading):
-            return parse(text)
     CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+    with open(compiled.with_suffix(".lock"), "w") as lock, tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if listing.is_file() and compiled.is_file():
+            text = listing.read_text("utf-8")
+            if text.startswith(heading):
+                return parse(text)
         new = Path(folder, "new.o")
         _words([*command, "-o", str(new)])
         dump = "".join(_words([toolkit.cuobjdump, *what, str(new)]) for what in (["-ptx"], ["-res-usage", "-sass"]))

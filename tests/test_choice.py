@@ -76,7 +76,11 @@ def test_backend_that_is_not_available(register, caplog):
         register(Absent())
 
 
-LOGGING = "import torch, sparsebwd; sparsebwd.prune_gradient(torch.ones(1, 1, dtype=torch.float64))"
+LOGGING = """
+import sys, torch, sparsebwd
+sparsebwd.prune_gradient(torch.ones(1, 1, dtype=torch.float64))
+assert "torch._dynamo" not in sys.modules, "torch.compile is loaded, which takes as long as the rest of PyTorch"
+"""
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from sparsebwd import SparseConv2d, grad, prune_gradient
 from sparsebwd.backends.dense import is_native
 from sparsebwd.functional import sparse_conv2d
+from sparsebwd.registration import constant_to_compilers
 from sparsebwd.testing import assert_bit_equal, assert_error_bounded, random_tensor
 
 
@@ -131,6 +132,11 @@ def test_compile_of_the_convolutions_alone():
     operands = (input, weight, grad_output)
     for actual, wanted in zip(compiled(*operands), function(*operands)):
         assert_bit_equal(actual, wanted)
+
+
+def test_constants_are_marked_as_pytorch_marks_them():
+    marks = [vars(mark(lambda: None)) for mark in (torch.compiler.assume_constant_result, constant_to_compilers)]
+    assert marks[0] == marks[1] != {}
 
 
 @pytest.mark.slow

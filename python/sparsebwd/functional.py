@@ -18,14 +18,14 @@ from .backends.dense import conv2d
 from .operands import autocasts, check_generator, check_operands, check_sigma_history
 from .problem import ConvProblem
 from .reference import PrunedGradient
-from .registration import plain, transformed
+from .registration import constant_to_compilers, plain, transformed
 from .settings import DEFAULT, THRESHOLDS, Granularity, Pruning, check_percentile
 from .symbolic import symbolic
 
 __all__ = ["PrunedGradient", "prune_gradient", "sparse_conv2d"]
 
 
-@torch.compiler.assume_constant_result
+@constant_to_compilers
 def _settings(
     percentile: float | None,
     placement: str,

@@ -26,6 +26,7 @@ from .problem import ConvProblem
 from .reference import density, memory_format, resolve
 from .registration import (
     begin,
+    constant_to_compilers,
     define,
     not_differentiable,
     plain,
@@ -435,7 +436,7 @@ def _log_unpruned() -> None:
     logger.warning("inside torch.func, forward-mode AD and batched gradients, sparse convolutions prune nothing")
 
 
-@torch.compiler.assume_constant_result  # so that torch.compile logs it, rather than to end its graph there
+@constant_to_compilers  # so that torch.compile logs it, rather than to end its graph there
 def log_unpruned() -> None:
     """Once in a process."""
     _log_unpruned()

@@ -35,7 +35,13 @@ _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # also what a transform has left behind
 
 
-@torch.compiler.assume_constant_result  # which is guarded: torch.compile looks at both whenever it uses compiled code
+def constant_to_compilers(function):
+    """As torch.compiler.assume_constant_result, without loading torch.compile, which takes as long as loading PyTorch."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant_to_compilers  # which is guarded: torch.compile looks at both whenever it uses compiled code
 def _within_transform() -> bool:
     return _transforms() is not None or forward_ad._current_level >= 0
 

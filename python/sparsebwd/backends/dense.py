@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import reference
 from ..problem import ConvProblem
+from ..registration import constant_to_compilers
 from .base import Backend, empty
 
 _convolution_backward = torch.ops.aten.convolution_backward.default
@@ -183,7 +184,7 @@ _NATIVE = {
 _WITHOUT = ("SSE41", "AVX", "AVX2", "AVX2_VNNI")
 
 
-@torch.compiler.assume_constant_result
+@constant_to_compilers
 @cache
 def is_native(dtype: torch.dtype) -> bool:
     """Whether PyTorch's dense convolutions on this CPU are oneDNN's in this dtype, bfloat16 or float16."""

@@ -209,12 +209,13 @@ def test_what_did_not_change_is_not_compiled_again(toolkit, tmp_path, monkeypatc
     words = sass._words
     monkeypatch.setattr(sass, "_words", lambda command: (commands.append(command), words(command))[1])
     monkeypatch.setattr(sass, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(sass, "ARCHITECTURES", cuda_toolkit.ARCHITECTURES[:1])
     source = tmp_path / "kernel.cu"
 
     def compilations(code: str, *flags: str) -> int:
         commands.clear()
         source.write_text(code)
-        assert {k.architecture for k in sass.disassemble(toolkit, source, flags)} == set(ARCHITECTURES)
+        assert {k.architecture for k in sass.disassemble(toolkit, source, flags)} == set(ARCHITECTURES[:1])
         return sum("-c" in command for command in commands)
 
     code = "__global__ void kernel(int* result) { *result = 1; }"

@@ -34,20 +34,23 @@ PICTURES = (".png", ".svg")
 
 
 class Way(NamedTuple):
-    """A way to say how much is pruned, and values of it."""
+    """A way to prune, and values of the argument of :func:`sparsebwd.convert` that says how much."""
 
     name: str
+    knob: str
     values: tuple[float, ...]
-    options: dict[str, Any]
+    options: dict[str, Any] = {}
 
 
 WAYS = (
-    Way("percentile", (80, 90, 95, 98, 99.5, 99.95), {}),
-    Way("density", (0.4, 0.3, 0.25, 0.2, 0.15), {}),
-    Way("variance", (0.03, 0.1, 0.3), {}),
-    Way("noise", (0.03, 0.1, 0.3, 1.0), {}),
-    Way("row", (0.8, 0.65, 0.5), {"granularity": "row"}),
-    Way("sample", (0.9, 0.8, 0.65), {"granularity": "sample"}),
+    Way("percentile", "percentile", (80, 90, 95, 98, 99.5, 99.95)),
+    Way("image", "percentile", (80, 90, 95, 98, 99.5, 99.95), {"importance": "image"}),
+    Way("density", "density", (0.4, 0.3, 0.25, 0.2, 0.15)),
+    Way("variance", "variance", (0.03, 0.1, 0.3)),
+    Way("noise", "noise", (0.03, 0.1, 0.3, 1.0), {"importance": "image"}),
+    Way("noise-none", "noise", (0.03, 0.1, 0.3, 1.0), {"importance": "none"}),
+    Way("row", "density", (0.8, 0.65, 0.5), {"granularity": "row"}),
+    Way("sample", "density", (0.9, 0.8, 0.65), {"granularity": "sample"}),
 )
 _NAMES = tuple(way.name for way in WAYS)
 
@@ -224,9 +227,8 @@ def _pruned(
     trainer: Trainer, model: nn.Module, way: Way, value: float, where: str, batch: Batch
 ) -> tuple[nn.Module, str | None]:
     """A copy that prunes, and what its controller says, if it has one."""
-    knob = "density" if "granularity" in way.options else way.name
-    pruned = convert(copy.deepcopy(model), where=where, **{knob: value}, **way.options)
-    if knob != "noise":
+    pruned = convert(copy.deepcopy(model), where=where, **{way.knob: value}, **way.options)
+    if way.knob != "noise":
         return pruned, None
     controller = NoiseController(
         pruned, lambda images, labels: cross_entropy(trainer.forward(pruned, images), labels), start=1

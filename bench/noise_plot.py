@@ -15,13 +15,15 @@ from .plot import save
 
 _LABELS = {
     "percentile": "one percentile for all layers (the paper)",
+    "image": "the same, and a threshold for each image",
     "density": "one density for all layers",
     "variance": "one variance for all layers",
-    "noise": "noise=, a threshold for each layer",
+    "noise": "noise=, a threshold for each layer and image",
+    "noise-none": "noise=, a threshold for each layer",
     "row": "rows of 64 channels, by density",
     "sample": "whole images, by density",
 }
-_MARKERS = "os^Dvx"
+_MARKERS = "oPs^DdvX"
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:

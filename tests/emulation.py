@@ -195,13 +195,14 @@ class Device(NamedTuple):
 class Pruning:
     """How to prune, as struct Pruning of kernels.h.
 
-    key: int64 [2]. sigma_history: None, or int32 [1 + kSigmaHistory], updated in place.
+    key: int64 [2]. sigma_history: None, or int32 [1 + kSigmaHistory], updated in place. scales: None, or float32 [n].
     """
 
     key: torch.Tensor
     sigma_coefficient: float
     quantile: float
     sigma_history: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
 
 
 class Pruned(NamedTuple):
@@ -276,9 +277,10 @@ class Emulator:
         if nonzeros:
             words = torch.full((n * h * w, -(-c // 32)), 0x5A5A5A5A, dtype=torch.int32).view(torch.uint32)
         stats = torch.full((3,), torch.nan)
-        settings = (None, 0.0, 0.0, None)
+        settings = (None, 0.0, 0.0, None, None)
         if pruning is not None:
-            settings = (_array(pruning.key), pruning.sigma_coefficient, pruning.quantile, _array(pruning.sigma_history))
+            arrays = (_array(pruning.sigma_history), _array(pruning.scales))
+            settings = (_array(pruning.key), pruning.sigma_coefficient, pruning.quantile, *arrays)
         results = (_array(out), _array(words), _array(stats))
         self._call("prune", _array(g), _DTYPES[g.dtype], g.shape, channels_last, *settings, *results)
         return Pruned(out, words, stats)

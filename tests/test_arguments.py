@@ -87,7 +87,7 @@ _module = {**JUNK, **BOOL, **TEXT, **NUMBERS, **NONE, "a class": nn.Conv2d}
 _geometry = {"stride": _pair, "padding": _pair, "dilation": _pair, "groups": _integer}
 _amount = {"percentile": _percentile, "density": _density, "variance": _variance, "granularity": _granularity}
 _amount["noise"] = {**_variance, "0": 0}
-_pruning = {name: _choice for name in ("placement", "backend", "sigma_estimator", "where", "threshold")} | _amount
+_pruning = {name: _choice for name in ("placement", "backend", "sigma_estimator", "where", "threshold", "importance")} | _amount
 
 CONV = dict(in_channels=3, out_channels=4, kernel_size=3)
 PROBLEM = dict(n=2, c=3, h=6, w=6, k=4, r=3, s=3)

@@ -41,7 +41,7 @@ def test_ways_are_compared(tiny, small_bench, tmp_path, monkeypatch):  # noqa: F
         assert point["dense"]["total_ms"] > 0
     text = files["md"].read_text()
     assert "## tiny, digits, batch 16, after step 1" in text and "- noise 1: noise 0 % of SGD's (budget 100 %)" in text
-    assert "noise=, a threshold for each layer" in files["svg"].read_text()
+    assert "noise=, a threshold for each layer and image" in files["svg"].read_text()
 
 
 def test_some_ways_and_no_times(tiny, small_bench, tmp_path):  # noqa: F811
@@ -55,7 +55,7 @@ def test_some_ways_and_no_times(tiny, small_bench, tmp_path):  # noqa: F811
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("--ways", "noise,luck"), "ways: got 'luck'; accepted: percentile, density, variance, noise, row, sample"),
+        (("--ways", "noise,luck"), "ways: got 'luck'; accepted: percentile, image, density, variance, noise, noise-none, row, sample"),
         (("--where", "here"), "where: got 'here'; accepted: everywhere, faster"),
         (("--batch-size", 3), "batch_size: got 3; accepted: 4 and more"),
         (("--plot", "a.pdf"), "plot: got 'a.pdf'; accepted: .png or .svg"),

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from strategies import problems
 from test_parity import GRID
 
-from sparsebwd import SparseConv2d, backends, grad, prune_gradient, reference
+from sparsebwd import SparseConv2d, backends, grad, importance, prune_gradient, reference
 from sparsebwd.backends.dense import convolution_backward
 from sparsebwd.problem import ConvProblem
 from sparsebwd.settings import Pruning
@@ -227,6 +227,29 @@ def test_threshold_that_the_kernels_do_not_find(settings, placement, dtype, gene
     result = torch.ops.sparsebwd.prune(grad, key, pruning.text)
     assert_bit_equal(result[0] + 0, expected.values + 0)
     assert_bit_equal(result[1], expected.tau)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"threshold": "predicted"}, {"density": 0.2}, {"density": 0.9}, {"percentile": 95, "threshold": "sampled"}],
+    ids=str,
+)
+def test_images_with_thresholds_of_their_own(settings, dtype, memory_format, generator, stats):
+    grad = random_tensor((5, 16, 6, 5), generator=generator, dtype=dtype, density=0.8, memory_format=memory_format)
+    x = grad * torch.exp(torch.randn((5, 1, 1, 1), generator=generator)).to(dtype)
+    weight = torch.eye(16, dtype=dtype).view(16, 16, 1, 1)
+    pruning = Pruning(importance="image", backend="emulated", **settings)
+    histories = [None, None]
+    if pruning.state_size:
+        histories = [torch.tensor([1, torch.tensor(0.7).view(torch.int32), 0, 0, 0], dtype=torch.int32) for _ in range(2)]
+    geometry = ((1, 1), (0, 0), (1, 1), 1)
+    grad_input, *_ = torch.ops.sparsebwd.conv2d_backward(
+        grad, x, weight, *geometry, KEY, pruning.text, 0, (True, False, False), histories[0]
+    )
+    expected = reference.prune(grad, KEY, pruning, histories[1], importance.scales(x, pruning))
+    assert_bit_equal(stats[-1].tau, expected.tau)
+    assert_bit_equal(grad_input + 0, expected.values + 0)
+    assert (expected.tau == 0) == (settings == {"density": 0.9})
 
 
 def test_training_step_of_a_layer(memory_format):

@@ -30,13 +30,15 @@ def test_schemas_say_what_is_written():
     problem = ConvProblem.parse("n2c4h5w5k3r3s3p1")
     sizes = problem.output_size
     operators, history = torch.ops.sparsebwd_emulated, torch.zeros(5, dtype=torch.int32)
-    arguments = (torch.ones(sizes), KEY, 1.0, 1.0, history, torch.empty(sizes), torch.empty(3))
+    scales = torch.ones(sizes[0])
+    arguments = (torch.ones(sizes), KEY, 1.0, 1.0, history, scales, torch.empty(sizes), torch.empty(3))
     torch.library.opcheck(operators.prune.default, arguments, test_utils="test_schema")
     tensors = {
         "input": torch.ones(problem.input_size),
         "weight": torch.ones(problem.weight_size),
         "key": KEY,
         "sigma_history": history,
+        "scales": scales,
         "pruned": torch.empty(sizes),
         "grad_input": torch.empty(problem.input_size),
         "grad_weight": torch.empty(problem.weight_size),
@@ -81,7 +83,7 @@ def test_what_no_kernel_can_count_is_refused(changes, words):
         operators.refusals(problem.input_size, problem.weight_size, *geometry, "float32")
     with pytest.raises(ValueError, match="which no kernel takes: "):
         operators.conv2d_backward(
-            G, G, G, problem.input_size, problem.weight_size, *geometry, None, 0.0, 0.0, None, None, G, None, STATS
+            G, G, G, problem.input_size, problem.weight_size, *geometry, None, 0.0, 0.0, None, None, None, G, None, STATS
         )
 
 
@@ -100,8 +102,8 @@ HISTORY = torch.zeros(5, dtype=torch.int32)
 BAD = ConvProblem.parse("n2c6h3w5k4r3s3p1")
 
 
-def _prune(g=G, key=KEY, coefficient=1.0, quantile=1.0, history=None, out=None, stats=STATS):
-    torch.ops.sparsebwd_emulated.prune(g, key, coefficient, quantile, history, out, stats)
+def _prune(g=G, key=KEY, coefficient=1.0, quantile=1.0, history=None, scales=None, out=None, stats=STATS):
+    torch.ops.sparsebwd_emulated.prune(g, key, coefficient, quantile, history, scales, out, stats)
 
 
 def _convolve(grad_output=G, **tensors):
@@ -134,6 +136,9 @@ INPUT, WEIGHT = torch.ones(BAD.input_size), torch.ones(BAD.weight_size)
         (lambda: _prune(history=HISTORY[:4]), r"sigma_history: got Int of shape \[4\], accepted is Int of shape \[5\]"),
         (lambda: _prune(history=HISTORY.float()), "sigma_history: got Float of shape"),
         (lambda: _prune(key=None, history=HISTORY), "sigma_history: got a tensor without a key"),
+        (lambda: _prune(scales=torch.ones(3)), r"scales: got Float of shape \[3\], accepted is Float of shape \[2\]"),
+        (lambda: _prune(scales=torch.ones(2).double()), "scales: got Double of shape"),
+        (lambda: _prune(key=None, scales=torch.ones(2)), "scales: got a tensor without a key"),
         (lambda: _prune(out=G[:1]), r"out: got Float of shape \[1, 4, 3, 5\]"),
         (lambda: _prune(out=G.to(memory_format=torch.channels_last)), "out: got Float .* accepted are those of g"),
         (lambda: _prune(stats=STATS[:2]), r"stats: got Float of shape \[2\], accepted is Float of shape \[3\]"),

@@ -67,9 +67,9 @@ def gradient(shape, dtype, memory_format, seed=0, scale=1.0) -> Tensor:
     return values.to(dtype).contiguous(memory_format=memory_format)
 
 
-def pruning(key: Tensor = KEY, history: Tensor | None = None) -> Pruning:
+def pruning(key: Tensor = KEY, history: Tensor | None = None, scales: Tensor | None = None) -> Pruning:
     coefficient = reference.SIGMA_COEFFICIENT["corrected"]
-    return Pruning(key, coefficient, reference.quantile(PERCENTILE), history)
+    return Pruning(key, coefficient, reference.quantile(PERCENTILE), history, scales)
 
 
 def threshold(grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,9 +82,12 @@ def threshold(grad: Tensor) -> tuple[Tensor, Tensor]:
     return reference.threshold(total, grad.numel(), sparsebwd_settings.Pruning(PERCENTILE), grad.dtype)
 
 
-def assert_pruned(result: Pruned, grad: Tensor, key: Tensor, sigma: Tensor, tau: Tensor) -> None:
-    """That is what is made of ``grad`` at ``tau``, and its sigma."""
-    expected = reference.prune_at(grad, key, tau)
+def assert_pruned(
+    result: Pruned, grad: Tensor, key: Tensor, sigma: Tensor, tau: Tensor, scales: Tensor | None = None
+) -> None:
+    """That is what is made of ``grad`` at ``tau``, or its images at that times their scales, and its sigma."""
+    at = tau if scales is None else reference.thresholds_of_images(tau, scales, grad.dtype)
+    expected = reference.prune_at(grad, key, at)
     assert_bit_equal(result.stats, torch.stack([tau, sigma, reference.density(expected)]), "tau, sigma, density")
     if result.values is not None:
         assert_bit_equal(result.values, expected, "values")
@@ -92,10 +95,13 @@ def assert_pruned(result: Pruned, grad: Tensor, key: Tensor, sigma: Tensor, tau:
         assert torch.equal(result.nonzeros, nonzeros_of(expected))
 
 
-def check(emulator: Emulator, grad: Tensor, channels_last: bool, key: Tensor = KEY) -> None:
+def check(
+    emulator: Emulator, grad: Tensor, channels_last: bool, key: Tensor = KEY, scales: Tensor | None = None
+) -> None:
     sigma, tau = threshold(grad)
-    result = emulator.prune(grad, pruning(key), channels_last=channels_last, nonzeros=channels_last)
-    assert_pruned(result, grad, key, sigma, tau)
+    how = pruning(key, scales=scales)
+    result = emulator.prune(grad, how, channels_last=channels_last, nonzeros=channels_last)
+    assert_pruned(result, grad, key, sigma, tau, scales)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -116,6 +122,27 @@ def test_bits_are_those_of_the_reference(shape, dtype, memory_format):
 def test_bits_for_any_shape(shape, dtype, memory_format, device, key):
     grad = gradient(shape, dtype, memory_format, sum(shape))
     check(Emulator(device=device), grad, memory_format is torch.channels_last, torch.tensor(key))
+
+
+@settings(max_examples=25)
+@given(
+    shape=st.tuples(st.integers(1, 7), st.integers(1, 140), st.integers(1, 12), st.integers(1, 12)),
+    dtype=st.sampled_from(DTYPES),
+    memory_format=st.sampled_from(LAYOUTS),
+    device=st.sampled_from(DEVICES),
+)
+def test_images_with_thresholds_of_their_own(shape, dtype, memory_format, device):
+    """Of images, lanes of a warp may have several."""
+    grad = gradient(shape, dtype, memory_format, sum(shape))
+    scales = torch.exp(torch.randn(shape[0], generator=torch.Generator().manual_seed(sum(shape))))
+    check(Emulator(device=device), grad, memory_format is torch.channels_last, scales=scales)
+
+
+@pytest.mark.parametrize("exponent", [0, -103, 124])
+def test_thresholds_of_images_that_are_tiny_or_no_numbers(exponent, dtype, memory_format):
+    grad = gradient((5, 40, 5, 8), dtype, memory_format, scale=2.0**exponent)
+    scales = torch.tensor([1.0, 0.3, 4.0, 2.0**-30, 2.0**60])
+    check(Emulator(), grad, memory_format is torch.channels_last, scales=scales)
 
 
 @pytest.mark.parametrize("device", [*DEVICES, Device(4, 67 * KIB)], ids=lambda d: f"{d[0]}x{d[1]}")
@@ -338,8 +365,9 @@ def test_positions_in_tensors_larger_than_memory(positions, layout, nonzeros):
 
 
 def cases() -> list[tuple[str, Callable[[], tuple[Tensor, Pruning]]]]:
-    def case(shape, dtype, memory_format, history=None):
-        return lambda: (gradient(shape, dtype, memory_format), pruning(history=history and torch.tensor(history)))
+    def case(shape, dtype, memory_format, history=None, scales=None):
+        how = {"history": history and torch.tensor(history), "scales": scales and torch.tensor(scales)}
+        return lambda: (gradient(shape, dtype, memory_format), pruning(**how))
 
     one = torch.tensor(1.0).view(torch.int32).item()
     return [
@@ -349,6 +377,8 @@ def cases() -> list[tuple[str, Callable[[], tuple[Tensor, Pruning]]]]:
         ("planes", case((1, 18, 16, 24), torch.bfloat16, torch.contiguous_format)),
         ("odd planes", case((1, 18, 17, 17), torch.float32, torch.contiguous_format)),
         ("predicted", case((1, 64, 16, 15), torch.float32, torch.channels_last, [1, one, 0, 0, 0])),
+        ("images", case((3, 24, 9, 11), torch.bfloat16, torch.channels_last, scales=[1.0, 0.5, 3.0])),
+        ("planes of images", case((3, 18, 9, 11), torch.float32, torch.contiguous_format, scales=[1.0, 0.5, 3.0])),
     ]
 
 

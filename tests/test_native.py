@@ -266,6 +266,7 @@ def test_groups_of_images_that_depend_on_threads_do_not_change_results():
 
 GOOD_KEY = torch.tensor([1, 2])
 GOOD = torch.ones(2, 4, 3, 5)
+GOOD_TAUS = torch.ones(2)
 
 
 @pytest.mark.parametrize(
@@ -293,6 +294,14 @@ GOOD = torch.ones(2, 4, 3, 5)
         (lambda: RAW.prune(GOOD, GOOD_KEY[:1], 1.0, GOOD), r"key: got Long of shape \[1\], accepted"),
         (lambda: RAW.prune(GOOD, GOOD_KEY.to("meta"), 1.0, GOOD), "key: got a tensor on another"),
         (lambda: RAW.prune(GOOD, GOOD_KEY, -1.0, GOOD), "tau: got -1, accepted are finite"),
+        (lambda: RAW.prune(GOOD, GOOD_KEY, 1.0, GOOD, GOOD_TAUS[:1]), r"taus: got Float of shape \[1\], .* shape \[2\]"),
+        (lambda: RAW.prune(GOOD, GOOD_KEY, 1.0, GOOD, GOOD_TAUS.double()), "taus: got Double of shape"),
+        (lambda: RAW.prune(GOOD, GOOD_KEY, 1.0, GOOD, GOOD_TAUS.to("meta")), "taus: got a tensor on another"),
+        (lambda: RAW.prune(GOOD, GOOD_KEY, 1.0, GOOD, -GOOD_TAUS), "taus: got -1, accepted are finite"),
+        (
+            lambda: RAW.prune(GOOD.bfloat16(), GOOD_KEY, 1.0, GOOD.bfloat16(), GOOD_TAUS * 1.001953125),
+            "taus: got .* g's dtype represents",
+        ),
         (lambda: RAW.prune(GOOD, GOOD_KEY, math.nan, GOOD), "tau: got nan"),
         (lambda: RAW.prune(GOOD, GOOD_KEY, math.inf, GOOD), "tau: got inf"),
         (lambda: RAW.prune(GOOD, GOOD_KEY, 0.1, GOOD), "tau: got 0.1, .* g's dtype represents"),

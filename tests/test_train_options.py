@@ -119,7 +119,9 @@ def test_damaged_states_of_a_controller_are_refused(tmp_path, capsys):
 
 def test_groups_from_the_command_line(tmp_path):
     assert build(granularity="row:32")[3].granularity == ("row", 32)
-    train(tmp_path / "a", "--granularity", "sample", "--noise", "0.5", "--max-steps", "1")
+    train(tmp_path / "a", "--granularity", "sample", "--noise", "0.5", "--importance", "image", "--max-steps", "1")
+    with pytest.raises(ValueError, match="importance: got 'pixel'; accepted"):
+        build(importance="pixel")
     with pytest.raises(ValueError, match="granularity: got 'pixel'"):
         build(granularity="pixel")
     with pytest.raises(ValueError, match="noise: got 0.1 with 3 images a step in 2 parts; accepted: with two images"):

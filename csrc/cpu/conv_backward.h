@@ -22,6 +22,7 @@ struct ConvBackward {
   DType dtype;
   const void* grad_output;  // [n][p][q][k]
   const PruneSpec* prune;   // null: use the gradient as it is
+  const float* taus;        // of images, see of_image()
   void* pruned;             // null, or as grad_output: receives the gradient that was used
   bool grad_output_planes;
 

@@ -160,11 +160,11 @@ int64_t stage(const ConvPlan& plan, const char* source, char* out, Rows rows, fl
   const int64_t row_bytes = plan.q * k * dtype_size(call.dtype);
   int64_t found = 0;
   for (int64_t i = 0; i < rows.count; ++i) {
-    const int64_t row = rows.first + i;
+    const int64_t row = rows.first + i, image = row / plan.p;
     found += plan.prune_kernels.prune_pixels_nhwc(
         source + i * row_bytes, call.dtype, k, out ? out + i * row_bytes : nullptr,
-        tile ? tile + i * plan.q * k : nullptr, k, static_cast<uint32_t>(row / plan.p),
-        static_cast<uint32_t>(row % plan.p), 0, plan.q, k, *call.prune);
+        tile ? tile + i * plan.q * k : nullptr, k, static_cast<uint32_t>(image),
+        static_cast<uint32_t>(row % plan.p), 0, plan.q, k, of_image(*call.prune, call.taus, image));
   }
   return found;
 }
@@ -185,7 +185,7 @@ int64_t stage_planes(const ConvPlan& plan, Rows rows, float* tile) {
         float* values = tile + (i - row) * plan.q * k;
         found += plan.prune_kernels.prune_pixels_nhwc(
             values, DType::kFloat32, k, values, nullptr, k, static_cast<uint32_t>(image),
-            static_cast<uint32_t>(i % plan.p), 0, plan.q, k, *call.prune);
+            static_cast<uint32_t>(i % plan.p), 0, plan.q, k, of_image(*call.prune, call.taus, image));
       }
     if (call.pruned)
       plan.kernels.transpose(tile, k, 1, pixels, k, static_cast<float*>(call.pruned) + at, plane);

@@ -150,12 +150,12 @@ double expected_density(const PruneKernels& kernels, const void* g, DType dtype,
 }
 
 int64_t prune(const PruneKernels& kernels, const TaskPool& pool, const void* g, DType dtype,
-              const PruneShape& shape, const PruneSpec& spec, void* out) {
+              const PruneShape& shape, const PruneSpec& spec, const float* taus, void* out) {
   const int64_t count = shape.n * shape.c * shape.h * shape.w;
   if (count == 0) return 0;
   std::atomic<int64_t> nonzeros{0};
 
-  if (spec.tau == 0.0f) {
+  if (!taus && spec.tau == 0.0f) {
     parallel_tasks(pool, ceil_div(count, kTaskElements), [&](int64_t task, int) {
       const int64_t begin = task * kTaskElements;
       nonzeros += kernels.load_pixels_nhwc(at(g, dtype, begin), dtype, kTaskElements,
@@ -170,12 +170,12 @@ int64_t prune(const PruneKernels& kernels, const TaskPool& pool, const void* g, 
       const int64_t end = std::min(pixels, pixel + task_pixels);
       int64_t found = 0;
       while (pixel < end) {
-        const int64_t row = pixel / shape.w, w = pixel % shape.w;
+        const int64_t row = pixel / shape.w, w = pixel % shape.w, n = row / shape.h;
         const int64_t run = std::min(end - pixel, shape.w - w);
         found += kernels.prune_pixels_nhwc(
             at(g, dtype, pixel * shape.c), dtype, shape.c, at(out, dtype, pixel * shape.c), nullptr,
-            0, static_cast<uint32_t>(row / shape.h), static_cast<uint32_t>(row % shape.h),
-            static_cast<uint32_t>(w), run, shape.c, spec);
+            0, static_cast<uint32_t>(n), static_cast<uint32_t>(row % shape.h),
+            static_cast<uint32_t>(w), run, shape.c, of_image(spec, taus, n));
         pixel += run;
       }
       nonzeros += found;
@@ -192,9 +192,15 @@ int64_t prune(const PruneKernels& kernels, const TaskPool& pool, const void* g, 
       const int64_t c = task / runs % groups * channels;
       const int64_t n = task / runs / groups;
       const int64_t offset = (n * shape.c + c) * plane;
-      nonzeros += kernels.prune_planes_nchw(
-          at(g, dtype, offset), dtype, plane, at(out, dtype, offset), static_cast<uint32_t>(n), c,
-          std::min(shape.c, c + channels), first, std::min(run, plane - first), shape.w, spec);
+      const int64_t c_end = std::min(shape.c, c + channels), pixels = std::min(run, plane - first);
+      const PruneSpec own = of_image(spec, taus, n);
+      if (own.tau == 0.0f)
+        // To what only copies, parts of planes are pixels.
+        nonzeros += kernels.load_pixels_nhwc(at(g, dtype, offset + first), dtype, plane,
+                                             at(out, dtype, offset + first), nullptr, 0, c_end - c, pixels);
+      else
+        nonzeros += kernels.prune_planes_nchw(at(g, dtype, offset), dtype, plane, at(out, dtype, offset),
+                                              static_cast<uint32_t>(n), c, c_end, first, pixels, shape.w, own);
     });
   }
   return nonzeros;

@@ -33,9 +33,9 @@ void histogram(const TaskPool& pool, const void* g, DType dtype, int64_t count, 
 double expected_density(const PruneKernels& kernels, const void* g, DType dtype, int64_t count,
                         double taus_per_mean);
 
-// Writes the pruned g to out, which has the same layout and may be g itself. Returns the number of
-// non-zeros.
+// Writes the pruned g to out, which has the same layout and may be g itself. `taus`: see of_image().
+// Returns the number of non-zeros.
 int64_t prune(const PruneKernels& kernels, const TaskPool& pool, const void* g, DType dtype,
-              const PruneShape& shape, const PruneSpec& spec, void* out);
+              const PruneShape& shape, const PruneSpec& spec, const float* taus, void* out);
 
 }  // namespace sparsebwd

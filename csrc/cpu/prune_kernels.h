@@ -10,6 +10,12 @@
 
 namespace sparsebwd {
 
+// `spec` for image n, where images have thresholds of their own; null: they have not.
+static inline PruneSpec of_image(PruneSpec spec, const float* taus, int64_t n) {
+  if (taus) spec.tau = taus[n];
+  return spec;
+}
+
 struct PruneKernels {
   // Sum of |g| over `count` elements, in float64 and in a fixed order: element i goes to partial
   // sum i % 32; the partial sums are added pairwise, i with i + 16, then 8, 4, 2, 1. *nonzeros

@@ -40,6 +40,9 @@ struct Pruning {
   // is above 0, else from this very gradient; sigma of this gradient is recorded afterwards if it
   // is finite and above 0.
   int32_t* sigma_history;
+  // Null: all images have this threshold. Else device memory, one for each image: its threshold is that, float32(tau *
+  // scale), rounded to the dtype of g; 0 if it is not finite.
+  const float* scales;
 };
 
 struct PruneCall {

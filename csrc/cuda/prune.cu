@@ -82,8 +82,8 @@ __device__ Value grid_sum(const Partial* partials, Value Partial::*member) {
 
 // Rounded to the element type; 0 if it is not finite.
 template <class T>
-__device__ T threshold(float sigma, double quantile) {
-  const T tau = from_float<T>(static_cast<float>(static_cast<double>(sigma) * quantile));
+__device__ __forceinline__ T threshold(float value) {
+  const T tau = from_float<T>(value);
   return is_finite(to_float(tau)) ? tau : T{};
 }
 
@@ -177,7 +177,9 @@ __device__ __forceinline__ Pruned prune_pass(const Arguments& a, Rows rows, Posi
   using Pack = typename View::Pack;
   const auto* g = static_cast<const typename View::Storage*>(a.g);
   auto* out = static_cast<typename View::Storage*>(a.out);
-  const Pruner<typename View::Element> pruner(tau);
+  using Element = typename View::Element;
+  Pruner<Element> pruner(tau);
+  uint32_t image = ~0u;  // whose threshold the pruner has, where images have their own
   Pruned result = {};
   for (uint32_t left = rows.count; left > 0;) {
     --left;
@@ -187,7 +189,11 @@ __device__ __forceinline__ Pruned prune_pass(const Arguments& a, Rows rows, Posi
     const bool parked = left < a.parked;
     Pack pack =
         AfterSum && parked ? parking.get(left) : View::load(g + offset, present, a.geometry);
-    if (!AfterSum) add_magnitudes<typename View::Element>(result.sum, pack);
+    if (!AfterSum) add_magnitudes<Element>(result.sum, pack);
+    if (a.pruning.scales && present && position.digit[3] != image) {
+      image = position.digit[3];
+      pruner = Pruner<Element>(threshold<Element>(to_float(tau) * a.pruning.scales[image]));
+    }
     typename View::Random random;
     View::draw(spec, position, a.geometry, random);
     const uint32_t bits = pruner(pack, random);
@@ -219,7 +225,7 @@ __global__ void __launch_bounds__(kThreads) prune_kernel(const Arguments a) {
   Element tau = {};
   PruneSpec spec = {};
   if (a.prunes) {
-    tau = threshold<Element>(sigma, a.pruning.quantile);
+    tau = threshold<Element>(static_cast<float>(static_cast<double>(sigma) * a.pruning.quantile));
     spec = make_prune_spec(to_float(tau), a.pruning.key[0], a.pruning.key[1]);
   }
   const Pruned pruned = exact ? prune_pass<View, true>(a, rows, position, parking, tau, spec)

@@ -36,7 +36,8 @@ Strides strides_of(const py::array& array) {
 
 void run_prune(const py::array& g, int dtype, const std::array<int64_t, 4>& shape,
                bool channels_last, const py::object& key, double sigma_coefficient, double quantile,
-               const py::object& sigma_history, const py::object& out, const py::object& nonzeros,
+               const py::object& sigma_history, const py::object& scales, const py::object& out,
+               const py::object& nonzeros,
                const py::array& stats) {
   Operands operands;
   Pruning pruning = {};
@@ -49,6 +50,7 @@ void run_prune(const py::array& g, int dtype, const std::array<int64_t, 4>& shap
     pruning.sigma_coefficient = sigma_coefficient;
     pruning.quantile = quantile;
     pruning.sigma_history = operands.output<int32_t>("sigma_history", sigma_history, true);
+    pruning.scales = operands.input<float>("scales", scales);
     call.pruning = &pruning;
   }
   call.out = operands.output<void>("out", out);

@@ -132,19 +132,35 @@ double expected_density(const Tensor& g, double taus_per_mean) {
                                      taus_per_mean);
 }
 
-sparsebwd::PruneSpec checked_prune_spec(const Tensor& key, double tau, DType dtype) {
-  check_on_cpu(key, "key");
-  check_key(key);
+void check_tau(double tau, const char* name, DType dtype) {
   const float threshold = static_cast<float>(tau);
   check(std::isfinite(tau) && tau >= 0.0 && threshold == tau &&
             (dtype == DType::kFloat32 ||
              sparsebwd::float_of_bfloat16(sparsebwd::bfloat16_of_float(threshold)) == threshold),
-        "tau: got ", tau, ", accepted are finite numbers >= 0 that g's dtype represents exactly");
-  const auto* words = static_cast<const int64_t*>(key.const_data_ptr());
-  return sparsebwd::make_prune_spec(threshold, words[0], words[1]);
+        name, ": got ", tau, ", accepted are finite numbers >= 0 that g's dtype represents exactly");
 }
 
-int64_t prune(const Tensor& g, const Tensor& key, double tau, Tensor out) {
+sparsebwd::PruneSpec checked_prune_spec(const Tensor& key, double tau, DType dtype) {
+  check_on_cpu(key, "key");
+  check_key(key);
+  check_tau(tau, "tau", dtype);
+  const auto* words = static_cast<const int64_t*>(key.const_data_ptr());
+  return sparsebwd::make_prune_spec(static_cast<float>(tau), words[0], words[1]);
+}
+
+// One for each of `images`, or null.
+const float* checked_taus(const std::optional<Tensor>& taus, int64_t images, DType dtype) {
+  if (!taus) return nullptr;
+  check_on_cpu(*taus, "taus");
+  check(taus->scalar_type() == ScalarType::Float && taus->is_contiguous() && has_sizes(*taus, {images}),
+        "taus: got ", toString(taus->scalar_type()), " of shape ", text(taus->sizes()),
+        ", accepted is contiguous Float (float32) of shape [", images, "]");
+  const auto* values = static_cast<const float*>(taus->const_data_ptr());
+  for (int64_t i = 0; i < images; ++i) check_tau(values[i], "taus", dtype);
+  return values;
+}
+
+int64_t prune(const Tensor& g, const Tensor& key, double tau, Tensor out, std::optional<Tensor> taus) {
   check_on_cpu(g, "g");
   check_on_cpu(out, "out");
   const DType dtype = checked_dtype(g, "g");
@@ -152,7 +168,7 @@ int64_t prune(const Tensor& g, const Tensor& key, double tau, Tensor out) {
   check_alike(out, "out", g, "g");
   const sparsebwd::PruneSpec spec = checked_prune_spec(key, tau, dtype);
   return sparsebwd::prune(sparsebwd::active_kernels().prune, task_pool(), g.const_data_ptr(), dtype,
-                          shape, spec, out.mutable_data_ptr());
+                          shape, spec, checked_taus(taus, shape.n, dtype), out.mutable_data_ptr());
 }
 
 void copy_layout(const Tensor& src, Tensor out) {
@@ -219,7 +235,8 @@ int64_t conv2d_backward(const Tensor& grad_output, std::optional<Tensor> input,
                         std::vector<int64_t> padding, std::vector<int64_t> dilation,
                         int64_t groups, std::optional<Tensor> key, double tau,
                         std::optional<Tensor> pruned, std::optional<Tensor> grad_input,
-                        std::optional<Tensor> grad_weight, bool lists_only) {
+                        std::optional<Tensor> grad_weight, bool lists_only,
+                        std::optional<Tensor> taus) {
   sparsebwd::ConvBackward call = {};
   const sparsebwd::ConvProblem& problem = call.problem =
       checked_problem(input_size, weight_size, stride, padding, dilation, groups, why_refused);
@@ -233,6 +250,7 @@ int64_t conv2d_backward(const Tensor& grad_output, std::optional<Tensor> input,
   if (key) {
     spec = checked_prune_spec(*key, tau, call.dtype);
     call.prune = &spec;
+    call.taus = checked_taus(taus, problem.n, call.dtype);
   }
   if (pruned) {
     check_alike(*pruned, "pruned", grad_output, "grad_output");
@@ -314,7 +332,7 @@ STABLE_TORCH_LIBRARY(sparsebwd_cpu, m) {
   m.def("abs_sum(Tensor g) -> (float, int)");
   m.def("histogram(Tensor g, Tensor(a!) counts) -> ()");
   m.def("expected_density(Tensor g, float taus_per_mean) -> float");
-  m.def("prune(Tensor g, Tensor key, float tau, Tensor(a!) out) -> int");
+  m.def("prune(Tensor g, Tensor key, float tau, Tensor(a!) out, Tensor? taus=None) -> int");
   m.def("copy_layout(Tensor src, Tensor(a!) out) -> ()");
   m.def(
       "refusal(int[] input_size, int[] weight_size, int[] stride, int[] padding, int[] dilation, "
@@ -323,7 +341,7 @@ STABLE_TORCH_LIBRARY(sparsebwd_cpu, m) {
       "conv2d_backward(Tensor grad_output, Tensor? input, Tensor? weight, int[] input_size, "
       "int[] weight_size, int[] stride, int[] padding, int[] dilation, int groups, Tensor? key, "
       "float tau, Tensor(a!)? pruned, Tensor(b!)? grad_input, Tensor(c!)? grad_weight, "
-      "bool lists_only=False) -> int");
+      "bool lists_only=False, Tensor? taus=None) -> int");
   m.def(
       "depthwise_refusal(int[] input_size, int[] weight_size, int[] stride, int[] padding, int[] dilation, "
       "int groups) -> str");

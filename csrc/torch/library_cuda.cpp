@@ -141,8 +141,10 @@ float* checked_stats(const Tensor& stats, const Tensor& g, const char* g_name) {
 std::optional<cuda::Pruning> checked_pruning(const std::optional<Tensor>& key,
                                              double sigma_coefficient, double quantile,
                                              const std::optional<Tensor>& sigma_history,
+                                             const std::optional<Tensor>& scales,
                                              const Tensor& g, const char* g_name) {
   check(key || !sigma_history, "sigma_history: got a tensor without a key, accepted is None then");
+  check(key || !scales, "scales: got a tensor without a key, accepted is None then");
   if (!key) return std::nullopt;
   check_beside(*key, "key", g, g_name);
   check_key(*key);
@@ -152,11 +154,16 @@ std::optional<cuda::Pruning> checked_pruning(const std::optional<Tensor>& key,
     check(std::isfinite(value) && value >= 0.0, name, ": got ", value,
           ", accepted are finite numbers >= 0");
   cuda::Pruning pruning = {static_cast<const int64_t*>(key->const_data_ptr()), sigma_coefficient,
-                           quantile, nullptr};
+                           quantile, nullptr, nullptr};
   if (sigma_history) {
     check_beside(*sigma_history, "sigma_history", g, g_name);
     check_vector(*sigma_history, "sigma_history", ScalarType::Int, 1 + sparsebwd::kSigmaHistory);
     pruning.sigma_history = static_cast<int32_t*>(sigma_history->mutable_data_ptr());
+  }
+  if (scales) {
+    check_beside(*scales, "scales", g, g_name);
+    check_vector(*scales, "scales", ScalarType::Float, g.size(0));
+    pruning.scales = static_cast<const float*>(scales->const_data_ptr());
   }
   return pruning;
 }
@@ -237,14 +244,15 @@ cuda::Strides strides_of(const Tensor& tensor) {
 // ---- operators
 
 void prune(const Tensor& g, std::optional<Tensor> key, double sigma_coefficient, double quantile,
-           std::optional<Tensor> sigma_history, std::optional<Tensor> out, Tensor stats) {
+           std::optional<Tensor> sigma_history, std::optional<Tensor> scales, std::optional<Tensor> out,
+           Tensor stats) {
   check_on_device(g, "g");
   cuda::PruneCall call = {};
   call.dtype = checked_dtype(g, "g");
   call.shape = checked_prune_shape(g, "g", kMostOfDimension);
   call.g = g.const_data_ptr();
   const auto pruning =
-      checked_pruning(key, sigma_coefficient, quantile, sigma_history, g, "g");
+      checked_pruning(key, sigma_coefficient, quantile, sigma_history, scales, g, "g");
   call.pruning = pruning ? &*pruning : nullptr;
   if (out) {
     check_beside(*out, "out", g, "g");
@@ -267,7 +275,8 @@ void conv2d_backward(const Tensor& grad_output, std::optional<Tensor> input,
                      std::optional<Tensor> weight, Sizes input_size, Sizes weight_size,
                      Sizes stride, Sizes padding, Sizes dilation, int64_t groups,
                      std::optional<Tensor> key, double sigma_coefficient, double quantile,
-                     std::optional<Tensor> sigma_history, std::optional<Tensor> pruned,
+                     std::optional<Tensor> sigma_history, std::optional<Tensor> scales,
+                     std::optional<Tensor> pruned,
                      std::optional<Tensor> grad_input, std::optional<Tensor> grad_weight,
                      Tensor stats) {
   const ConvProblem problem =
@@ -281,7 +290,7 @@ void conv2d_backward(const Tensor& grad_output, std::optional<Tensor> input,
   prune_call.dtype = dtype;
   prune_call.shape = checked_prune_shape(grad_output, "grad_output", kMostOfDimension);
   prune_call.g = grad_output.const_data_ptr();
-  const auto pruning = checked_pruning(key, sigma_coefficient, quantile, sigma_history, grad_output,
+  const auto pruning = checked_pruning(key, sigma_coefficient, quantile, sigma_history, scales, grad_output,
                                        "grad_output");
   prune_call.pruning = pruning ? &*pruning : nullptr;
   check(key.has_value() == pruned.has_value(), "pruned: got ", pruned ? "a tensor" : "None",
@@ -375,11 +384,12 @@ STABLE_TORCH_LIBRARY(SPARSEBWD_OPERATORS, m) {
       "int groups, str dtype) -> (str, str)");
   m.def(
       "prune(Tensor g, Tensor? key, float sigma_coefficient, float quantile, "
-      "Tensor(a!)? sigma_history, Tensor(b!)? out, Tensor(c!) stats) -> ()");
+      "Tensor(a!)? sigma_history, Tensor? scales, Tensor(b!)? out, Tensor(c!) stats) -> ()");
   m.def(
       "conv2d_backward(Tensor grad_output, Tensor? input, Tensor? weight, int[] input_size, "
       "int[] weight_size, int[] stride, int[] padding, int[] dilation, int groups, Tensor? key, "
-      "float sigma_coefficient, float quantile, Tensor(a!)? sigma_history, Tensor(b!)? pruned, "
+      "float sigma_coefficient, float quantile, Tensor(a!)? sigma_history, Tensor? scales, "
+      "Tensor(b!)? pruned, "
       "Tensor(c!)? grad_input, Tensor(d!)? grad_weight, Tensor(e!) stats) -> ()");
 }
 

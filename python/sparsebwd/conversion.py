@@ -32,7 +32,8 @@ class LayerReport:
     """What one convolution of a model is, and why.
 
     ``converted``: it is a :class:`sparsebwd.SparseConv2d`; then ``percentile``, ``density``, ``variance``, ``noise``,
-    ``granularity``, ``placement``, ``backend`` and ``where`` are its settings, and ``reason`` says what follows it in the model. Otherwise these are None, and ``reason`` says why
+    ``granularity``, ``importance``, ``placement``, ``backend`` and ``where`` are its settings, and ``reason`` says what follows
+    it in the model. Otherwise these are None, and ``reason`` says why
     :func:`convert` leaves it alone.
     """
 
@@ -47,6 +48,7 @@ class LayerReport:
     variance: float | None = None
     granularity: Granularity | None = None
     noise: float | None = None
+    importance: str | None = None
 
     def __str__(self) -> str:
         name = self.name or "the model"
@@ -55,6 +57,8 @@ class LayerReport:
         asked = {knob: getattr(self, knob) for knob in KNOBS if getattr(self, knob) is not None} or {"percentile": None}
         if self.granularity != "element":
             asked["granularity"] = self.granularity
+        if self.importance != "none":
+            asked["importance"] = self.importance
         asked = ", ".join(f"{knob}={value}" for knob, value in asked.items())
         return f"{name}: placement={self.placement!r}, {asked} ({self.reason})"
 
@@ -145,6 +149,7 @@ def convert(
     variance: float | None = None,
     noise: float | None = None,
     granularity: Granularity = "element",
+    importance: str = "none",
     exclude: str | Iterable[str] = (),
 ) -> nn.Module:
     """Make every eligible ``nn.Conv2d`` of ``model`` a :class:`sparsebwd.SparseConv2d`, in place.
@@ -171,6 +176,8 @@ def convert(
             trace, the order in which modules are registered stands in. Parts that would draw random numbers while
             they are traced do not trace.
         backend, sigma_estimator, threshold, granularity: as in :class:`sparsebwd.SparseConv2d`.
+        importance: "none", or "image": each image has a threshold of its own, by the norm of its input, in layers with the
+            placement "output"; see :class:`sparsebwd.Pruning`.
         where: "faster": what no kernel here can make faster stays an nn.Conv2d, judged by its weight and device, which are
             those it will have if you move the model to its device first; and layers decide again by what they are given, see
             :class:`sparsebwd.SparseConv2d`. "everywhere": all that is eligible is converted and pruned, as in the paper.
@@ -208,6 +215,7 @@ def convert(
         variance=variance,
         granularity=granularity,
         noise=noise,
+        importance=importance,
     )
     excluded = _excluded(model, exclude)
     placements = decide_placements(model) if placement == "auto" else None
@@ -228,7 +236,8 @@ def convert(
         # Where autocast to bfloat16 has something to gain, the layer decides by what it is given.
         if not sparse and (reason or dense and _why_not_faster(module, pruning, torch.bfloat16)):
             continue
-        chosen = pruning.replace(placement=placement if placements is None else placements[name].placement)
+        placed = placement if placements is None else placements[name].placement
+        chosen = pruning.replace(placement=placed, importance=importance if placed == "output" else "none")
         if sparse:
             module.pruning = chosen
         else:
@@ -339,7 +348,7 @@ def _report(model: nn.Module, placements: dict[str, Placement] | None) -> Conver
     for name, module in model.named_modules():
         if isinstance(module, SparseConv2d):
             settings = module.percentile, module.placement, module.backend
-            amount = module.where, module.density, module.variance, module.granularity, module.noise
+            amount = module.where, module.density, module.variance, module.granularity, module.noise, module.importance
             reason = "as asked for" if placements is None else placements[name].reason
             if (original := original_class(own_class(module))) not in (None, nn.Conv2d):
                 reason = f"{original.__name__}, {reason}"

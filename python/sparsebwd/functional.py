@@ -38,6 +38,7 @@ def _settings(
     variance: float | None,
     granularity: Granularity,
     noise: float | None = None,
+    importance: str = "none",
 ) -> Pruning:
     """A function for torch.compile, to which settings are constants. predicted: there is a history to predict from."""
     check_choice("threshold", threshold, THRESHOLDS)
@@ -47,7 +48,8 @@ def _settings(
         if threshold == "predicted" and not predicted:
             raise ValueError("threshold: got 'predicted'; accepted: with a sigma_history to predict it from")
         threshold = "predicted" if predicted else threshold
-    return Pruning(percentile, placement, sigma_estimator, threshold, backend, where, density, variance, granularity, noise)
+    amount = density, variance, granularity, noise, importance
+    return Pruning(percentile, placement, sigma_estimator, threshold, backend, where, *amount)
 
 
 def _dtype(input: Tensor) -> torch.dtype:
@@ -173,6 +175,7 @@ def sparse_conv2d(
     sigma_history: Tensor | None = None,
     where: str = "everywhere",
     noise: float | None = None,
+    importance: str = "none",
 ) -> Tensor:
     """:func:`torch.nn.functional.conv2d` whose backward pass prunes and skips zeros.
 
@@ -197,6 +200,7 @@ def sparse_conv2d(
         sigma_history: as in :func:`prune_gradient`; read and written in the backward pass. With ``noise`` int32[6], to begin
             with all 0: the last has the bits of tau / sigma as a float32, at which the gradient is pruned.
         noise: instead of a percentile; see :class:`sparsebwd.Pruning`. Nothing is pruned without a ``sigma_history``.
+        importance: "none", or "image": the threshold of each image follows from its ``input``; see :class:`sparsebwd.Pruning`.
         where: "everywhere", or "faster": plain :func:`torch.nn.functional.conv2d` where nothing can be faster, and
             unpruned where this very gradient is too dense; see :class:`sparsebwd.Pruning`.
 
@@ -234,6 +238,7 @@ def sparse_conv2d(
             variance,
             granularity,
             noise,
+            importance,
         ),
         generator,
         as_int(layer_id, "layer_id"),

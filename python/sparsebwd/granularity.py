@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from . import importance, reference
 from .backends.base import Backend, BackwardResult, empty
 from .problem import ConvProblem
 from .reference import PrunedGradient
@@ -54,12 +54,13 @@ def as_rows(grad: Tensor, width: int) -> Tensor:
     return padded.unflatten(1, (padded.shape[1] // width, width))
 
 
-def _factors(grad: Tensor, key: Tensor, pruning: Pruning) -> _Factors:
+def _factors(grad: Tensor, key: Tensor, pruning: Pruning, scales: Tensor | None = None) -> _Factors:
     found = norms(grad, pruning)
-    sigma, tau = reference.find_threshold(found, pruning)
-    kept = found > tau * reference.uniform(tuple(found.shape), key)
-    factor = torch.where(kept, tau / found, 0.0)
-    return _Factors(torch.where(found < tau, factor, 1.0).to(_computed_in(grad)), tau, sigma)
+    sigma, tau = reference.find_threshold(found, pruning, scales=scales)
+    at = tau if scales is None else reference.thresholds_of_images(tau, scales, found.dtype)
+    kept = found > at * reference.uniform(tuple(found.shape), key)
+    factor = torch.where(kept, at / found, 0.0)
+    return _Factors(torch.where(found < at, factor, 1.0).to(_computed_in(grad)), tau, sigma)
 
 
 def _computed_in(grad: Tensor) -> torch.dtype:
@@ -71,10 +72,11 @@ def _scaled(grad: Tensor, factors: Tensor) -> Tensor:
     return torch.where(factors == 0, 0.0, grad * factors).to(grad.dtype)
 
 
-def prune(grad: Tensor, key: Tensor, pruning: Pruning) -> PrunedGradient:
+def prune(grad: Tensor, key: Tensor, pruning: Pruning, scales: Tensor | None = None) -> PrunedGradient:
     """Prune the groups of a gradient (N, C, H, W) of any floating dtype. tau and sigma are those of the norms, the density
-    is that of the elements. The random number of a group is that of an element at its place among the norms."""
-    factors, tau, sigma = _factors(grad, key, pruning)
+    is that of the elements. The random number of a group is that of an element at its place among the norms. scales: as in
+    :func:`sparsebwd.reference.prune`; not of channels."""
+    factors, tau, sigma = _factors(grad, key, pruning, scales)
     if isinstance(pruning.granularity, tuple):
         width = min(pruning.granularity[1], max(grad.shape[1], 1))
         factors = factors.repeat_interleave(width, 1)[:, : grad.shape[1]]
@@ -105,11 +107,12 @@ def conv2d_backward(
             return result
         values, tau, sigma, _ = prune(result.grad_input, key, pruning)
         return result._replace(grad_input=values, tau=tau, sigma=sigma)
+    scales = importance.scales(input, pruning)
     if isinstance(pruning.granularity, tuple) or (pruning.granularity == "channel" and problem.groups > 1):
-        values, tau, sigma, density = prune(grad_output, key, pruning)
+        values, tau, sigma, density = prune(grad_output, key, pruning, scales)
         return convolve(problem, values, input, weight)._replace(tau=tau, sigma=sigma, density=density)
 
-    factors, tau, sigma = _factors(grad_output, key, pruning)
+    factors, tau, sigma = _factors(grad_output, key, pruning, scales)
     dim = 0 if pruning.granularity == "sample" else 1
     kept = factors.flatten().nonzero().flatten()
     gathered = _scaled(grad_output.index_select(dim, kept), factors.index_select(dim, kept))

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["BINS", "Histogram", "count", "sample"]
+__all__ = ["BINS", "Histogram", "count", "of_sampled", "sample"]
 
 SHIFT = 19
 """A magnitude's bin is the bits of its float32 >> SHIFT: its exponent and the first 4 bits of its mantissa, so that bins are
@@ -51,6 +51,15 @@ def sample(grad: Tensor, samples: int = SAMPLES) -> Tensor:
     # Not kept on devices, where memory may belong to a graph that is being captured.
     places = _kept_places(shape, order, samples) if grad.is_cpu else _places(shape, order, samples, grad.device)
     return memory.index_select(0, places)
+
+
+def of_sampled(values: Tensor, shape: tuple[int, int, int, int], samples: int = SAMPLES) -> Tensor:
+    """Of ``values``, (N,), one for each image, that of the image of each element of a :func:`sample`."""
+    n, c, h, w = shape
+    elements = n * c * h * w
+    if elements <= samples:
+        return values.repeat_interleave(c * h * w)
+    return values[torch.arange(samples, device=values.device) * elements // samples // (c * h * w)]
 
 
 def _places(shape: tuple[int, int, int, int], order: str, samples: int, device: torch.device) -> Tensor:

@@ -70,6 +70,7 @@ class SparseConv2d(nn.Conv2d):
             add to the gradient, or the noise that it may add to the weight gradients of the whole network, which takes a
             :class:`sparsebwd.NoiseController`; see :class:`sparsebwd.Pruning`.
         granularity: "element", "row" or ("row", width), "sample" or "channel": what is kept or dropped as a whole.
+        importance: "none", or "image": the threshold of each image follows from its input too.
         placement: "output" (Conv-BN-ReLU) or "input" (Conv-ReLU): which gradient is pruned.
         backend: "auto" or the name of one.
         sigma_estimator: "corrected", or "as_printed" for the biased estimate that the paper prints.
@@ -111,7 +112,7 @@ class SparseConv2d(nn.Conv2d):
     _known_dense = None
 
     __jit_unused_properties__ = ["percentile", "placement", "backend", "sigma_estimator", "threshold", "where", "pruning"]
-    __jit_unused_properties__ += ["density", "variance", "granularity", "noise"]
+    __jit_unused_properties__ += ["density", "variance", "granularity", "noise", "importance"]
 
     _original: ClassVar[type[nn.Conv2d]] = nn.Conv2d  # what layers are before conversion and after
 
@@ -120,6 +121,7 @@ class SparseConv2d(nn.Conv2d):
     variance: float | None = _setting("variance", "0 or more, or None.")
     noise: float | None = _setting("noise", "Above 0, or None.")
     granularity: Granularity = _setting("granularity", '"element", ("row", width), "sample" or "channel".')
+    importance: str = _setting("importance", '"none" or "image".')
     placement: str = _setting("placement", '"output" or "input".')
     backend: str = _setting("backend", '"auto" or the name of one.')
     sigma_estimator: str = _setting("sigma_estimator", '"corrected" or "as_printed".')
@@ -150,8 +152,9 @@ class SparseConv2d(nn.Conv2d):
         variance: float | None = None,
         granularity: Granularity = "element",
         noise: float | None = None,
+        importance: str = "none",
     ) -> None:
-        settings = (threshold, backend, where, density, variance, granularity, noise)
+        settings = (threshold, backend, where, density, variance, granularity, noise, importance)
         pruning = Pruning(percentile, placement, sigma_estimator, *settings)
         super().__init__(
             as_int(in_channels, "in_channels", least=0),
@@ -197,6 +200,7 @@ class SparseConv2d(nn.Conv2d):
         variance: float | None = None,
         granularity: Granularity = "element",
         noise: float | None = None,
+        importance: str = "none",
     ) -> SparseConv2d:
         """A layer that shares the parameters of ``conv`` (the same Parameter objects), with its
         settings, hooks and training flag.
@@ -206,7 +210,7 @@ class SparseConv2d(nn.Conv2d):
         if type(conv) not in (nn.Conv2d, cls):
             raise TypeError(f"conv: got {type(conv).__name__}; accepted: torch.nn.Conv2d")
         layer = _share(conv, cls)
-        settings = (threshold, backend, where, density, variance, granularity, noise)
+        settings = (threshold, backend, where, density, variance, granularity, noise, importance)
         layer._configure(Pruning(percentile, placement, sigma_estimator, *settings))
         return layer
 
@@ -348,7 +352,7 @@ class SparseConv2d(nn.Conv2d):
         if not self.training:
             return F.conv2d(input, weight, bias, *geometry, **kwargs)
         settings = {name: getattr(self, name) for name in ("placement", "sigma_estimator", "backend", "where", *KNOBS)}
-        settings |= {"threshold": self.threshold, "granularity": self.granularity}
+        settings |= {"threshold": self.threshold, "granularity": self.granularity, "importance": self.importance}
         settings |= {"layer_id": self.layer_id, "sigma_history": self._buffers.get("sigma_history")}
         args = (input, weight, bias, *geometry)
         return input.tracer.create_proxy("call_function", sparse_conv2d, args, {**kwargs, **settings})
@@ -448,6 +452,8 @@ class SparseConv2d(nn.Conv2d):
             text += f", threshold={self.threshold}"
         if self.granularity != "element":
             text += f", granularity={self.granularity}"
+        if self.importance != "none":
+            text += f", importance={self.importance}"
         if self.where != "everywhere":
             text += f", where={self.where}"
         return text

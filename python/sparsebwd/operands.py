@@ -34,6 +34,17 @@ def check_sigma_history(sigma_history: Tensor | None, like: Tensor, noise: bool 
         raise ValueError(f"sigma_history: got device {sigma_history.device}; {accepted}")
 
 
+def check_scales(scales: Tensor | None, grad: Tensor, importance: str) -> None:
+    """Raise unless it is as :func:`sparsebwd.importance.scales` returns it for images of ``grad``."""
+    accepted = f"accepted: float32 of shape ({len(grad)},) on {grad.device} with importance 'image', else None"
+    if (scales is None) is not (importance == "none"):
+        raise ValueError(f"scales: got {'None' if scales is None else 'a tensor'} with importance {importance!r}; {accepted}")
+    if scales is not None and (
+        scales.dtype != torch.float32 or scales.shape != grad.shape[:1] or scales.device != grad.device
+    ):
+        raise ValueError(f"scales: got {scales.dtype} of shape {tuple(scales.shape)} on {scales.device}; {accepted}")
+
+
 def _layout(tensor: Tensor) -> str:
     """What a tensor is that is not dense."""
     return "a nested tensor" if tensor.is_nested else f"a tensor with the layout {tensor.layout}"

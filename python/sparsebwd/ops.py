@@ -22,6 +22,7 @@ from . import granularity, ranges
 from .backends import LayerStats, choose_backend, observers, why_not_faster
 from .backends.base import logger, until_choices_change
 from .backends.dense import gradients, widens
+from .operands import check_scales
 from .problem import ConvProblem
 from .reference import density, memory_format, resolve
 from .registration import (
@@ -133,13 +134,15 @@ def _prune(
     key: Tensor,
     pruning: str,
     sigma_history: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_scales(scales, grad, Pruning.parse(pruning).importance)
     settings, history = resolve(Pruning.parse(pruning), _unversioned(sigma_history))
     chosen = choose_backend(settings.backend, None, grad.device.type, grad.dtype)
     if settings.granularity == "element":
-        by, (values, tau, sigma, density) = chosen.name, chosen.prune(_dense(grad), key, settings, history)
+        by, (values, tau, sigma, density) = chosen.name, chosen.prune(_dense(grad), key, settings, history, scales)
     else:
-        by, (values, tau, sigma, density) = "plain PyTorch", granularity.prune(_dense(grad), key, settings)
+        by, (values, tau, sigma, density) = "plain PyTorch", granularity.prune(_dense(grad), key, settings, scales)
     logger.debug("pruning of %s in %s: ran %s", tuple(grad.shape), grad.dtype, by)
     return values.contiguous(memory_format=memory_format(grad)), tau, sigma, density
 
@@ -149,13 +152,14 @@ def _prune_fake(
     key: Tensor,
     pruning: str,
     sigma_history: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tau, sigma, density = (grad.new_empty((), dtype=torch.float32) for _ in range(3))
     return torch.empty_like(grad, memory_format=memory_format(grad)), tau, sigma, density
 
 
 define(
-    f"prune(Tensor grad, Tensor key, str pruning, {_HISTORY})"
+    f"prune(Tensor grad, Tensor key, str pruning, {_HISTORY}, Tensor? scales=None)"
     " -> (Tensor values, Tensor tau, Tensor sigma, Tensor density)",
     _prune,
     _prune_fake,

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .histogram import Histogram, count, sample
+from .histogram import Histogram, count, of_sampled, sample
 from .problem import ConvProblem
 
 if TYPE_CHECKING:
@@ -119,13 +119,34 @@ def threshold_of_counts(counts: Tensor, pruning: Pruning, dtype: torch.dtype) ->
     return sigma.float(), _rounded(_rounded(tau, torch.float32), dtype).nan_to_num(0.0, 0.0, 0.0).float()
 
 
-def find_threshold(grad: Tensor, pruning: Pruning, sigma_history: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(sigma, tau) of a gradient (N, C, H, W), as tensors on its device."""
-    measured = sample(grad) if pruning.threshold == "sampled" else grad
+def looked_at(grad: Tensor, pruning: Pruning, scales: Tensor | None = None) -> Tensor:
+    """What the threshold of a gradient (N, C, H, W) comes from: all of it or a sample. Where images have thresholds of their
+    own, tau * ``scales``, the density is that of the elements divided by their scales."""
+    sampled = pruning.threshold == "sampled"
+    measured = sample(grad) if sampled else grad
+    if scales is None or not pruning.needs_counts:
+        return measured
+    return measured / (of_sampled(scales, tuple(grad.shape)) if sampled else scales.view(-1, 1, 1, 1))
+
+
+def find_threshold(
+    grad: Tensor, pruning: Pruning, sigma_history: Tensor | None = None, scales: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(sigma, tau) of a gradient (N, C, H, W), as tensors on its device. scales: see :func:`thresholds_of_images`."""
+    measured = looked_at(grad, pruning, scales)
     if pruning.needs_counts:
         return threshold_of_counts(count(measured), pruning, grad.dtype)
     abs_sum = measured.abs().sum(dtype=torch.float64)
     return threshold(abs_sum, measured.numel(), pruning, grad.dtype, sigma_history)
+
+
+def thresholds_of_images(tau: Tensor | float, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The threshold of each image, tau times its scale, rounded to ``dtype``; 0, which prunes nothing, where that is not finite.
+
+    tau: representable in ``dtype``. scales: float32 (N,), as :func:`sparsebwd.importance.scales` returns them. Returns float32
+    (N, 1, 1, 1).
+    """
+    return _rounded(scales * tau, dtype).nan_to_num(0.0, 0.0, 0.0).float().view(-1, 1, 1, 1)
 
 
 def resolve(pruning: Pruning, state: Tensor | None) -> tuple[Pruning, Tensor | None]:
@@ -243,7 +264,7 @@ def uniform(shape: tuple[int, int, int, int], key: Tensor, first: int = 0) -> Te
 def prune_at(grad: Tensor, key: Tensor, tau: Tensor, first: int = 0) -> Tensor:
     """Stochastic pruning (Ye et al. (2019), Algorithm 1) at the threshold ``tau``.
 
-    grad: (N, C, H, W); key: int64[2]; tau: 0-dim float32, representable in the dtype of grad.
+    grad: (N, C, H, W); key: int64[2]; tau: float32, 0-dim or (N, 1, 1, 1), representable in the dtype of grad.
     first: the image of the batch that ``grad`` begins with, where it is a part of one.
     |g| < tau becomes copysign(tau, g) if |g| > tau * r with r uniform in [0, 1), else +0;
     everything else keeps its bits. Returns a new tensor in the memory format of ``grad``.
@@ -260,10 +281,13 @@ def prune_at(grad: Tensor, key: Tensor, tau: Tensor, first: int = 0) -> Tensor:
     return values.contiguous(memory_format=memory_format(grad))
 
 
-def prune(grad: Tensor, key: Tensor, pruning: Pruning, sigma_history: Tensor | None = None) -> PrunedGradient:
-    """Prune a gradient (N, C, H, W) of any floating dtype; see :func:`sparsebwd.prune_gradient`."""
-    sigma, tau = find_threshold(grad, pruning, sigma_history)
-    values = prune_at(grad, key, tau)
+def prune(
+    grad: Tensor, key: Tensor, pruning: Pruning, sigma_history: Tensor | None = None, scales: Tensor | None = None
+) -> PrunedGradient:
+    """Prune a gradient (N, C, H, W) of any floating dtype; see :func:`sparsebwd.prune_gradient`. scales: None, or images have
+    :func:`thresholds_of_images`."""
+    sigma, tau = find_threshold(grad, pruning, sigma_history, scales)
+    values = prune_at(grad, key, tau if scales is None else thresholds_of_images(tau, scales, grad.dtype))
     return PrunedGradient(values, tau, sigma, density(values))
 
 

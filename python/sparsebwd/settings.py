@@ -26,6 +26,7 @@ PLACEMENTS = ("output", "input")
 THRESHOLDS = ("exact", "predicted", "sampled")
 WHERE = ("everywhere", "faster")
 GRANULARITIES = ("element", "sample", "channel")
+IMPORTANCES = ("none", "image")
 ROW = 64
 """Channels of a row where no other number is given."""
 KNOBS = ("percentile", "density", "variance", "noise")
@@ -128,6 +129,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "variance": check_variance,
     "granularity": check_granularity,
     "noise": check_noise,
+    "importance": _one_of("importance", *IMPORTANCES),
 }
 
 
@@ -153,6 +155,9 @@ class Pruning:
     backend: "auto" or the name of one.
     granularity: what is kept or dropped as a whole: "element", as in the paper; "row", the 64 neighbouring channels of a pixel,
         or ("row", width); "sample", all of an image; "channel", all of a channel. ("row", 1) is "element".
+    importance: "none", one tau for all images, as in the paper; or "image", for each image tau times a factor that falls with
+        the norm of its input, for less noise in the gradient of the weight at the same density. Not with a variance, with
+        placement "input" or granularity "channel".
     where: "everywhere", as in the paper, or "faster": what "auto" would compute densely comes out as of an nn.Conv2d, with
         nothing pruned. A backend that is named runs everywhere.
 
@@ -180,6 +185,7 @@ class Pruning:
     variance: float | None = None
     granularity: Granularity = "element"
     noise: float | None = None
+    importance: str = "none"
     # Derived, and ready for every call of a layer.
     text: str = field(init=False, repr=False, compare=False)
     active: bool = field(init=False, repr=False, compare=False)
@@ -201,9 +207,22 @@ class Pruning:
             raise ValueError(
                 f"threshold: got 'predicted' with granularity {self.granularity!r}; accepted: with granularity 'element'"
             )
+        if self.importance == "image":
+            self._check_importance()
         object.__setattr__(self, "text", self._as_text())
         # At these the threshold is 0.
         object.__setattr__(self, "active", self.prunes and tuple(getattr(self, name) for name in KNOBS) not in _IDLE)
+
+    def _check_importance(self) -> None:
+        if self.placement == "input":
+            other, why = "placement 'input'", "what is pruned there meets the input of another convolution"
+        elif self.granularity == "channel":
+            other, why = "granularity 'channel'", "a channel is of all images"
+        elif self.variance is not None:
+            other, why = f"variance {self.variance:g}", "that counts errors in all images alike"
+        else:
+            return
+        raise ValueError(f"importance: got 'image' with {other}; accepted: 'none' with that, as {why}")
 
     # The text says all, and keeps its hash.
 

@@ -174,8 +174,18 @@ PruneSpec random_spec(Random& random, DType dtype, float tau) {
                          random.word(), random.word());
 }
 
+// Thresholds of single images, 0 among them; none for some tensors.
+std::vector<float> random_taus(Random& random, DType dtype, const PruneSpec& spec, int64_t images) {
+  std::vector<float> taus(static_cast<size_t>(random.chance(0.5) ? images : 0));
+  for (float& tau : taus)
+    tau = random_spec(random, dtype, spec.tau * random.pick({0.0f, 0.5f, 0.75f, 1.0f})).tau;
+  return taus;
+}
+
+const float* or_null(const std::vector<float>& taus) { return taus.empty() ? nullptr : taus.data(); }
+
 // Prunes by the definition. Returns the number of non-zeros.
-int64_t prune_defined(Tensor& g, const PruneSpec& spec) {
+int64_t prune_defined(Tensor& g, const PruneSpec& spec, const std::vector<float>& taus) {
   int64_t found = 0;
   for (int64_t i = 0; i < g.count(); ++i) {
     const int64_t w = i % g.size(3), h = i / g.size(3) % g.size(2), c = i / g.size(3) / g.size(2) % g.size(1);
@@ -183,7 +193,8 @@ int64_t prune_defined(Tensor& g, const PruneSpec& spec) {
     const PhiloxCounter words = prune_words(spec, static_cast<uint32_t>(n), static_cast<uint32_t>(c / 4),
                                             static_cast<uint32_t>(h), static_cast<uint32_t>(w));
     const float value = g.get(i);
-    const float pruned = spec.tau > 0 ? prune_element(value, spec.tau, words.word[c % 4]) : value;
+    const float tau = taus.empty() ? spec.tau : taus[static_cast<size_t>(n)];
+    const float pruned = tau > 0 ? prune_element(value, tau, words.word[c % 4]) : value;
     if (float_bits(pruned) != float_bits(value)) g.set(i, pruned);
     found += pruned != 0.0f;
   }
@@ -206,8 +217,9 @@ void check_prune(Random& random, const std::vector<const IsaKernels*>& isas) {
   for (const float value : kSpecial) g.set(random.between(0, g.count() - 1), value);
   context += " prune n" + std::to_string(size[0]) + "c" + std::to_string(size[1]) + "h" +
              std::to_string(size[2]) + "w" + std::to_string(size[3]) + (planes ? " planes" : "");
+  const std::vector<float> taus = random_taus(random, dtype, spec, size[0]);
   Tensor expected = g;
-  const int64_t found = prune_defined(expected, spec);
+  const int64_t found = prune_defined(expected, spec, taus);
   const PruneShape shape = {size[0], size[1], size[2], size[3], !planes};
   const std::string case_context = context;
   Tensor finite = g;  // and nothing so large that others do not count
@@ -219,11 +231,11 @@ void check_prune(Random& random, const std::vector<const IsaKernels*>& isas) {
     Wrapped kernels = wrap(*isa, std::make_integer_sequence<int, kMost>());
     const TaskPool pool = random_pool(random);
     Tensor out(dtype, size, planes ? kPlanes : kChannelsLast, random);
-    if (prune(kernels.prune, pool, g.data(), dtype, shape, spec, out.data()) != found)
+    if (prune(kernels.prune, pool, g.data(), dtype, shape, spec, or_null(taus), out.data()) != found)
       fail("number of non-zeros");
     expect_same_bits("pruned", out, expected);
     Tensor in_place = g;
-    prune(kernels.prune, pool, in_place.data(), dtype, shape, spec, in_place.data());
+    prune(kernels.prune, pool, in_place.data(), dtype, shape, spec, or_null(taus), in_place.data());
     expect_same_bits("pruned in place", in_place, expected);
     const AbsSum total = abs_sum(kernels.prune, pool, finite.data(), dtype, finite.count());
     if (isa == isas.front()) sum = total.sum;
@@ -316,8 +328,9 @@ void check_convolution(Random& random, const std::vector<const IsaKernels*>& isa
   Convolution c(random, false, false);
   const PruneSpec spec = random_spec(random, c.dtype, random.pick({1.0f, 2.0f}));
   const bool prunes = random.chance(0.5);
+  const std::vector<float> taus = random_taus(random, c.dtype, spec, c.problem.n);
   Tensor pruned = c.g;
-  if (prunes) prune_defined(pruned, spec);
+  if (prunes) prune_defined(pruned, spec, taus);
   convolve_backward(c.problem, c.x, c.w, pruned, c.dx, c.dw);
   const std::string case_context = context;
   for (const IsaKernels* isa : isas) {
@@ -332,6 +345,7 @@ void check_convolution(Random& random, const std::vector<const IsaKernels*>& isa
     call.dtype = call.weight_dtype = call.grad_weight_dtype = c.dtype;
     call.grad_output = c.g.data();
     call.prune = prunes ? &spec : nullptr;
+    call.taus = or_null(taus);
     call.pruned = prunes ? kept.data() : nullptr;
     call.grad_output_planes = c.planes[1];
     call.weight = c.w.data();

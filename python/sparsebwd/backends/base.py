@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import importance, reference
 from ..arguments import shown
 from ..problem import ConvProblem
 from ..reference import PrunedGradient
@@ -107,14 +107,17 @@ class Backend(ABC):
         key: Tensor,
         pruning: Pruning,
         sigma_history: Tensor | None = None,
+        scales: Tensor | None = None,
     ) -> PrunedGradient:
         """Prune ``grad`` (N, C, H, W) with the int64[2] ``key``, where ``pruning.prunes``. Here in plain
         PyTorch, on any device.
 
         sigma_history: predict the threshold from it, and record sigma of ``grad`` in it, as
         :func:`sparsebwd.reference.threshold` does.
+        scales: float32 (N,), as :func:`sparsebwd.importance.scales` returns them: the threshold of each image is tau times
+        that. None: it is tau.
         """
-        return reference.prune(grad, key, pruning, sigma_history)
+        return reference.prune(grad, key, pruning, sigma_history, scales)
 
     @abstractmethod
     def conv2d_input(self, problem: ConvProblem, weight: Tensor, grad_output: Tensor) -> Tensor:
@@ -149,7 +152,8 @@ class Backend(ABC):
         there is none. The rest is as in :meth:`prune`."""
         gradient, tau, sigma, density = grad_output, None, None, None
         if pruning.prunes_output:
-            gradient, tau, sigma, density = self.prune(grad_output, key, pruning, sigma_history)
+            scales = importance.scales(input, pruning)
+            gradient, tau, sigma, density = self.prune(grad_output, key, pruning, sigma_history, scales)
         grad_input, grad_weight = self.gradients(problem, gradient, input, weight, output_mask)
         if grad_input is not None and pruning.prunes_input:
             grad_input, tau, sigma, _ = self.prune(grad_input, key, pruning, sigma_history)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import histogram, reference
+from .. import histogram, importance, reference
 from ..problem import ConvProblem
 from ..ranges import name_of
 from ..reference import PrunedGradient
@@ -51,9 +51,11 @@ def _in_format(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
     return result
 
 
-def _threshold(grad: Tensor, pruning: Pruning, sigma_history: Tensor | None) -> tuple[float, float]:
+def _threshold(
+    grad: Tensor, pruning: Pruning, sigma_history: Tensor | None, scales: Tensor | None = None
+) -> tuple[float, float]:
     """(sigma, tau) of ``grad``, see :func:`sparsebwd.reference.find_threshold`."""
-    measured = histogram.sample(grad) if pruning.threshold == "sampled" else grad
+    measured = reference.looked_at(grad, pruning, scales)
     if pruning.needs_counts:
         sigma, tau = reference.threshold_of_counts(_counts(measured), pruning, grad.dtype)
         return sigma.item(), tau.item()
@@ -68,9 +70,15 @@ def _counts(values: Tensor) -> Tensor:
     return counts
 
 
-def _prune_at(grad: Tensor, key: Tensor, tau: float, values: Tensor) -> float:
-    """Write ``grad`` pruned at the threshold ``tau`` to ``values``, which may be ``grad``. Returns the density."""
-    return _raw.prune(grad, key, tau, values) / max(grad.numel(), 1)
+def _of_images(tau: float, scales: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The threshold of each image, (N,), None where all have tau."""
+    return None if scales is None or tau == 0 else reference.thresholds_of_images(tau, scales, dtype).view(-1)
+
+
+def _prune_at(grad: Tensor, key: Tensor, tau: float, taus: Tensor | None, values: Tensor) -> float:
+    """Write ``grad`` pruned at the threshold ``tau``, or its images at ``taus``, to ``values``, which may be ``grad``. Returns
+    the density."""
+    return _raw.prune(grad, key, tau, values, taus) / max(grad.numel(), 1)
 
 
 def _convolve(
@@ -80,11 +88,12 @@ def _convolve(
     weight: Tensor | None = None,
     key: Tensor | None = None,
     tau: float = 0.0,
+    taus: Tensor | None = None,
     keep_pruned: bool = False,
     input_format: torch.memory_format = torch.contiguous_format,
     weight_format: torch.memory_format = torch.contiguous_format,
 ) -> _Convolved:
-    """Prune if there is a key, AGB if there is a weight, WGC if there is an input; in one call.
+    """Prune if there is a key, at ``tau`` or images at ``taus``, AGB if there is a weight, WGC if there is an input; in one call.
 
     input_format, weight_format: those of the gradients of the input and of the weight.
     """
@@ -115,6 +124,7 @@ def _convolve(
         pruned,
         grad_input,
         grad_weight,
+        taus=taus,
     )
     if grad_input is not None and copied:
         grad_input = _in_format(grad_input, input_format)
@@ -145,10 +155,11 @@ class CpuBackend(Backend):
         key: Tensor,
         pruning: Pruning,
         sigma_history: Tensor | None = None,
+        scales: Tensor | None = None,
     ) -> PrunedGradient:
-        sigma, tau = _threshold(grad, pruning, sigma_history)
+        sigma, tau = _threshold(grad, pruning, sigma_history, scales)
         values = torch.empty_like(grad)
-        density = _prune_at(grad, key, tau, values)
+        density = _prune_at(grad, key, tau, _of_images(tau, scales, grad.dtype), values)
         scalars = (torch.scalar_tensor(x, dtype=torch.float32, device="cpu") for x in (tau, sigma, density))
         return PrunedGradient(values, *scalars)
 
@@ -184,6 +195,7 @@ class CpuBackend(Backend):
         layer_id: int = 0,
     ) -> BackwardResult:
         sigma = tau = density = pruned = grad_input = grad_weight = None
+        at: tuple[Tensor | None, float, Tensor | None] = None, 0.0, None
         dense_by, dense_gradients = "dense", gradients
         pays = self.sparse_pays(problem, grad_output, pruning, output_mask, layer_id)
         sparse = (output_mask[0] and pays[0], output_mask[1] and pays[1])
@@ -191,8 +203,9 @@ class CpuBackend(Backend):
         # That this follows from the gradient alone, not from what is drawn, keeps it without bias.
         prune_output = pruning.prunes_output and (any(sparse) or pruning.where == "everywhere")
         if prune_output:
-            sigma, tau = _threshold(grad_output, pruning, sigma_history)
-        at = (key, tau) if prune_output else ()
+            scales = importance.scales(input, pruning)
+            sigma, tau = _threshold(grad_output, pruning, sigma_history, scales)
+            at = (key, tau, _of_images(tau, scales, grad_output.dtype))
 
         if any(sparse):
             density, pruned, grad_input, grad_weight = _convolve(
@@ -218,7 +231,7 @@ class CpuBackend(Backend):
 
         if grad_input is not None and pruning.prunes_input and (pruning.where == "everywhere" or self.may_pay(problem, grad_output)):
             sigma, tau = _threshold(grad_input, pruning, sigma_history)
-            _prune_at(grad_input, key, tau, grad_input)
+            _prune_at(grad_input, key, tau, None, grad_input)
         implementation = "+".join(name for name, ran in ((self.name, any(sparse)), (dense_by, any(dense))) if ran)
         return BackwardResult(grad_input, grad_weight, tau, sigma, density, implementation)
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import importance, reference
 from ..problem import ConvProblem
 from ..ranges import name_of
 from ..reference import PrunedGradient
@@ -61,18 +61,23 @@ class _RawPruning(NamedTuple):
     sigma_coefficient: float = 0.0
     quantile: float = 0.0
     sigma_history: Tensor | None = None
+    scales: Tensor | None = None
 
 
-def _raw_pruning(grad: Tensor, key: Tensor, pruning: Pruning, sigma_history: Tensor | None) -> _RawPruning:
+def _raw_pruning(
+    grad: Tensor, key: Tensor, pruning: Pruning, sigma_history: Tensor | None, scales: Tensor | None = None
+) -> _RawPruning:
     if _finds_threshold(pruning):
-        return _RawPruning(key, pruning.sigma_coefficient, pruning.quantile, sigma_history)
+        return _RawPruning(key, pruning.sigma_coefficient, pruning.quantile, sigma_history, scales)
     # The kernels find no such threshold. They are given this one as what they predict one from: the only value recorded,
     # of a fresh history. A recorded 0 would be none; below the smallest magnitude there are only zeros, which become +0.
-    _, tau = reference.find_threshold(grad, pruning, sigma_history)
+    _, tau = reference.find_threshold(grad, pruning, sigma_history, scales)
     history = torch.zeros(1 + reference.SIGMA_HISTORY, dtype=torch.int32, device=grad.device)
     history[:1].fill_(1)
     history[1:2].view(torch.float32).copy_(tau.clamp(min=_SMALLEST))
-    return _RawPruning(key, pruning.sigma_coefficient, 1.0, history)
+    if scales is not None:
+        scales = torch.where(tau > 0, scales, 1.0)
+    return _RawPruning(key, pruning.sigma_coefficient, 1.0, history, scales)
 
 
 _SMALLEST = 2.0**-149
@@ -155,9 +160,10 @@ class CudaBackend(Backend):
         key: Tensor,
         pruning: Pruning,
         sigma_history: Tensor | None = None,
+        scales: Tensor | None = None,
     ) -> PrunedGradient:
         values, stats = torch.empty_like(grad), _new_stats(grad)
-        self.operators.prune(grad, *_raw_pruning(grad, key, pruning, sigma_history), values, stats)
+        self.operators.prune(grad, *_raw_pruning(grad, key, pruning, sigma_history, scales), values, stats)
         # What an operator returns must not share memory. This copies all three by one kernel.
         tau, sigma, density = torch._foreach_mul(stats.unbind(), 1.0)
         return PrunedGradient(values, _tau(tau, pruning), sigma, density)
@@ -200,7 +206,9 @@ class CudaBackend(Backend):
         sigma = tau = density = grad_input = grad_weight = None
         gradient = grad_output
         prune_output = pruning.prunes_output
-        raw = _raw_pruning(grad_output, key, pruning, sigma_history) if prune_output else _RawPruning()
+        raw = _RawPruning()
+        if prune_output:
+            raw = _raw_pruning(grad_output, key, pruning, sigma_history, importance.scales(input, pruning))
 
         pays = self.sparse_pays(problem, grad_output, layer_id)
         sparse = (output_mask[0] and pays[0], output_mask[1] and pays[1])

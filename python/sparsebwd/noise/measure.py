@@ -30,7 +30,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import granularity, histogram
+from .. import granularity, histogram, importance, reference
 from ..backends import choose_backend, why_not_faster
 from ..nn import SparseConv2d
 from ..problem import ConvProblem
@@ -55,6 +55,7 @@ class Call:
     noise, density: float64[len(RATIOS)], what pruning at each ratio adds to the squared error of all weight gradients
         together, and the fraction of the gradient that is left. None where this layer does not prune.
     ratio: tau / sigma, float64, at which it pruned.
+    scales: what thresholds of images are tau times, as :func:`sparsebwd.importance.scales` says it; None: all have tau.
     natural: fraction of the gradient of the output that is not zero where nothing is pruned.
     """
 
@@ -67,6 +68,7 @@ class Call:
     moved: Tensor | None = None
     place: GradientEdge | None = None
     slope: Tensor | None = None
+    scales: Tensor | None = None
     natural: float = 1.0
     noise: Tensor | None = None
     density: Tensor | None = None
@@ -139,7 +141,7 @@ class Measurement:
             yield Measured(_over_processes(variance / 2).item(), self._calls)
             del self._first_loss
             for call in self._calls:
-                call.moved = call.place = call.slope = None
+                call.moved = call.place = call.slope = call.scales = None
 
     def look(self, off: Collection[SparseConv2d] = ()) -> None:
         """Backward with gradients pruned as the layers have it now, but for those in ``off``; sets ``noise``, ``density`` and
@@ -222,6 +224,8 @@ class Measurement:
             call = self._calls[self._place]
             self._place += 1
             call.needs_grad_input = input.requires_grad
+            images = input.detach() if input.dim() == 4 else input.detach().unsqueeze(0)
+            call.scales = importance.scales(images, layer.pruning)
             if prunes_output:
                 self._watch(call, output)
             if output.requires_grad:
@@ -248,7 +252,7 @@ class Measurement:
         layer = call.layer
         state = layer.sigma_history.clone() if layer.pruning.state_size else None
         key = torch.empty(2, dtype=torch.int64, device=grad.device).random_()
-        values, tau, sigma, _ = torch.ops.sparsebwd.prune(whole, key, layer.pruning.text, state)
+        values, tau, sigma, _ = torch.ops.sparsebwd.prune(whole, key, layer.pruning.text, state, call.scales)
         call.ratio = torch.where(sigma > 0, tau / sigma, 0.0)
         return None if layer in self._off else values.view_as(grad)
 
@@ -290,16 +294,17 @@ def _curves(call: Call, grad: Tensor) -> tuple[Tensor, Tensor]:
     """(noise, density) of pruning this gradient, at all RATIOS."""
     pruning = call.layer.pruning
     if pruning.granularity == "element":
-        sizes, shares, numel = _elements(call, grad)
-        measured = histogram.sample(grad) if pruning.threshold == "sampled" else grad
+        whole = grad
+        sizes, shares = _elements(call, grad)
     else:
-        sizes, shares, numel = _groups(call, grad)
-        measured = sizes
+        whole = granularity.norms(grad, pruning)
+        sizes, shares = _groups(call, grad, whole)
+    measured = reference.looked_at(whole, pruning, call.scales)
     sigma = pruning.sigma_coefficient * measured.abs().sum(dtype=torch.float64) / max(measured.numel(), 1)
     ratios = RATIOS.to(grad.device)
     # Of all below each threshold: sums of what is linear in it, and of what is not.
     bins = torch.bucketize((sizes / sigma.clamp(min=1e-300)), ratios, right=True)
-    scale = numel / max(sizes.numel(), 1)
+    scale = whole.numel() / max(sizes.numel(), 1)
     known = sizes > 0
     noise = torch.where(known, shares / sizes, 0.0)
     sums = torch.stack([noise, shares, sizes, known.double()])
@@ -310,16 +315,19 @@ def _curves(call: Call, grad: Tensor) -> tuple[Tensor, Tensor]:
     return ((taus * over - total) * scale).clamp(min=0), density
 
 
-def _elements(call: Call, grad: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Magnitudes of a sample, what arrives in the weight gradients of an error as large as each, squared; how many there
-    are in all."""
+def _elements(call: Call, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Magnitudes of a sample, divided by the scales of their images; what arrives in the weight gradients of an error as large
+    as each of them, squared."""
     found = histogram.sample(grad, SAMPLES).double()
-    return found.abs(), (found * call.slope.double()).square(), grad.numel()
+    sizes = found.abs()
+    if call.scales is not None:
+        sizes = sizes / histogram.of_sampled(call.scales, tuple(grad.shape), SAMPLES)
+    return sizes, (found * call.slope.double()).square()
 
 
-def _groups(call: Call, grad: Tensor) -> tuple[Tensor, Tensor, int]:
+def _groups(call: Call, grad: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
     """The same of all groups, which an error moves along what they are."""
-    norms = granularity.norms(grad, call.layer.pruning)
+    sizes = norms if call.scales is None else norms / call.scales.view(-1, 1, 1, 1)
     product = grad.double() * call.slope.double()
     kind = call.layer.granularity
     if kind == "sample":
@@ -328,7 +336,7 @@ def _groups(call: Call, grad: Tensor) -> tuple[Tensor, Tensor, int]:
         sums = product.sum((0, 2, 3))
     else:
         sums = granularity.as_rows(product, kind[1]).sum(2)
-    return norms.double().flatten(), sums.square().flatten(), norms.numel()
+    return sizes.double().flatten(), sums.square().flatten()
 
 
 def weights_of(model: nn.Module) -> list[nn.Parameter]:

@@ -56,6 +56,7 @@ class TrainConfig:
     percentile: in [50, 100), or None: nothing is pruned, only exact zeros are skipped; density, variance, noise: instead of it,
         see `sparsebwd.Pruning`. With noise, a `sparsebwd.NoiseController` sets the thresholds.
     granularity: "element", "row", "row:32" and so on, "sample" or "channel".
+    importance: "none" or "image": whether images have thresholds of their own, by their inputs.
     placement: "auto", "output" or "input"; backend, sigma_estimator, threshold, where: see `sparsebwd.convert`. Here all
         is pruned that the paper prunes, unless where is "faster".
     exclude: layers that stay dense, with all below them: names, or patterns of them, between commas.
@@ -99,6 +100,7 @@ class TrainConfig:
     variance: float | None = None
     noise: float | None = None
     granularity: str = "element"
+    importance: str = "none"
     placement: str = "auto"
     sigma_estimator: str = "corrected"
     threshold: str = "exact"
@@ -157,7 +159,7 @@ class TrainConfig:
         _among("device", self.device, ("auto", "cpu", "cuda"))
         placement = "output" if self.placement == "auto" else self.placement
         settings = (placement, self.sigma_estimator, self.threshold, self.backend, self.where)
-        amount = (self.density, self.variance, parse_granularity(self.granularity), self.noise)
+        amount = (self.density, self.variance, parse_granularity(self.granularity), self.noise, self.importance)
         pruning = Pruning(self.percentile, *settings, *amount)
         for name in KNOBS:
             object.__setattr__(self, name, getattr(pruning, name))

@@ -96,6 +96,7 @@ def _convert(model: nn.Module, config: TrainConfig, warn: Callable[[str], None])
             variance=config.variance,
             noise=config.noise,
             granularity=parse_granularity(config.granularity),
+            importance=config.importance,
             placement=config.placement,
             backend=config.backend,
             sigma_estimator=config.sigma_estimator,

@@ -366,8 +366,10 @@ def test_positions_in_tensors_larger_than_memory(positions, layout, nonzeros):
 
 def cases() -> list[tuple[str, Callable[[], tuple[Tensor, Pruning]]]]:
     def case(shape, dtype, memory_format, history=None, scales=None):
-        how = {"history": history and torch.tensor(history), "scales": scales and torch.tensor(scales)}
-        return lambda: (gradient(shape, dtype, memory_format), pruning(**how))
+        return lambda: (
+            gradient(shape, dtype, memory_format),
+            pruning(history=history and torch.tensor(history), scales=scales and torch.tensor(scales)),
+        )
 
     one = torch.tensor(1.0).view(torch.int32).item()
     return [

@@ -118,6 +118,7 @@ class Measurement:
     @contextmanager
     def opened(self) -> Iterator[Measured]:
         """Yields the variance; :meth:`look` then fills in the curves of the calls, as often as it is called."""
+        self._python, self._numpy = random.getstate(), numpy.random.get_state()
         with ExitStack() as stack:
             stack.enter_context(_undisturbed(self._model, self._layers))
             for layer in self._layers:
@@ -182,8 +183,9 @@ class Measurement:
     def _drawn(self, part: Sequence) -> Tensor:
         """The loss, for which each time the same is drawn."""
         torch.manual_seed(self._seed)
-        random.seed(self._seed)
-        numpy.random.seed(self._seed)
+        # Where nobody draws, not even another thread, this changes nothing.
+        random.setstate(self._python)
+        numpy.random.set_state(self._numpy)
         return self._loss(*part)
 
     def _forward(self, part: Sequence, phase: str) -> Tensor:

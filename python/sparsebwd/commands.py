@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import IO, Any
 
 import torch
 import typer
@@ -29,6 +30,13 @@ def new_app(**settings: Any) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
         **settings,
     )
+
+
+class Parser(argparse.ArgumentParser):
+    """One that does not hide that its help cannot be printed."""
+
+    def print_help(self, file: IO[str] | None = None) -> None:
+        print(self.format_help(), end="", file=file)
 
 
 def describe(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from rich.table import Table as RichTable
 
 from .. import data, models
 from ..arguments import shown
-from ..commands import check_environment, describe, one_line_errors
+from ..commands import Parser, check_environment, describe, one_line_errors
 from ..settings import check_percentile
 from ..train.recipes import RECIPES
 from ..train.stop import Signals
@@ -195,7 +195,7 @@ def _kind(text: str) -> str:
 
 
 def _parser(prog: str = "python -m sparsebwd.reproduce") -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         usage="%(prog)s table1|table2|table3|figure3 [options]",
         description="Repeat a table or the figure of Ye et al. (2019): run what is missing, keep what is done, show all beside the "

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from .. import data, models
 from ..backends import registered_backends
-from ..commands import check_environment, describe, one_line_errors
+from ..commands import Parser, check_environment, describe, one_line_errors
 from ..data.files import remove_leftovers
 from ..memory import keep_memory
 from ..settings import Pruning
@@ -207,7 +207,7 @@ def _prepare(
 
 
 def _parser(prog: str = "python -m sparsebwd.train") -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         usage="%(prog)s [--model NAME] [--data NAME] [options]",
         description="Train a convolutional network with pruned activation gradients and sparse backward convolutions. "

@@ -32,7 +32,7 @@ CUDA = ROOT / "csrc" / "cuda"
 COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 # Comes first in what is linked: of inline functions that it shares with kernels, the linker then takes the runtime's,
 # which are not instrumented.
-RUNTIME = [EMULATOR / name for name in ("runtime.cpp", "checks.cpp", "symbols.cpp")]
+RUNTIME = sorted(set(EMULATOR.glob("*.cpp")) - {EMULATOR / "bindings.cpp"})
 # Of PyTorch's, over its stable ABI.
 OPERATORS = ROOT / "csrc" / "torch" / "library_cuda.cpp"
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The state of a launch, shared by the scheduler (runtime.cpp) and the memory checks (checks.cpp).
+// The state of a launch, shared by the runtime (fibres.h) and the memory checks (checks.cpp).
 #pragma once
 
 #include <setjmp.h>
@@ -11,6 +11,10 @@
 
 #define SPARSEBWD_EMULATOR_RUNTIME
 #include "emulator.h"
+
+// To kernels they are constants.
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
 
 namespace sparsebwd::cuda::emulator {
 

@@ -432,4 +432,4 @@ def test_noise_takes_the_place_of_percentiles(tmp_path):
     planned = runs.plan(tmp_path, ["resnet18"], ["dense", "90", "95"], [0], ["corrected"], "short", "cifar10", also)
     assert [run.config.noise for run in planned] == [None, 0.1]
     assert planned[0].config.dense and planned[1].config.percentile is None
-    assert planned[1].name == "resnet18-cifar10-short-pnone-noise=0.1-s0"
+    assert planned[1].name == "resnet18-cifar10-short-noise=0.1-s0"

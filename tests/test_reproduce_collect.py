@@ -150,6 +150,19 @@ def test_dense_at_equal_time(output):
     assert found[3].note == "COLLAPSED: 1 of 1"
 
 
+def test_what_was_asked_for_names_a_row(output):
+    """A budget of noise, or a density, is no percentile: it has rows of its own, behind those, and no figure of the paper's."""
+    for seed in range(2):
+        fabricate(output, f"noise-{seed}", (0.5, 0.94), densities=(0.4, 0.2), percentile=None, noise=0.1, seed=seed)
+    fabricate(output, "density", (0.5, 0.9), densities=(0.2, 0.2), density=0.2, percentile=None)
+    fabricate(output, "zeros", (0.5, 0.95), densities=(0.9, 0.9), percentile=None)
+    found = [row for row in table(output, model="resnet18") if "width=None" in row.settings]
+    assert [row.kind for row in found] == ["dense", "none", "90", "95", "99.5", "density 0.2", "noise 0.1"]
+    assert (found[-1].runs, found[-1].paper_accuracy, found[-1].density) == (2, None, pytest.approx(0.3))
+    labels = {result.kind: result.label for result in results.read(output)}
+    assert labels["noise 0.1"] == "noise = 0.1" and labels["90"] == "p = 90" and labels["none"] == "zeros skipped only"
+
+
 @pytest.mark.parametrize("what", ["table1", "table2", "figure3"])
 def test_collect(output, what, capsys):
     """Files in each form, of what was found, though the runs that the paper has are missing."""

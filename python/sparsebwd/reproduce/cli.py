@@ -110,14 +110,17 @@ def _sweep(options: argparse.Namespace, planned: Sequence[runs.Run], output: Pat
 
 
 def _to_time(options: argparse.Namespace, output: Path) -> list[runs.Run]:
-    """All that is there, planned or not, but for what the options leave out."""
-    return [
-        run
-        for run in runs.found(output)
-        if (not options.models or run.config.model in options.models)
-        and (options.seeds is None or run.config.seed in options.seeds)
-        and results.kind_of(asdict(run.config), "sparse") in options.percentiles
-    ]
+    """All that is there, planned or not, but for what the options leave out; no option leaves out a density or a noise."""
+
+    def chosen(run: runs.Run) -> bool:
+        kind = results.kind_of(asdict(run.config), "sparse")
+        return (
+            (not options.models or run.config.model in options.models)
+            and (options.seeds is None or run.config.seed in options.seeds)
+            and (kind in options.percentiles or " " in kind)
+        )
+
+    return [run for run in runs.found(output) if chosen(run)]
 
 
 def _collect(options, table, name: str, output: Path, planned: Sequence[runs.Run], console: Console) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
+from ..settings import KNOBS
 from ..train import log
 from ..train.config import TrainConfig
 from . import estimate, timing
@@ -39,7 +40,7 @@ class Result:
     data: str
     classes: int
     image_size: int
-    kind: str  # dense, none, or the percentile as text
+    kind: str  # see kind_of
     steps: int
     finite: bool
     test_accuracy: float | None
@@ -61,7 +62,7 @@ class Result:
     @property
     def label(self) -> str:
         """Of a line in a figure, but for the length."""
-        name = {DENSE: "dense", "none": "zeros skipped only"}.get(self.kind, f"p = {self.kind}")
+        name = {DENSE: "dense", "none": "zeros skipped only"}.get(self.kind) or _equation(self.kind)
         return ", ".join([name, *(f"{key}={value}" for key, value in self.sparsity)])
 
     @property
@@ -70,7 +71,7 @@ class Result:
         if self.kind == DENSE:
             return ()
         defaults = asdict(TrainConfig())
-        names = sorted(OF_SPARSE - {"percentile"})
+        names = sorted(OF_SPARSE - set(KNOBS))
         return tuple((name, self.config[name]) for name in names if self.config[name] != defaults[name])
 
 
@@ -86,7 +87,7 @@ class Row:
     not_finite: int
     steps: int
     hours: float | None  # steps by the median time of a step, measured dense and sparse in turns
-    as_long_as: str  # of a dense row: the percentiles whose rows take as long
+    as_long_as: str  # of a dense row: the kinds whose rows take as long
     test_accuracy: float | None
     test_spread: float | None
     difference: float | None  # to the dense row with the same settings, in points
@@ -108,7 +109,7 @@ class Row:
     def note(self) -> str:
         notes = []
         if self.as_long_as:
-            notes.append(f"dense at the time of p = {self.as_long_as}")
+            notes.append(f"dense at the time of {', '.join(map(_equation, self.as_long_as.split(', ')))}")
         if self.not_finite:
             notes.append(f"{self.not_finite} of {self.runs} runs ended: loss not finite")
         if self.collapsed:
@@ -183,9 +184,16 @@ def data_of(record: dict[str, Any]) -> str:
 
 
 def kind_of(config: dict[str, Any], variant: str) -> str:
+    """How much a run prunes: "dense", "none", a percentile as the paper's tables have it ("90"), or "noise 0.1"."""
     if variant == DENSE:
         return DENSE
-    return "none" if config["percentile"] is None else f"{config['percentile']:g}"
+    asked = {name: config[name] for name in KNOBS if config[name] is not None}
+    return next((f"{value:g}" if name == "percentile" else f"{name} {value:g}" for name, value in asked.items()), "none")
+
+
+def _equation(kind: str) -> str:
+    name, _, value = kind.rpartition(" ")
+    return f"{name or 'p'} = {value}"
 
 
 def _read(folder: Path) -> list[Result]:
@@ -331,9 +339,10 @@ def varying(settings: Sequence[tuple[tuple[str, Any], ...]]) -> set[str]:
     return {name for name, found in values.items() if len(found) > 1}
 
 
-def place(kind: str) -> float:
-    """Dense first, then by percentile."""
-    return {DENSE: -2.0, "none": -1.0}.get(kind) or float(kind)
+def place(kind: str) -> tuple[str, float]:
+    """Dense first, then by percentile, then by what else was asked for."""
+    name, _, value = kind.rpartition(" ")
+    return name, {DENSE: -2.0, "none": -1.0}.get(kind) or float(value)
 
 
 def _percent(value: float | None) -> float | None:

@@ -140,11 +140,11 @@ def plan(
     for seed, model, kind, estimator in product(seeds, models, kinds, estimators):
         dense = kind == DENSE
         if not dense and any(name in also for name in KNOBS[1:]):
-            kind = "none"
+            kind = ""
         given = {**options, "model": model, "seed": seed, "dense": dense}
         if not dense:
-            given["percentile"] = None if kind == "none" else float(kind)
-        if kind not in (DENSE, "none"):  # nothing is estimated
+            given["percentile"] = float(kind) if kind not in ("", "none") else None
+        if kind not in (DENSE, "none", ""):  # nothing is estimated
             given["sigma_estimator"] = estimator
         config = TrainConfig.from_recipe(recipe, **given)
         wanted = {name: value for name, value in also.items() if not (dense and name in OF_SPARSE)}
@@ -217,7 +217,7 @@ def _name(config: TrainConfig, data_set: str, kind: str) -> str:
     parts += [f"e{config.epochs}"] if config.epochs != recipe.get("epochs", TrainConfig.epochs) else []
     parts += [f"n{config.train_subset}"] if config.train_subset is not None else []
     parts += [f"b{config.batch_size}"] if config.batch_size != recipe.get("batch_size", TrainConfig.batch_size) else []
-    parts += [kind if kind == DENSE else f"p{kind}"]
+    parts += [kind] if kind == DENSE else [f"p{kind}"] if kind else []
     parts += ["printed"] if config.sigma_estimator == "as_printed" else []
     return "-".join(parts)
 

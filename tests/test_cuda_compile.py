@@ -46,8 +46,10 @@ SKIP_ZEROS: dict[str, Callable[..., Skipping]] = {
     r"agb_kernel<Form<\w+, (\d+), (\d+), (\d+), (\d+)>": lambda taps, stride, columns, lane: Skipping(
         run=taps * taps * lane, cases=columns // stride
     ),
-    # Its place is its channel, of 8 of a warp, and the registers, of 4 that take turns, where its column begins.
-    r"wgc_kernel<Kernel<\w+, (\d+), \d+>": lambda taps: Skipping(run=18 if taps == 3 else 8, cases=32),
+    # Its place is its channel, of those of a warp, and the registers, of 4 that take turns, where its column begins.
+    r"wgc_kernel<Kernel<\w+, (\d+), \d+, (\d+)>": lambda taps, lane: Skipping(
+        run=taps * taps * lane, cases=4 * (8 if taps == 1 else 16 // lane)
+    ),
 }
 # By the same: channels-last gradients, where channels make whole vectors.
 LOAD_16_BYTES = [r"prune_kernel<ChannelsLast<(float|BFloat16|Float16), true>"]

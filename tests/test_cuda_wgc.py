@@ -20,7 +20,9 @@ FORMATS = [torch.contiguous_format, torch.channels_last]
 GRID = [
     "n2c64h8w8k64r3s3p1",
     "n2c40h9w7k40r3s3p1",  # no size is a multiple of a tile
-    "n2c72h5w40k8r3s3p1",  # two strips
+    "n2c72h5w40k8r3s3p1",  # two strips; four channels of a lane
+    "n2c136h7w17k56r3s3p1",  # narrow tiles again: of the wide ones half would be empty
+    "n3c256h3w9k40r3s3p1",  # two wide tiles of c, two and a half of k
     "n5c16h4w4k32r3s3p1",  # a step spans images
     "n1c8h7w33k48r3s3p2",
     "n2c16h6w6k32r3s3",
@@ -31,7 +33,7 @@ GRID = [
     "n1c16h6w5k8r1s1p1",  # pixels that only see padding
     "n3c8h1w1k8r3s3p1",
 ]
-SMALL_GRID = GRID[1:4] + GRID[7:9]
+SMALL_GRID = GRID[1:3] + GRID[4:6] + GRID[9:11]
 DEVICES = [
     Device(1),
     Device(132),

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import sass_model as model
+import sass_operation
 from sass import Instruction, Kernel
 
 
@@ -19,7 +20,7 @@ def _instructions(text: str) -> tuple[Instruction, ...]:
 
 
 def _steps(text: str, times: int = 1) -> list[model.Step]:
-    return [model.Step(model.operation(i)) for i in _instructions(text)] * times
+    return [model.Step(sass_operation.operation(i)) for i in _instructions(text)] * times
 
 
 APART = "\n".join(f"FFMA R{i}, R100, R101, R{i}" for i in range(10, 20))
@@ -32,11 +33,11 @@ CHAIN = "FFMA R1, R100, R101, R1"
         (APART, 10, 1, 99),  # the last of 100 instructions is issued 99 clocks after the first
         (APART, 10, 4, 99),  # one on each scheduler
         (APART, 10, 8, 199),
-        (CHAIN, 10, 1, 9 * model.ARITHMETIC),
-        (CHAIN, 10, 16, 9 * model.ARITHMETIC + 3),  # four warps of a scheduler hide its latency
-        ("LDS R1, [R2]\nFADD R3, R1, R1", 1, 1, 1 + model.SHARED),
-        ("LOP3.LUT P0, RZ, R1, 0x1, RZ, 0xc0, !PT\n@P0 FADD R3, R4, R4", 1, 1, model.PREDICATE),
-        ("IMAD.WIDE.U32 R2, R4, R5, R6\nFADD R8, R3, R3", 1, 1, model.ARITHMETIC),  # the second of two
+        (CHAIN, 10, 1, 9 * sass_operation.ARITHMETIC),
+        (CHAIN, 10, 16, 9 * sass_operation.ARITHMETIC + 3),  # four warps of a scheduler hide its latency
+        ("LDS R1, [R2]\nFADD R3, R1, R1", 1, 1, 1 + sass_operation.SHARED),
+        ("LOP3.LUT P0, RZ, R1, 0x1, RZ, 0xc0, !PT\n@P0 FADD R3, R4, R4", 1, 1, sass_operation.PREDICATE),
+        ("IMAD.WIDE.U32 R2, R4, R5, R6\nFADD R8, R3, R3", 1, 1, sass_operation.ARITHMETIC),  # the second of two
         ("LOP3.LUT R1, R2, R3, RZ, 0xc0, !PT\nLOP3.LUT R4, R2, R3, RZ, 0xc0, !PT", 1, 1, 2),  # half as many lanes
     ],
 )
@@ -64,7 +65,7 @@ def test_schedulers_share_the_load_store_unit():
     ],
 )
 def test_registers_of_instructions(text, reads, writes):
-    found = model.operation(*_instructions(text))
+    found = sass_operation.operation(*_instructions(text))
     assert (set(found.reads), set(found.writes)) == (reads, writes)
 
 

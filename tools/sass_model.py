@@ -19,87 +19,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from sass import Instruction, Kernel
+from sass import Kernel
+from sass_operation import Operation, operation
 
 # An H100 SXM, and what is expected of cuDNN in strict float32 there: not measured.
 MULTIPROCESSORS, GIGAHERTZ, DENSE_TFLOPS = 132, 1.755, 53.0
 SCHEDULERS = 4
+SHARED_BYTES = 228 * 1024 // 2 - 1024  # for each of two blocks
 DENSITIES = (0.4, 0.3, 0.2, 0.1, 0.05)
 
-# From an instruction to one that reads what it wrote: as the compiler, which knows, schedules them for sm_90 where that is fixed,
-# else as published microbenchmarks have them, roughly.
-ARITHMETIC, PREDICATE, SHUFFLE, SPECIAL = 4, 13, 23, 20
-SHARED, L1, L2 = 23, 38, 270
 # From a branch to the next instruction.
 BRANCH, TAKEN_BRANCH = 5, 7
 # Clocks of work that the load-store unit takes on before schedulers have to wait for it.
 QUEUE = 32
-
-
-@dataclass(frozen=True)
-class Operation:
-    """An instruction as the model sees it: registers read and written, clocks until those are there, and clocks that it
-    occupies its scheduler's arithmetic unit and the load-store unit."""
-
-    reads: tuple[str, ...]
-    writes: tuple[str, ...]
-    latency: int
-    unit: str = ""
-    occupies: int = 1
-    load_store: int = 0
-
-
-_REGISTER = re.compile(r"\b(U?[RP]\d+)\b(\.64)?")
-_WORDS = {"64": 2, "128": 4}
-_TWO = re.compile(r"IMAD\.WIDE|CS2R|UIMAD\.WIDE")
-_NO_RESULT = re.compile(r"ST|RED\b|BRA|BAR|BSSY|BSYNC|WARPSYNC|EXIT|NOP|LDGSTS|LDGDEPBAR|DEPBAR|MEMBAR|ERRBAR|CCTL|BREAK")
-
-
-def _span(register: str, count: int) -> list[str]:
-    name, number = re.fullmatch(r"(\D+)(\d+)", register).groups()
-    return [f"{name}{int(number) + i}" for i in range(count)]
-
-
-@functools.cache
-def operation(instruction: Instruction, broadcasts: bool = False) -> Operation:
-    """``broadcasts``: all lanes load from one address."""
-    opcode, parts = instruction.opcode, [part.strip() for part in instruction.operands.split(",")]
-    width = next((_WORDS[word] for word in opcode.split(".") if word in _WORDS), 1)
-    memory = re.match(r"(LD|ST|ATOM|RED\b)", opcode) and not opcode.startswith(("LDC", "LDGDEPBAR"))
-    wide = 2 if _TWO.match(opcode) else width if memory else 1
-    writes, reads = [], [name for name, _ in _REGISTER.findall(instruction.guard)]
-    first = 0
-    if not _NO_RESULT.match(opcode):
-        # Predicates come first where an instruction writes them.
-        while first < len(parts) and re.fullmatch(r"U?P[T\d]", parts[first]):
-            writes += [] if parts[first].endswith("T") else [parts[first]]
-            first += 1
-        if re.fullmatch(r"U?R\d+", parts[first] if first < len(parts) else ""):
-            writes += _span(parts[first], wide)
-            first += 1
-            if first < len(parts) and re.fullmatch(r"U?P\d", parts[first]):  # a carry
-                writes.append(parts[first])
-                first += 1
-    for part in parts[first:]:
-        for name, pair in _REGISTER.findall(part):
-            stored = memory and opcode.startswith("ST") and "[" not in part
-            reads += _span(name, 2 if pair else width if stored else 1)
-    unit, occupies, load_store, latency = "alu", 2, 0, ARITHMETIC
-    if re.match(r"(FFMA|FADD|FMUL|IMAD|HFMA2)", opcode):
-        unit, occupies = "fma", 1
-    elif memory:
-        unit, occupies = "", 1
-        latency = SHARED if opcode.startswith("LDS") else L1 if width > 1 else L2
-        load_store = max(1, width // 2) if broadcasts else width
-    elif opcode.startswith("SHFL"):
-        unit, occupies, latency, load_store = "", 1, SHUFFLE, 1
-    elif re.match(r"(REDUX|POPC|FLO|UFLO|UPOPC|R2UR|S2|LDC|ULDC|MUFU)", opcode):
-        unit, occupies, latency = "special", 4, SPECIAL
-    elif re.match(r"(BRA|BSSY|BSYNC|NOP|WARPSYNC)", opcode):
-        unit, occupies = "", 1
-    if latency == ARITHMETIC and any("P" in name for name in writes):
-        latency = PREDICATE
-    return Operation(tuple(reads), tuple(writes), latency, unit, occupies, load_store)
 
 
 # ---- the code
@@ -175,7 +107,7 @@ Skips = Callable[[int, int], bool]  # whether a branch at the one instruction to
 
 class Walk:
     """The instructions of a warp, endlessly. `units` counts what it has done: rows of a strip times channels of
-    grad_output in K2, pixels times 8 of these channels in K3."""
+    grad_output in K2, pixels times a warp's channels in K3."""
 
     # Of shared memory, opcodes of loads that all lanes do from one address.
     broadcasts = "LDS.128"
@@ -295,16 +227,24 @@ class AgbWalk(Walk):
 
 
 class WgcWalk(Walk):
-    channels_of_warp = 8
     run = 4  # pixels of a turn of the inner loop
 
     def __init__(self, code: Code, density: float, seed: int, channels: int, width: int) -> None:
-        _, taps, _ = _arguments(code.kernel)
-        self.taps, self.lane = taps, 2 if taps == 3 else 8
-        self.sums, self.chain = 8 * taps**2 * self.lane, 128
-        # As the kernel cuts rows: strips of at most 32 pixels, in whole runs; steps of 128 pixels.
-        strips = math.ceil(width / 32)
-        self.strip = math.ceil(math.ceil(width / strips) / self.run) * self.run
+        _, self.taps, stride, self.lane = _arguments(code.kernel)
+        self.channels_of_warp = 16 // self.lane if self.taps == 3 else 8
+        self.sums, self.chain = self.channels_of_warp * self.taps**2 * self.lane, 128
+        # As the kernel cuts rows into strips and steps, of at most 128 pixels and what is staged at once.
+        cuts = []
+        for strips in range(math.ceil(width / 32), width + 1):
+            strip = math.ceil(math.ceil(width / strips) / self.run) * self.run
+            columns, tile_k = (strip - 1) * stride + self.taps, 4 * self.channels_of_warp
+            for rows in range(128 // strip, 0, -1):
+                ring = (2 * rows - 2) * stride + 2 * self.taps
+                if 4 * (ring * columns * 32 * self.lane + 2 * rows * (strip * tile_k + 32)) <= SHARED_BYTES:
+                    cuts.append((300 / (rows * strip) + 100 / strip, -strip, rows))
+                    break
+        _, strip, self.rows = min(cuts)
+        self.strip = -strip
         super().__init__(code, density, seed, channels, width)
 
     @property
@@ -312,10 +252,10 @@ class WgcWalk(Walk):
         return 2 * self.channels_of_warp * self.taps**2 * 32 * self.lane
 
     def __iter__(self) -> Iterator[Step]:
-        rows, summed = max(1, 128 // self.strip), [0] * self.channels_of_warp
+        summed = [0] * self.channels_of_warp
         while True:
             yield from self.rest
-            for _ in range(rows):
+            for _ in range(self.rows):
                 pixels = [self.draw(self.channels_of_warp) for _ in range(self.strip)]
                 yield from self.walk(self.code.middle, lambda at, target: False, self._runs(pixels))
                 summed = [total + sum(column) for total, column in zip(summed, zip(*pixels))]
@@ -445,7 +385,7 @@ def dense_clocks(flops: int) -> float:
 
 # Of each 3x3 layer of stride 1 of a ResNet-18 for ImageNet at batch 256; those of stride 2 have half of it.
 LAYER_FLOPS = 2 * 9 * 256 * 56**2 * 64**2
-_MODELLED = re.compile(r"(agb_kernel<Form<float, 3, (\d), |wgc_kernel<Kernel<float, 3, (\d)>)")
+_MODELLED = re.compile(r"(agb_kernel<Form<float, 3, (\d), |wgc_kernel<Kernel<float, 3, (\d), )")
 
 
 def modelled(kernels: Sequence[Kernel]) -> list[Kernel]:

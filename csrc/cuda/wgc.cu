@@ -4,29 +4,32 @@
 //
 // As loops, outermost first:
 //   ranges of rows n, p, of equal cost, of a strip of q        block
-//     tiles of 32 k and 64 c (1x1: 256)                        block; 8 k each warp, whose sums stay in registers
+//     tiles of k and c                                         block; a part of k each warp, sums stay in registers
 //       steps of a few rows, double-buffered                   staged in shared memory by cp.async
 //         rows n, p of a step, then pixels q                   the window of x that a pixel sees: registers
 //           channels k of the warp                             unrolled: a branch passes by those of which g is zero
 //             taps r, s and channels c                         unrolled: multiply-adds; lanes span c
 //
-// Who does what. A warp owns 8 output channels, all taps and 64 input channels, two for each lane
-// (1x1: 256, eight for each lane). Its sums stay in registers, 144 a lane (1x1: 64). A block is four
-// warps, 32 output channels: one word of the mask for a pixel. It walks along `strip` pixels of a
+// Who does what. A warp owns some output channels k, all taps and some input channels c for each lane,
+// 144 sums in registers (1x1: 64). A block is four warps. Tiles of a block are
+//   3x3   16 k and 128 c, four for each lane: a branch passes by 36 multiply-adds
+//   3x3   32 k and 64 c, two for each lane, where c is few, or with a stride, which sees more columns
+//   1x1   32 k and 256 c, eight for each lane
+// 32 or 16 k are a word of the mask of a pixel, or half of one. A block walks along `strip` pixels of a
 // row of grad_output, then the same columns of the next row, through a range of rows that may span
 // images. Blocks of one range lie next to each other in the grid, so that they read the same input
 // at the same time.
 //
 // How. The value of g is the same for all lanes, the input differs. For each pixel with a non-zero
-// in its byte of the mask, a warp holds the window of the input that the pixel sees in registers;
+// among its bits of the mask, a warp holds the window of the input that the pixel sees in registers;
 // if the pixel before was not empty, all but the newest columns are there already, and columns take
-// registers in turn (kColumns), so that none is moved. Then for each of the 8 bits: branch around
+// registers in turn (kColumns), so that none is moved. Then for each of these bits: branch around
 // taps x taps x lane multiply-adds if it is 0. The branches are real and uniform: see compute_row.
 // Runs of four pixels, and rows, without a non-zero are passed over.
 //
 // Input, values and masks come through shared memory. Rows of the input lie in a ring and are read
 // once for each block; while a step of a few rows is computed, the next one is fetched, with one
-// barrier a step. Values are fetched by groups of 8 channels, those without a non-zero never.
+// barrier a step. Values are fetched by groups of a few channels, those without a non-zero never.
 //
 // Sums. When a warp has multiplied kChain values of any channel, it adds its registers to its own
 // sums in the workspace. wgc_reduce adds those of all ranges in double precision. Nothing depends on
@@ -98,7 +101,8 @@ Plan make_plan(const ConvProblem& problem, const Device& device) {
   plan.pad_w = static_cast<int>(problem.pad_w);
   plan.rows = problem.n * plan.p;
   plan.c_tiles = static_cast<int>(ceil_div(plan.c, K::kTileC));
-  plan.k_tiles = static_cast<int>(ceil_div(plan.k, kTileK));
+  plan.k_tiles = static_cast<int>(ceil_div(plan.k, K::kTileK));
+  plan.tile_k = K::kTileK;
 
   const int most = std::min(device.shared_per_block, device.shared_per_multiprocessor / kBlocks - 1024);
   const auto fits = [&](int step_rows) {
@@ -108,16 +112,23 @@ Plan make_plan(const ConvProblem& problem, const Device& device) {
     plan.ring_rows = static_cast<int>((2 * step_rows - images) * plan.stage_stride + images * K::kTaps);
     return K::shared(plan).bytes <= static_cast<size_t>(most);
   };
-  const int64_t fewest = ceil_div(plan.q, kMostStrip);
-  plan.strip = static_cast<int>(ceil_div(ceil_div(plan.q, fewest), kRun) * kRun);
-  for (;; plan.strip -= kRun) {
+  // Strips are as long, and steps as many rows, as shared memory is best used for: a step takes a warp some 300 clocks
+  // beside its pixels, and a row of a strip 100.
+  int best_strip = kRun, best_rows = 1;
+  double best_cost = 0;
+  for (int64_t strips = std::max<int64_t>(ceil_div(plan.q, kMostStrip), 1);; ++strips) {
+    plan.strip = static_cast<int>(ceil_div(ceil_div(plan.q, strips), kRun) * kRun);
     plan.columns = (plan.strip - 1) * K::kStride + K::kTaps;
-    if (fits(1) || plan.strip == kRun) break;
+    int rows = kThreads / plan.strip;
+    while (rows > 1 && !fits(rows)) --rows;
+    const double cost = 300.0 / (rows * plan.strip) + 100.0 / plan.strip;
+    if (fits(rows) && (best_cost == 0 || cost < best_cost)) best_strip = plan.strip, best_rows = rows, best_cost = cost;
+    if (plan.strip <= kRun) break;
   }
+  plan.strip = best_strip;
+  plan.columns = (plan.strip - 1) * K::kStride + K::kTaps;
   plan.strips = static_cast<int>(ceil_div(plan.q, plan.strip));
-  int step_rows = kThreads / plan.strip;
-  while (step_rows > 1 && !fits(step_rows)) --step_rows;
-  fits(step_rows);
+  fits(best_rows);
 
   const int64_t tiles = static_cast<int64_t>(plan.c_tiles) * plan.k_tiles * plan.strips;
   plan.row_ranges = choose_row_ranges(plan.rows, plan.strip, std::max<int64_t>(tiles, 1),
@@ -131,12 +142,16 @@ int64_t cuts(const Plan& plan) { return int64_t(plan.k_tiles) * plan.strips * (p
 
 // Calls f(K()) for the kernel that runs the problem.
 template <class F>
-auto with_kernel(const ConvProblem& problem, DType dtype, F&& f) {
+auto with_kernel(const ConvProblem& problem, DType dtype, const Device& device, F&& f) {
   return with_element(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    if (problem.r == 1) return f(Kernel<T, 1, 1>());
-    if (problem.stride_w == 1) return f(Kernel<T, 3, 1>());
-    return f(Kernel<T, 3, 2>());
+    if (problem.r == 1) return f(Kernel<T, 1, 1, 8>());
+    if (problem.stride_w == 2) return f(Kernel<T, 3, 2, 2>());
+    // With 4 channels of a lane a branch passes by twice as many products; unless too many lanes have no channels, or shared
+    // memory is too small for such tiles. (With a stride, their columns take more registers than there are.)
+    const bool wide = ceil_div(problem.c, 128) * 8 <= ceil_div(problem.c, 64) * 5 &&
+                      device.shared_per_multiprocessor >= 160 * 1024;
+    return wide ? f(Kernel<T, 3, 1, 4>()) : f(Kernel<T, 3, 1, 2>());
   });
 }
 
@@ -162,7 +177,7 @@ const char* wgc_refusal(const ConvProblem& problem, DType dtype) {
   // A block counts its rows of grad_output in 32 bits. The grid has blocks for each strip and tile at
   // least, with sums of their own.
   if (problem.n * problem.p() > INT32_MAX) return "grad_output has more than 2^31 rows";
-  if (ceil_div(problem.c, pointwise ? 256 : 64) * ceil_div(problem.k, kTileK) *
+  if (ceil_div(problem.c, pointwise ? 256 : 64) * ceil_div(problem.k, 32) *
           ceil_div(problem.q(), kRun) > 1 << 20)
     return "rows are too long for so many channels";
   return nullptr;
@@ -170,7 +185,7 @@ const char* wgc_refusal(const ConvProblem& problem, DType dtype) {
 
 size_t wgc_workspace(const ConvCall& call, const Device& device) {
   if (!is_sparse(call)) return 0;
-  return with_kernel(call.problem, call.dtype, [&](auto kernel) {
+  return with_kernel(call.problem, call.dtype, device, [&](auto kernel) {
     using K = decltype(kernel);
     const Plan plan = make_plan<K>(call.problem, device);
     return (plan.blocks() * K::kBlockSums + costs(plan) + cuts(plan)) * sizeof(float);
@@ -179,7 +194,7 @@ size_t wgc_workspace(const ConvCall& call, const Device& device) {
 
 cudaError_t wgc(const ConvCall& call, const Device& device, cudaStream_t stream) {
   if (!is_sparse(call)) return wgc_plain(call, stream);
-  return with_kernel(call.problem, call.dtype, [&](auto kernel) {
+  return with_kernel(call.problem, call.dtype, device, [&](auto kernel) {
     using K = decltype(kernel);
     using T = typename K::T;
     const Plan plan = make_plan<K>(call.problem, device);

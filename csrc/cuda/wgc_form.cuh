@@ -9,11 +9,9 @@
 namespace sparsebwd::cuda {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kThreads = 128;  // and pixels of a step, at most
 constexpr int kWarps = kThreads / 32;
 constexpr int kBlocks = 2;     // on a multiprocessor: registers and shared memory are cut for two
-constexpr int kGroup = 8;      // output channels of a warp: a byte of the mask
-constexpr int kTileK = 32;     // output channels of a block: a word of the mask
 constexpr int kRun = 4;        // pixels whose mask bytes a warp reads at once: a word
 constexpr int kMostStrip = 32; // pixels of a row that a block walks along: a bit of a ballot for each
 // Sums of float32 get less accurate as they get longer. After so many values of a channel those in
@@ -40,19 +38,29 @@ struct Plan {
   int ring_rows;                 // staged rows that shared memory holds
   int64_t rows;                  // of grad_output: n * p
   int64_t row_ranges;
-  int c_tiles, k_tiles;
+  int c_tiles, k_tiles, tile_k;  // tile_k: output channels of a tile, 32 or 16
 
+  // Of the mask of a pixel, the bits of a tile, where its word is loaded by `load(index)`.
+  template <class Load>
+  __device__ __forceinline__ uint32_t tile_bits(int tile, Load load) const {
+    const int first = tile * tile_k;
+    return load(first / 32) >> first % 32 & ~0u >> (32 - tile_k);
+  }
+  __host__ __device__ int words() const { return (k + 31) / 32; }
   __host__ __device__ int64_t ranges() const { return row_ranges * strips; }
   int64_t blocks() const { return ranges() * c_tiles * k_tiles; }
 };
 
-// One instance of the kernel: Taps x Taps filters that move on by Stride columns.
-template <class Element, int Taps_, int Stride_>
+// One instance of the kernel: Taps x Taps filters that move on by Stride columns; Lane input channels of a lane.
+template <class Element, int Taps_, int Stride_, int Lane_>
 struct Kernel {
   using T = Element;
   static constexpr int kTaps = Taps_;
   static constexpr int kStride = Stride_;
-  static constexpr int kLane = kTaps == 1 ? 8 : 2;  // input channels of a lane
+  static constexpr int kLane = Lane_;
+  // Output channels of a warp: as many as there are registers for sums of, 144 of 3x3 filters.
+  static constexpr int kGroup = kTaps == 1 ? 8 : 16 / kLane;
+  static constexpr int kTileK = kWarps * kGroup;  // and of a block
   static constexpr int kTileC = 32 * kLane;
   // A lane's channels are vectors, those of neighbouring lanes side by side.
   static constexpr int kVector = std::min<int>(kLane, 16 / sizeof(T));
@@ -74,7 +82,7 @@ struct Kernel {
   static constexpr int kSums = kGroup * kTaps * kTaps * kLane;
   static constexpr int kBlockSums = kThreads * kSums;
   // Those that are loaded at once, to add to them: as many as there are registers for.
-  static constexpr int kBatch = kTaps == 1 ? 32 : kStride == 1 ? 36 : 18;
+  static constexpr int kBatch = kTaps == 1 ? 32 : kLane == 4 ? 12 : kStride == 1 ? 36 : 18;
   static_assert(kSums % kBatch == 0 && kBatch % kStore == 0, "");
 
   struct Shared {

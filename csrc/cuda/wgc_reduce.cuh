@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kReduceThreads)
   const int element = next(K::kStore), owner = next(32);
   const int vector = next(K::kLane / K::kStore) * K::kStore;
   const int s = next(K::kTaps), r = next(K::kTaps);
-  const int64_t k = tile % plan.k_tiles * static_cast<int64_t>(kTileK) + index;
+  const int64_t k = tile % plan.k_tiles * static_cast<int64_t>(K::kTileK) + index;
   const int64_t c = tile / plan.k_tiles * static_cast<int64_t>(K::kTileC) +
                     (vector / K::kVector * 32 + owner) * K::kVector + vector % K::kVector + element;
   if (k < plan.k && c < plan.c)

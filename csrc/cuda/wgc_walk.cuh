@@ -25,13 +25,14 @@ __device__ __forceinline__ void load_column(typename K::Column& column,
 }
 
 template <class K>
-__device__ __forceinline__ void load_values(float (&values)[kGroup], const unsigned char* from) {
-  using V = Vector<typename K::T, K::kChunk>;
+__device__ __forceinline__ void load_values(float (&values)[K::kGroup], const unsigned char* from) {
+  constexpr int kLoad = K::kGroup < K::kChunk ? K::kGroup : K::kChunk;
+  using V = Vector<typename K::T, kLoad>;
 #pragma unroll
-  for (int v = 0; v < kGroup / K::kChunk; ++v) {
-    const V chunk = reinterpret_cast<const V*>(from)[v];
+  for (int v = 0; v < K::kGroup / kLoad; ++v) {
+    const V loaded = reinterpret_cast<const V*>(from)[v];
 #pragma unroll
-    for (int e = 0; e < K::kChunk; ++e) values[v * K::kChunk + e] = to_float(chunk.element[e]);
+    for (int e = 0; e < kLoad; ++e) values[v * kLoad + e] = to_float(loaded.element[e]);
   }
 }
 
@@ -40,6 +41,7 @@ template <class K>
 class Walk {
   using T = typename K::T;
   static constexpr int kBytes = sizeof(T);
+  static constexpr int kGroup = K::kGroup, kTileK = K::kTileK;
 
  public:
   __device__ Walk(const Plan& plan, const T* g, const uint32_t* nonzeros, const T* x, const int32_t* cuts)
@@ -59,8 +61,8 @@ class Walk {
     pixel_row_ = threadIdx.x / plan.strip;
     pixel_offset_ = pixel_row_ * plan.q + pixel;
     const int64_t first_pixel = row * plan.q + q0;
-    const int k_words = (plan.k + 31) / 32;
-    mask_ = nonzeros + (first_pixel + pixel_offset_) * k_words + k_tile;
+    k_tile_ = k_tile;
+    mask_ = nonzeros + (first_pixel + pixel_offset_) * plan.words();
     has_pixel_ = pixel_row_ < plan.step_rows && pixel < width;
     // Of a group that only half exists, as with float32 it may, the other half is not to be read.
     g_ = g + first_pixel * plan.k +
@@ -128,11 +130,12 @@ class Walk {
       *reinterpret_cast<Vector<uint32_t, 4>*>(dynamic_shared() + at) = {};
   }
 
-  // The mask word of this thread's pixel in the next step, which has `left` rows or plan_.step_rows,
-  // whichever is less; 0 where there is no such pixel.
+  // The mask, of the tile's channels, of this thread's pixel in the next step, which has `left` rows or
+  // plan_.step_rows, whichever is less; 0 where there is no such pixel.
   __device__ uint32_t load_mask(int left) {
-    const uint32_t mask = has_pixel_ && pixel_row_ < left ? *mask_ : 0;
-    mask_ += plan_.step_rows * static_cast<int64_t>(plan_.q) * ((plan_.k + 31) / 32);
+    const bool there = has_pixel_ && pixel_row_ < left;
+    const uint32_t mask = plan_.tile_bits(k_tile_, [&](int word) { return there ? mask_[word] : 0; });
+    mask_ += plan_.step_rows * static_cast<int64_t>(plan_.q) * plan_.words();
     return mask;
   }
 
@@ -153,7 +156,7 @@ class Walk {
                               pixel_offset_ + pixel_row_ * (kMostStrip - plan_.q);
 #pragma unroll
     for (int w = 0; w < kWarps; ++w)
-      to[w * (shared_.mask_bytes / kWarps)] = static_cast<unsigned char>(mask >> (8 * w));
+      to[w * (shared_.mask_bytes / kWarps)] = static_cast<unsigned char>(mask >> (kGroup * w) & ((1u << kGroup) - 1));
   }
 
   // A warp copies the values of its lanes' pixels, for all warps. A group that has no set bit is not
@@ -163,7 +166,9 @@ class Walk {
         in_register(dynamic_shared() + shared_.values + buffer * shared_.value_bytes +
                     (threadIdx.x - lane()) * (kTileK * kBytes) + lane() * 16);
     const unsigned pixel_bytes = plan_.k * kBytes;
-    const uint32_t group = 255u << (lane() % kValueChunks * K::kChunk / kGroup * kGroup);
+    // Of all groups that have part of what this lane copies: one, or two.
+    constexpr int kCopied = kGroup < K::kChunk ? K::kChunk : kGroup;
+    const uint32_t group = ((1u << kCopied) - 1) << (lane() % kValueChunks * K::kChunk / kCopied * kCopied);
 #pragma unroll
     for (int pass = 0; pass < kValueChunks; ++pass) {
       const int owner = pass * (32 / kValueChunks) + lane() / kValueChunks;
@@ -244,8 +249,8 @@ class Walk {
     const uint32_t pixels = __ballot_sync(~0u, own != 0);  // bit 31 - i: pixel i has a non-zero
     if (pixels == 0) return;
     // Each bit of a nibble into a byte.
-    counts_[0] += (own & 15) * 0x00204081 & 0x01010101;
-    counts_[1] += (own >> 4) * 0x00204081 & 0x01010101;
+#pragma unroll
+    for (int i = 0; i < kGroup / 4; ++i) counts_[i] += (own >> 4 * i & 15) * 0x00204081 & 0x01010101;
     unsigned char* input[K::kTaps];
 #pragma unroll
     for (int r = 0; r < K::kTaps; ++r)
@@ -323,14 +328,15 @@ class Walk {
 #pragma unroll
       for (int i = 0; i < kStores; ++i) at[i * 32] = batch[i];
     }
-    counts_[0] = counts_[1] = 0;
+#pragma unroll
+    for (uint32_t& count : counts_) count = 0;
   }
 
   // How many values of a channel, at most, were multiplied since sums were last added to memory.
   __device__ uint32_t longest() const {
     uint32_t most = 0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kGroup / 2; ++i) {
       const uint32_t two = __reduce_add_sync(~0u, counts_[i / 2] >> i % 2 * 8 & 0x00ff00ff);
       most = max(most, max(two & 0xffff, two >> 16));
     }
@@ -339,14 +345,15 @@ class Walk {
 
   // Of this lane's pixel of all rows: values that were multiplied since sums were last added to memory,
   // a byte for each channel. It holds what kChain - 1 and a step of kThreads rows come to.
-  uint32_t counts_[2] = {};
+  uint32_t counts_[kGroup / 4] = {};
   static_assert(kChain - 1 + kThreads <= 255, "");
   const Plan& plan_;
   const typename K::Shared shared_;
   int rows_;  // of grad_output, that the block walks through
   int pixel_row_, pixel_offset_;  // of this thread's pixel in each step, from the first
   bool has_pixel_;
-  const uint32_t* mask_;  // where the next one is
+  int k_tile_;
+  const uint32_t* mask_;  // where those of the next one are
   const T* g_;  // first pixel of the next step to stage, this lane's channels, or the last ones
   // The next input row to stage: its place in its image, where the rows that the next row of
   // grad_output sees end, its place in the ring. This thread stages 16 bytes of a row in each of its

@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -107,7 +108,8 @@ def select(layers: Sequence[Layer], names: Sequence[str]) -> list[Layer]:
     return [layer for layer in layers if layer.name in names]
 
 
-def _convolutions(model_name: str, form: str, batch: int) -> list[Layer]:
+@cache
+def _convolutions(model_name: str, form: str, batch: int) -> tuple[Layer, ...]:
     """Every convolution of the network, in the order of the forward pass. Nothing is computed: tensors are meta."""
     found: list[Layer] = []
 
@@ -118,4 +120,4 @@ def _convolutions(model_name: str, form: str, batch: int) -> list[Layer]:
         model = models.create(model_name, num_classes=10, form=form)
         with following(model, ran):
             model(torch.empty(batch, 3, models.IMAGE_SIZE[form], models.IMAGE_SIZE[form]))
-    return found
+    return tuple(found)

@@ -83,13 +83,14 @@ def _compile(source: Path, variant: Variant, name: str) -> str:
         own = f"-x c++ -Wno-unknown-pragmas -Wno-unused-parameter {KERNEL_FLAGS[variant]}"
     else:
         own = RUNTIME_FLAGS[variant]
+        # What only hands on arguments takes twice as long to optimise as to compile.
         python = Path(sysconfig.get_path("include"))
         if source == OPERATORS:
             includes += [*map(Path, cpp_extension.include_paths()), python]
-            own += " -O1 -std=c++20 -DTORCH_TARGET_VERSION=0x020b000000000000"
+            own += " -O0 -std=c++20 -DTORCH_TARGET_VERSION=0x020b000000000000"
         elif "PYBIND11_MODULE" in source.read_text("utf-8"):
             includes += [Path(pybind11.get_include()), python]
-            own += f" -DSPARSEBWD_MODULE={name}"
+            own += f" -O0 -DSPARSEBWD_MODULE={name}"
     return " ".join([FLAGS, "-DSPARSEBWD_EMULATOR", own, *(f"-I{shlex.quote(str(path))}" for path in includes)])
 
 
@@ -349,6 +350,7 @@ def readable(module: ModuleType, function, *arguments):
         raise RuntimeError(message) from None
 
 
+@functools.cache
 def _line(library: str, offset: str) -> str:
     """File and line of a call that returns to `offset` of the library; of what the emulator inlined, those outside it."""
     call = hex(int(offset, 16) - 1)

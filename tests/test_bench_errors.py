@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import io
 import os
+import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -41,27 +42,35 @@ def test_arguments_out_of_range(arguments, option, message, monkeypatch):
     assert option in result.output and message in " ".join(result.output.split())
 
 
-@pytest.mark.slow
+def run_as_a_program(monkeypatch, stdout, module, *arguments) -> int:
+    """python -m sparsebwd.MODULE, but within this process. Returns the exit status."""
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"sparsebwd.{module}", run_name="__main__")
+    return ended.value.code or 0
+
+
+COMMANDS = pytest.mark.parametrize("command", [["info"], ["bench", "-h"]], ids=" ".join)
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize("module", ["info", "bench"])
-def test_output_that_cannot_be_written(module):
-    arguments = ["-h"] if module == "bench" else []
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", f"sparsebwd.{module}", *arguments], stdout=full, stderr=subprocess.PIPE, text=True
-        )
-    assert done.returncode == 1
-    assert done.stderr == "error: standard output: No space left on device\n"
+@COMMANDS
+def test_output_that_cannot_be_written(command, monkeypatch, capsys):
+    with open("/dev/full", "w") as full:  # to close it would fail if there were still something to write
+        assert run_as_a_program(monkeypatch, full, *command) == 1
+    assert capsys.readouterr().err == "error: standard output: No space left on device\n"
 
 
-@pytest.mark.slow
-def test_plain_narrow_terminals():
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "20", "TERM": "dumb"}
-    for arguments in (["info"], ["bench", "-h"]):
-        command = [sys.executable, "-m", f"sparsebwd.{arguments[0]}", *arguments[1:]]
-        done = subprocess.run(command, capture_output=True, env=environment)
-        assert done.returncode == 0 and done.stdout and not done.stderr
-        done.stdout.decode("ascii")
+@COMMANDS
+def test_plain_narrow_terminals(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setenv("TERM", "dumb")
+    printed = io.BytesIO()
+    stdout = io.TextIOWrapper(printed, encoding="ascii")
+    assert run_as_a_program(monkeypatch, stdout, *command) == 0
+    stdout.flush()
+    assert printed.getvalue() and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

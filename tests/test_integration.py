@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Together with the rest of PyTorch: compile, autocast, checkpointing, DistributedDataParallel."""
+"""Together with the rest of PyTorch: compile, autocast, checkpointing. DistributedDataParallel: test_distributed.py."""
 
 from __future__ import annotations
 
 import copy
-import gc
 import os
 import shutil
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from sparsebwd import SparseConv2d, grad, prune_gradient
@@ -58,8 +54,8 @@ def _gradients(function, module, x, seed=0):
 # ---- torch.compile
 
 
-@pytest.mark.parametrize("placement", ["output", "input"])
-@pytest.mark.parametrize("percentile", [90.0, None])
+# Where nothing is pruned there is no placement.
+@pytest.mark.parametrize("percentile, placement", [(90.0, "output"), (90.0, "input"), (None, "output")])
 def test_compile_gives_the_same_gradients(percentile, placement, memory_format, backend):
     block = Block(percentile=percentile, placement=placement, backend=backend)
     block.to(memory_format=memory_format)
@@ -256,50 +252,6 @@ def test_checkpointing_replays_the_same_pruning(use_reentrant, placement):
     model.load_state_dict(state)  # running statistics of the normalisation
     for actual, wanted in zip(_gradients(checkpointed, model, x), plain):
         assert_bit_equal(actual, wanted)
-
-
-# ---- DistributedDataParallel
-
-
-def _worker(rank: int, path: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    model = nn.Sequential(SparseConv2d(4, 8, 3, padding=1), nn.ReLU(), SparseConv2d(8, 4, 3, percentile=None))
-    wrapped = DistributedDataParallel(model)
-    torch.manual_seed(100 + rank)  # each process prunes with numbers of its own
-    x = torch.randn(3, 4, 7, 6)
-    wrapped(x).square().sum().backward()
-    torch.save(
-        {
-            "x": x,
-            "state": model.state_dict(),
-            "gradients": [parameter.grad for parameter in model.parameters()],
-        },
-        f"{path}/{rank}",
-    )
-    # Freed after its group, it may wait for a thread that waits for the interpreter's lock.
-    del wrapped
-    gc.collect()
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_distributed_data_parallel(tmp_path):
-    """Two processes end with the mean of the gradients that each would have alone."""
-    mp.spawn(_worker, (str(tmp_path),), nprocs=2)
-    results = [torch.load(tmp_path / str(rank)) for rank in range(2)]
-    alone = []
-    for rank, result in enumerate(results):
-        model = nn.Sequential(SparseConv2d(4, 8, 3, padding=1), nn.ReLU(), SparseConv2d(8, 4, 3, percentile=None))
-        model.load_state_dict(result["state"])
-        torch.manual_seed(100 + rank)
-        assert torch.equal(torch.randn(3, 4, 7, 6), result["x"])
-        model(result["x"]).square().sum().backward()
-        alone.append([parameter.grad for parameter in model.parameters()])
-    for one, two, *single in zip(*(result["gradients"] for result in results), *alone):
-        assert_bit_equal(one, two)
-        torch.testing.assert_close(one, (single[0] + single[1]) / 2, rtol=1e-5, atol=1e-5)
 
 
 # ---- training

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import io
 import os
 import pickle
@@ -12,12 +11,9 @@ import shutil
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from histories import Model, empty_history, sigmas, tau_of
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from sparsebwd import DensityMonitor, SparseConv2d, convert, prune_gradient, revert
@@ -323,35 +319,6 @@ def test_grad_scaler_sees_overflow():
     scaler.update()
     assert torch.equal(module.weight, weight) and scaler.get_scale() < 2.0**127
     assert torch.equal(module.sigma_history, history)
-
-
-def _worker(rank: int, path: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
-    module = layer()
-    wrapped = DistributedDataParallel(module)
-    torch.manual_seed(rank)
-    histories = []
-    for _ in range(3):
-        y = wrapped(torch.randn(2, 4, 8, 7))
-        y.backward((1 + rank) * torch.randn_like(y))
-        histories.append(module.sigma_history.clone())
-    torch.save(histories, f"{path}/{rank}")
-    # Freed after its group, it may wait for a thread that waits for the interpreter's lock.
-    del wrapped, y
-    gc.collect()
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_distributed_data_parallel(tmp_path):
-    """All processes predict from the history of the first, to which each adds its own for a step."""
-    mp.spawn(_worker, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))
-    for i in range(3):
-        assert first[i][0] == second[i][0] == i + 1
-        assert torch.equal(first[i][1 : i + 1], second[i][1 : i + 1])
-        assert first[i][i + 1] != second[i][i + 1]
 
 
 def test_training_goes_as_with_exact_thresholds(generator):

@@ -102,12 +102,15 @@ def test_training_commands_of_the_documentation_are_understood():
         cli._parser().parse_args(arguments)
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=relative)
-def test_sources_name_their_licence(source):
-    first, _, rest = source.read_text("utf-8").partition("\n")
-    line = rest.partition("\n")[0] if first.startswith("#!") else first
-    comment = "#" if source.suffix in (".py", ".sh", "") else "//"
-    assert line == f"{comment} SPDX-License-Identifier: Apache-2.0"
+def test_sources_name_their_licence():
+    lacking = []
+    for source in SOURCES:
+        first, _, rest = source.read_text("utf-8").partition("\n")
+        line = rest.partition("\n")[0] if first.startswith("#!") else first
+        comment = "#" if source.suffix in (".py", ".sh", "") else "//"
+        if line != f"{comment} SPDX-License-Identifier: Apache-2.0":
+            lacking.append(relative(source))
+    assert not lacking
 
 
 def test_builds_are_portable_and_keep_ieee_arithmetic():

@@ -217,19 +217,39 @@ def test_a_compiler_that_fails_ends_the_run_in_one_line(tmp_path, capsys, monkey
 # by several processes
 
 
+UNPRUNED = ["--percentile", "none", "--backend", "cpu"]
+COMPARED = {"whole": ["--distributed"], "parts": ["--max-steps", "8"], "parts again": ["--resume"]}
+ALONE = {
+    "plain": ["--model", "plain"],
+    "accumulated": ["--model", "plain", "--accumulate", "2"],
+    "normed": ["--model", "normed", "--sync-bn"],
+}
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory):
+    """A folder with the runs of two processes, and what these printed: all under one torchrun, which takes long to start."""
+    folder = tmp_path_factory.mktemp("two")
+    runs = [["--compare", *options, "--output", str(folder / name.split()[0])] for name, options in COMPARED.items()]
+    runs += [[*UNPRUNED, *options, "--output", str(folder / name)] for name, options in ALONE.items()]
+    return folder, train_by_two(folder, runs, TINY + PLAIN)
+
+
 @pytest.mark.slow
-def test_two_processes_are_as_good_as_one(tmp_path, plain, capsys):
+def test_two_processes(by_two):
+    """Under torchrun: process 0 writes and prints, and a resumed run is the same."""
+    folder, output = by_two
+    assert output.count("processes: 2") == len(COMPARED) + len(ALONE)
+    assert saved_state(folder / "whole")["history"][0]["variants"]["sparse"]["train_loss"] > 0
+    assert_same_run(folder / "whole", folder / "parts")
+
+
+@pytest.mark.slow
+def test_two_processes_are_as_good_as_one(tmp_path, plain, capsys, by_two):
     """To rounding: without BatchNorm, and with it where its statistics are shared."""
-    common = ["--percentile", "none", "--backend", "cpu", "--output"]
-    runs = {
-        "plain": ["--model", "plain"],
-        "parts": ["--model", "plain", "--accumulate", "2"],
-        "normed": ["--model", "normed", "--sync-bn"],
-    }
-    train_by_two(tmp_path, [[*common, str(tmp_path / f"two-{name}"), *options] for name, options in runs.items()], TINY + PLAIN)
-    for name, options in runs.items():
-        train(tmp_path / f"one-{name}", "--device", "cpu", *common[:-1], *options)
-        assert difference(tmp_path / f"one-{name}", tmp_path / f"two-{name}") < 1e-5, name
+    for name, options in ALONE.items():
+        train(tmp_path / name, "--device", "cpu", *UNPRUNED, *options)
+        assert difference(tmp_path / name, by_two[0] / name) < 1e-5, name
     assert "sync_bn: one process alone has nobody" in capsys.readouterr().out
 
 

@@ -23,7 +23,6 @@ from training import (  # noqa: F401
     signals,
     tiny,
     train,
-    train_by_two,
     without_times,
 )
 
@@ -113,20 +112,6 @@ def test_resume_killed(tmp_path):
 def test_resume_without_a_checkpoint_starts(tmp_path, capsys):
     train(tmp_path, "--resume", "--max-steps", "1")
     assert "no checkpoint in" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_two_processes(tmp_path):
-    """Under torchrun: process 0 writes and prints, and a resumed run is the same."""
-    common = ["--compare", "--output"]
-    runs = [
-        [*common, str(tmp_path / "whole"), "--distributed"],
-        [*common, str(tmp_path / "parts"), "--max-steps", "8"],
-        [*common, str(tmp_path / "parts"), "--resume"],
-    ]
-    assert train_by_two(tmp_path, runs).count("processes: 2") == len(runs)
-    assert saved_state(tmp_path / "whole")["history"][0]["variants"]["sparse"]["train_loss"] > 0
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 # signals

@@ -12,6 +12,7 @@ LINTER    := $(VENV)/.linter
 DOCS      := $(VENV)/.docs
 ZOO       := $(VENV)/.zoo
 CUDA      := $(VENV)/.cuda
+TRITON    := $(VENV)/.triton
 DIST      := $(VENV)/.dist
 # A test that is left on one process is taken over by another that has none left.
 PYTEST    := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal
@@ -30,7 +31,7 @@ help:  ## this list
 demo: $(BUILT)  ## train a ResNet-18 dense and sparse, and compare time, density and accuracy
 	@$(BIN)/python -m sparsebwd.train --demo
 
-test: $(BUILT) $(CUDA)  ## run every test that this machine can run (ARGS= for pytest)
+test: $(BUILT) $(CUDA) $(TRITON)  ## run every test that this machine can run (ARGS= for pytest)
 	@echo "Running every test, in a process for each core: about 16 minutes on 2 cores, where nothing else runs"
 	@$(PYTEST) --durations=10 $(ARGS)
 
@@ -106,6 +107,13 @@ $(CUDA): $(INSTALLED) requirements-cuda.txt
 	@echo "Installing the CUDA compiler into $(VENV) (100 MB; no GPU is needed)"
 	@if $(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements-cuda.txt; then touch $@; \
 	else echo "sparsebwd: no CUDA compiler could be installed; tests that need one use what there is, or are skipped" >&2; [ -z "$$CI" ]; fi
+
+# The same for Triton; a PyTorch for CUDA has brought one.
+$(TRITON): $(INSTALLED) requirements-triton.txt
+	@echo "Installing Triton into $(VENV) (190 MB; no GPU is needed)"
+	@if $(BIN)/python -c 'import triton' 2>/dev/null || \
+	    $(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements-triton.txt; then touch $@; \
+	else echo "sparsebwd: Triton could not be installed; tests that need it are skipped" >&2; [ -z "$$CI" ]; fi
 
 $(LINTER): $(INSTALLED) requirements-lint.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements-lint.txt

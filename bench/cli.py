@@ -91,7 +91,7 @@ def command(
         list[str] | None,
         typer.Option(
             help="For agb and wgc: zeros are iid, or skewed, with a density that differs between images and between "
-            "channels. Default: iid."
+            "channels, or rows, all channels of a pixel or none. Default: iid."
         ),
     ] = None,
     density: Annotated[

@@ -28,7 +28,7 @@ SKEW = 1.0
 """Standard deviation, over the images and over the channels, of the log-odds that an element of a skewed gradient is
 not zero."""
 
-PATTERNS = ("iid", "skewed")
+PATTERNS = ("iid", "skewed", "rows")
 """Of random gradients with zeros."""
 
 KEY_SEED = 1
@@ -57,7 +57,7 @@ class Gradient:
     """What the gradient of a row is like.
 
     pattern: "iid", zeros are independent; "skewed", their probability differs between images and channels, see
-        `skewed_densities`; "heavy-tailed", without zeros, normal times log-normal; "captured", from training.
+        `skewed_densities`; "rows", all channels of a pixel are zero or none; "heavy-tailed", without zeros, normal times log-normal; "captured", from training.
     density: the expected fraction that is not zero, where there is a choice.
     captured: (N, K, P, Q), for this pattern.
     percentile: at which the reference prunes a captured gradient before it is used; None: as it is.
@@ -90,7 +90,8 @@ class Gradient:
         density = self.density
         if self.pattern == "skewed":
             density = skewed_densities(shape[0] // n, n, shape[1], density, generator).view(*shape[:2], 1, 1)
-        return normal * (torch.rand(shape, **drawn) < density)
+        groups = (shape[0], 1, *shape[2:]) if self.pattern == "rows" else shape
+        return normal * (torch.rand(groups, **drawn) < density)
 
 
 def skewed_densities(copies: int, n: int, k: int, density: float, generator: torch.Generator) -> Tensor:

@@ -32,7 +32,7 @@ class Row:
     multiplicity: layers of the network that have this problem.
     density: of the gradient that is consumed or, by pruning, made. nominal_density: its expectation as asked for; None
         where it follows from a percentile or from what was captured. percentile: None where nothing is pruned.
-    pattern: of the gradient before pruning: "iid" or "skewed" zeros, "heavy-tailed", or "captured" in training.
+    pattern: of the gradient before pruning: "iid" or "skewed" zeros, or "rows" of them, "heavy-tailed", or "captured" in training.
     device: "cpu" or "cuda". math: of float32 on a GPU, "strict" or "tf32"; else None. threads: of PyTorch's pool, on a
         CPU; else None.
     sparse_ms, dense_ms: medians; dense_ms is the time of `baseline`: the faster of two layouts, or "copy".

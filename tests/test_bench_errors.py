@@ -78,7 +78,7 @@ def test_plain_narrow_terminals(command, monkeypatch, capsys):
     [
         (["--suite", "resnet18-imagenet-5x5"], "resnet18 has no convolution of this kernel size"),
         (["--layer", "stem.1"], "layer: got 'stem.1'; accepted: stem.0, stages.0.0.conv1,"),
-        (["--pattern", "blocks"], "pattern: got 'blocks'; accepted: iid, skewed"),
+        (["--pattern", "blocks"], "pattern: got 'blocks'; accepted: iid, skewed, rows"),
         (["--gradients", "none.pt"], "none.pt: No such file"),
         (["--plot", "rows.pdf"], "plot: got 'rows.pdf'; accepted: .png or .svg"),
         (["--plot", "/dev/null/rows.svg"], "/dev/null is not a folder to write to"),

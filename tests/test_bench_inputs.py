@@ -118,7 +118,7 @@ def test_layouts_hold_the_same_numbers():
         assert one.equal(other) and one.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("pattern", ["iid", "skewed"])
+@pytest.mark.parametrize("pattern", ["iid", "skewed", "rows"])
 def test_density_of_inputs(pattern):
     problem = ConvProblem.parse("n16c1h32w32k16r1s1")
     for density in (0.0, 0.1, 1.0):

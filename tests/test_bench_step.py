@@ -147,7 +147,7 @@ def test_capture_command(tmp_path):
         (["--data", "cifar10"], "data_dir: got none, but cifar10 is read from files"),
         (["--data", "cifar10", "--data-dir", "/nowhere"], "data_dir: got '/nowhere', which does not exist"),
         (["--batch", "100000"], "batch_size: got 100000"),
-        (["--backend", "triton"], "backend: 'triton' cannot run"),
+        (["--backend", "abacus"], "backend: got 'abacus'"),
         (["--output", "/dev/null/gradients.pt"], "output: got '/dev/null/gradients.pt'; /dev/null is not a folder"),
     ],
 )

@@ -39,22 +39,24 @@ def test_unknown_and_unable_backends():
     problem = ConvProblem.parse("n2c3h5w5k4r3s3")
     with pytest.raises(ValueError, match="backend: got 'abacus'; accepted: 'auto', 'reference'"):
         backends.choose_backend("abacus", problem, "cpu", torch.float32)
-    with pytest.raises(RuntimeError, match="'triton' cannot run: this version has no Triton kernels yet"):
-        backends.choose_backend("triton", problem, "cpu", torch.float32)
     with pytest.raises(RuntimeError, match="'dense' cannot run n2c3.*float64.*not float32"):
         backends.choose_backend("dense", problem, "cpu", torch.float64)
     with pytest.raises(RuntimeError, match="'auto' cannot run pruning.*'dense': .*; 'reference': "):
         backends.choose_backend("auto", None, "cpu", torch.int32)
 
 
-def test_a_planned_backend_can_be_registered(register):
-    class Triton(type(backends.get_backend("dense"))):
-        name = "triton"
+def test_backend_that_only_runs_by_name(register, caplog):
+    class Asked(type(backends.get_backend("dense"))):
+        name = "asked"
+        only_by_name = "it is shy"
 
-    register(Triton())
-    assert backends.choose_backend("triton", None, "cpu", torch.float32).name == "triton"
+    register(Asked())
+    assert backends.choose_backend("asked", None, "cpu", torch.float32).name == "asked"
+    with caplog.at_level(logging.DEBUG, "sparsebwd"):
+        assert backends.choose_backend("auto", None, "cpu", torch.float32).name != "asked"
+    assert "'asked' refuses: it is shy" in caplog.text
     assert list(sparsebwd.info()["backends"]) == list(backends.registered_backends())
-    assert sparsebwd.info()["backends"]["triton"] is None
+    assert sparsebwd.info()["backends"]["asked"] is None
 
 
 def test_backend_that_is_not_available(register, caplog):

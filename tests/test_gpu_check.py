@@ -51,7 +51,7 @@ def test_benchmark_understands_the_commands(unit, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "run", lambda *_: iter(()))
     command = [str(word) for word in unit.command(5, 2, 7.5, tmp_path / "rows.json")]
     arguments = [word.replace("cuda", "dense") if word.startswith("cuda,") else word for word in command[3:]]
-    arguments = [word if place == 0 or arguments[place - 1] != "--backend" else word.replace("cuda", "dense")
+    arguments = [word if place == 0 or arguments[place - 1] != "--backend" else re.sub("cuda|triton", "dense", word)
                  for place, word in enumerate(arguments)]  # fmt: skip
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 0, result.output

@@ -53,7 +53,7 @@ def rows_of(unit, wrong: int = 0, speedup: float = 2.0) -> list[dict]:
     """What the benchmark would measure."""
     rows = []
     layers = {layer.name: layer for layer in suites.load(unit.suite, 256)}
-    settings = [(None, 90.0)] if unit.pruning else [(density, None) for density in units.DENSITIES]
+    settings = [(None, 90.0)] if unit.pruning else [(density, None) for density in unit.densities]
     for name in unit.layers:
         for op in unit.operations:
             for mode in unit.modes:
@@ -213,6 +213,8 @@ def test_report_of_the_first_minutes(check):
     text = report.report(check.record)
     assert "| strict | cuda | AGB | - | 2.00 | - | 2.00 | - | - |" in text.splitlines()
     assert "| WGC | 0.1 | 2.00 | 1.50 | 25% |" in text.splitlines()
+    assert any(line.startswith("| bfloat16 | WGC | 0.4 | 2.00 | stages.0.0.conv1 2.00, ") for line in text.splitlines())
+    assert not any(line.startswith("| strict | AGB | 0.65 ") for line in text.splitlines())
 
 
 def test_report_of_nothing(check):

@@ -75,7 +75,6 @@ def test_sizes_may_be_lists_and_settings_ints(generator):
         ({"groups": 0}, ValueError, "groups: got 0; accepted: at least 1"),
         ({"groups": 2.0}, TypeError, "groups: got 2.0"),
         ({"backend": "abacus"}, ValueError, "backend: got 'abacus'"),
-        ({"backend": "triton"}, RuntimeError, "backend: 'triton' cannot run: this version has no Triton kernels yet"),
     ],
 )  # fmt: skip
 def test_bad_input(changes, error, message):

@@ -166,18 +166,6 @@ def test_bad_settings(name, value, error):
     assert layer.percentile == 90.0
 
 
-def test_planned_backend():
-    message = "backend: 'triton' cannot run: this version has no Triton kernels yet"
-    with pytest.raises(RuntimeError, match=message):
-        SparseConv2d(4, 6, 3, backend="triton")
-    with pytest.raises(RuntimeError, match=message):
-        SparseConv2d.from_conv2d(nn.Conv2d(4, 6, 3), backend="triton")
-    layer = SparseConv2d(4, 6, 3)
-    with pytest.raises(RuntimeError, match=message):
-        layer.backend = "triton"
-    assert layer.backend == "auto"
-
-
 def test_bad_input():
     layer = SparseConv2d(4, 6, 3)
     with pytest.raises(ValueError, match="the input has 5"):

@@ -27,7 +27,7 @@ SOURCES = [
     if path.suffix in (".py", ".sh", ".h", ".hpp", ".c", ".cpp", ".inl", ".cu", ".cuh") or path == ROOT / ".ci" / "run"
 ] + [ROOT / "setup.py"]
 REQUIREMENTS = ["requirements.txt", "requirements-cuda.txt", "requirements-lint.txt", "requirements-docs.txt", "requirements-dist.txt"]
-REQUIREMENTS += ["requirements-zoo.txt"]
+REQUIREMENTS += ["requirements-zoo.txt", "requirements-triton.txt"]
 PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING")), *sorted((ROOT / "docs").glob("*.md"))]
 
 

@@ -221,7 +221,6 @@ def test_backward_timer_tells_kinds_apart(monkeypatch):
         (["--percentile", "much"], "--percentile: got 'much', accepted are numbers in [50, 100) and none"),
         (["--placement", "middle"], "placement: got 'middle'"),
         (["--backend", "abacus"], "backend: got 'abacus'"),
-        (["--backend", "triton"], "backend: 'triton' cannot run: this version has no Triton kernels yet"),
         (["--sigma-estimator", "guess"], "sigma_estimator: got 'guess'"),
         (["--threshold", "guess"], "threshold: got 'guess'; accepted: 'exact', 'predicted'"),
         (["--dtype", "int8"], "dtype: got 'int8', accepted are float32, bfloat16"),

@@ -190,7 +190,6 @@ def convert(
 
     Raises:
         TypeError, ValueError: an argument is wrong; the model is then unchanged.
-        RuntimeError: the backend is one that is only planned; likewise.
 
     Examples:
         >>> import sparsebwd

@@ -76,12 +76,16 @@ def prune(grad: Tensor, key: Tensor, pruning: Pruning, scales: Tensor | None = N
     """Prune the groups of a gradient (N, C, H, W) of any floating dtype. tau and sigma are those of the norms, the density
     is that of the elements. The random number of a group is that of an element at its place among the norms. scales: as in
     :func:`sparsebwd.reference.prune`; not of channels."""
-    factors, tau, sigma = _factors(grad, key, pruning, scales)
+    return _multiply(grad, _factors(grad, key, pruning, scales), pruning)
+
+
+def _multiply(grad: Tensor, factors: _Factors, pruning: Pruning) -> PrunedGradient:
+    of_elements = factors.values
     if isinstance(pruning.granularity, tuple):
         width = min(pruning.granularity[1], max(grad.shape[1], 1))
-        factors = factors.repeat_interleave(width, 1)[:, : grad.shape[1]]
-    values = _scaled(grad, factors).contiguous(memory_format=reference.memory_format(grad))
-    return PrunedGradient(values, tau, sigma, reference.density(values))
+        of_elements = of_elements.repeat_interleave(width, 1)[:, : grad.shape[1]]
+    values = _scaled(grad, of_elements).contiguous(memory_format=reference.memory_format(grad))
+    return PrunedGradient(values, factors.tau, factors.sigma, reference.density(values))
 
 
 def conv2d_backward(
@@ -96,7 +100,8 @@ def conv2d_backward(
     layer_id: int = 0,
 ) -> BackwardResult:
     """As :meth:`Backend.conv2d_backward`. Of samples, and of channels where there are no groups, the survivors are
-    gathered and ``backend`` convolves these; the host waits for their number. Else it skips the zeros."""
+    gathered and ``backend`` convolves these; the host waits for their number. Of rows it is told which to take, if it has kernels
+    for them. Else it skips the zeros."""
 
     def convolve(problem: ConvProblem, *operands: Tensor) -> BackwardResult:
         return backend.conv2d_backward(problem, *operands, key, pruning.unpruned, output_mask, layer_id=layer_id)
@@ -107,12 +112,16 @@ def conv2d_backward(
             return result
         values, tau, sigma, _ = prune(result.grad_input, key, pruning)
         return result._replace(grad_input=values, tau=tau, sigma=sigma)
-    scales = importance.scales(input, pruning)
+    found = _factors(grad_output, key, pruning, importance.scales(input, pruning))
+    factors, tau, sigma = found
+    if isinstance(pruning.granularity, tuple):
+        result = backend.rows_backward(problem, grad_output, input, weight, factors, pruning.granularity[1], output_mask)
+        if result is not None:
+            return result._replace(tau=tau, sigma=sigma)
     if isinstance(pruning.granularity, tuple) or (pruning.granularity == "channel" and problem.groups > 1):
-        values, tau, sigma, density = prune(grad_output, key, pruning, scales)
+        values, tau, sigma, density = _multiply(grad_output, found, pruning)
         return convolve(problem, values, input, weight)._replace(tau=tau, sigma=sigma, density=density)
 
-    factors, tau, sigma = _factors(grad_output, key, pruning, scales)
     dim = 0 if pruning.granularity == "sample" else 1
     kept = factors.flatten().nonzero().flatten()
     gathered = _scaled(grad_output.index_select(dim, kept), factors.index_select(dim, kept))

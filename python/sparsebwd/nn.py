@@ -81,8 +81,8 @@ class SparseConv2d(nn.Conv2d):
 
     All may be set later, one by one or as one :class:`sparsebwd.Pruning`, the attribute ``pruning``; of percentile, density,
     variance and noise, setting one resets the others.
-    Raises TypeError or ValueError naming the one that is wrong, both times, and RuntimeError for a
-    backend that is only planned; RuntimeError in forward if the backend asked for cannot run.
+    Raises TypeError or ValueError naming the one that is wrong, both times; RuntimeError in forward if the backend asked for
+    cannot run.
 
     What the threshold is predicted from is in the buffer ``sigma_history``, int32[5], which a layer
     has only if its threshold is "predicted"; with ``noise`` it has one of int32[6], where the last is tau / sigma. It is not in

@@ -105,8 +105,7 @@ def parse_granularity(text: str) -> Granularity:
 
 
 def check_backend(backend: str) -> str:
-    """Return ``backend``. Raises TypeError if it is not a string, ValueError if no backend has this
-    name, RuntimeError if it is one that is only planned."""
+    """Return ``backend``. Raises TypeError if it is not a string, ValueError if no backend has this name."""
     if not isinstance(backend, str) or backend != "auto":
         from .backends import get_backend  # backends are given settings, so they import this module
 
@@ -164,7 +163,7 @@ class Pruning:
     Derived from these: ``text``, the settings that are not the default, as ``percentile=95.0,placement=input`` (empty
     for the default), which operators take; and ``active``, whether a gradient can come out changed.
 
-    Raises TypeError or ValueError naming the setting that is wrong, RuntimeError for a backend that is only planned.
+    Raises TypeError or ValueError naming the setting that is wrong.
 
     Examples:
         >>> import sparsebwd

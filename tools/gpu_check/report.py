@@ -9,7 +9,7 @@ from statistics import geometric_mean
 from typing import Any
 
 from .counters import COUNTERS
-from .units import BOTH, CONVOLUTIONS, DENSITIES, MODES, PASSES, STAGES
+from .units import BOTH, CONVOLUTIONS, DENSITIES, MODES, PASSES, ROW_DENSITIES, STAGES
 
 BARS = {
     # (operation, math): by density, (parity with the best that is known, world class), as a ratio to cuDNN
@@ -66,7 +66,8 @@ def report(record: dict[str, Any]) -> str:
     """The Markdown: the questions of the bars, one after the other."""
     lines = [f"# GPU check: {record['environment']['gpu']['name']}, {record['date']}", "", *_parts(record)]
     for title, section in (
-        ("Environment", _environment), ("Pruning", _pruning), ("AGB and WGC", _convolutions), ("Backward pass", _passes),
+        ("Environment", _environment), ("Pruning", _pruning), ("AGB and WGC", _convolutions), ("Rows on tensor cores", _rows),
+        ("Backward pass", _passes),
         ("Whole steps", _steps),
         ("Dispatch", _dispatch), ("Accuracy", _accuracy), ("Counters", _counters),
     ):  # fmt: skip
@@ -213,6 +214,29 @@ def _skewed(record: dict[str, Any]) -> list[str]:
         "Strict float32, images of one density, and of densities as unlike as in training, of the same mean:", "",
         *table(["", "density", "even", "skewed", "lost"], cells),
     ]  # fmt: skip
+
+
+def _rows(record: dict[str, Any]) -> list[str]:
+    cells = []
+    for mode in MODES:
+        for op in CONVOLUTIONS:
+            for density in ROW_DENSITIES:
+                here = [
+                    row for row in timed(record, op=op, backend="triton", pattern="rows", nominal_density=density) if mode_of(row) == mode
+                ]  # fmt: skip
+                if here:
+                    speedups = [f"{row['layer']} {row['speedup']:.2f}" for row in here]
+                    errors = max(row["rel_error"] / row["dense_rel_error"] for row in here)
+                    cells.append((mode, op.upper(), density, f"{ratio_in_total(here):.2f}", ", ".join(speedups), f"{errors:.2f}"))
+    if not cells:
+        return []
+    return [
+        "Kernels in Triton on gradients of which this fraction of the pixels is kept, against dense cuDNN: finding the pixels is in "
+        "ours, pruning is not. In total each layer counts as often as it occurs in the network. Last, the largest error, as a "
+        "multiple of that of cuDNN in the same precision.",
+        "",
+        *table(["cuDNN in", "", "kept", "in total", "each", "error"], cells),
+    ]
 
 
 def without_search(record: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -87,6 +87,19 @@ class Unit:
 CONVOLUTIONS, BOTH = ("agb", "wgc"), ("cuda", "auto")
 _PRUNINGS, PASSES = ("prune", "prune-predicted"), ("backward", "backward-predicted")
 MODES = ("strict", "tf32", "bfloat16")
+
+ROW_DENSITIES = (0.65, 0.4)
+"""What rows keep at the noise that elements have at 0.25 and 0.14."""
+_ROW_LAYERS = ("stages.0.0.conv1", "stages.1.0.conv2", "stages.2.0.conv2", "stages.3.0.conv2")  # 3x3, of each size
+
+
+def rows(*modes: str) -> Unit:
+    """Rows on tensor cores; kernels are compiled when they are first called, seconds each."""
+    return Unit(
+        f"rows, {', '.join(modes)}", "resnet18-imagenet", CONVOLUTIONS, modes, ("triton",), _ROW_LAYERS, ROW_DENSITIES, ("rows",)
+    )
+
+
 UNITS = tuple(
     unit
     for suite in ("resnet18-imagenet", "resnet18-cifar")
@@ -97,6 +110,7 @@ UNITS = tuple(
         *(Unit(f"AGB and WGC, {mode}", suite, CONVOLUTIONS, (mode,), BOTH) for mode in ("tf32", "bfloat16")),
         Unit("backward pass with pruning", suite, PASSES, MODES, BOTH),
         Unit("first layer", suite, ("wgc",), MODES, ("auto",), ("stem.0",)),
+        *([rows(*MODES)] if suite == "resnet18-imagenet" else []),
     )
 )
 """The most important first."""
@@ -112,6 +126,7 @@ FIRST_UNITS = (
         Unit(f"AGB and WGC, {mode}", "resnet18-imagenet", CONVOLUTIONS, (mode,), ("auto",), densities=(0.3, 0.05))
         for mode in ("tf32", "bfloat16")
     ),
+    rows("tf32", "bfloat16"),
 )  # fmt: skip
 """Those of the first minutes on a GPU."""
 

@@ -2,7 +2,6 @@
 """Implementations of the backward pass, from the oracle to the fastest; see :mod:`.base`."""
 
 from .base import (
-    PLANNED,
     Backend,
     BackwardResult,
     LayerStats,
@@ -18,9 +17,9 @@ from .cpu import CpuBackend
 from .cuda import CudaBackend
 from .dense import DenseBackend
 from .reference import ReferenceBackend
+from .triton_backend import TritonBackend
 
 __all__ = [
-    "PLANNED",
     "Backend",
     "BackwardResult",
     "LayerStats",
@@ -34,6 +33,6 @@ __all__ = [
 ]
 
 # "auto" takes the last of these that can run.
-for _backend in (ReferenceBackend(), DenseBackend(), CpuBackend(), CudaBackend()):
+for _backend in (ReferenceBackend(), DenseBackend(), TritonBackend(), CpuBackend(), CudaBackend()):
     if _backend.name not in registered_backends():  # as they are, where this module is reloaded
         register(_backend)

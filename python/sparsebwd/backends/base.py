@@ -78,6 +78,9 @@ class Backend(ABC):
 
     name: str
 
+    only_by_name: str | None = None
+    """Why "auto" passes it over, None if it does not."""
+
     def available(self) -> str | None:
         """None if this backend runs on this machine at all, else the reason why not."""
         return None
@@ -159,6 +162,21 @@ class Backend(ABC):
             grad_input, tau, sigma, _ = self.prune(grad_input, key, pruning, sigma_history)
         return BackwardResult(grad_input, grad_weight, tau, sigma, density, self.name)
 
+    def rows_backward(
+        self,
+        problem: ConvProblem,
+        grad_output: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        factors: Tensor,
+        width: int,
+        output_mask: Sequence[bool],
+    ) -> BackwardResult | None:
+        """AGB and WGC of ``grad_output`` with each row, ``width`` channels of a pixel, times its factor: float32
+        (N, ceil(K / width), P, Q), 0 for rows that are dropped, and rounded to its dtype. None from a backend that has no way
+        of its own to do that; then :meth:`conv2d_backward` is given the product."""
+        return None
+
 
 def refusal(operators, problem: ConvProblem) -> str | None:
     """Why the kernels behind these raw operators do not take the problem, None if they do: what they count could
@@ -173,12 +191,6 @@ def empty(size: Sequence[int], like: Tensor, memory_format: torch.memory_format)
 
 
 _backends: dict[str, Backend] = globals().get("_backends", {})
-
-PLANNED = {
-    "triton": "this version has no Triton kernels yet",
-}
-"""Names of backends to come, and why they do not run. A registered backend of the same name is used instead."""
-
 
 _choices: list[Any] = []
 
@@ -232,15 +244,9 @@ def available_backends() -> tuple[str, ...]:
 
 
 def get_backend(name: str) -> Backend:
-    """The backend of that name, available or not.
-
-    Raises RuntimeError with the reason for one that is only planned, ValueError for an unknown name, TypeError for what is
-    no name.
-    """
+    """The backend of that name, available or not. Raises ValueError for an unknown name, TypeError for what is no name."""
     check_name(name)
     if name not in _backends:
-        if name in PLANNED:
-            raise RuntimeError(f"backend: {name!r} cannot run: {PLANNED[name]}")
         accepted = ", ".join(repr(known) for known in ("auto", *_backends))
         raise ValueError(f"backend: got {shown(name)}; accepted: {accepted}")
     return _backends[name]
@@ -250,14 +256,16 @@ def get_backend(name: str) -> Backend:
 def choose_backend(name: str, problem: ConvProblem | None, device_type: str, dtype: torch.dtype) -> Backend:
     """The backend called ``name``, or for "auto" the last in the list that can run.
 
-    Raises ValueError for an unknown name, RuntimeError with the reasons if it is only planned, or if
-    it, or for "auto" every backend, cannot run. Refusals on the way are logged at debug level.
+    Raises ValueError for an unknown name, RuntimeError with the reasons if it, or for "auto" every backend, cannot run.
+    Refusals on the way are logged at debug level.
     """
     candidates = reversed(_backends.values()) if name == "auto" else [get_backend(name)]
     what = f"{problem or 'pruning'} in {dtype} on {device_type}"
     refusals = []
     for backend in candidates:
         reason = backend.available() or backend.can_run(problem, device_type, dtype)
+        if name == "auto":
+            reason = reason or backend.only_by_name
         if reason is None:
             return backend.for_auto() if name == "auto" else backend
         logger.debug("%s: backend %r refuses: %s", what, backend.name, reason)

@@ -30,7 +30,7 @@ class DenseBackend(Backend):
     def can_run(self, problem: ConvProblem | None, device_type: str, dtype: torch.dtype) -> str | None:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"{dtype} is not float32, bfloat16 or float16"
-        if problem is not None and max(map(max, _extents(problem))) >= _LARGEST_EXTENT:
+        if problem is not None and max(map(max, extents(problem))) >= _LARGEST_EXTENT:
             return "strides, dilation or padding take it beyond 32 bits, in which oneDNN counts: it would end the process"
         return None
 
@@ -54,7 +54,7 @@ class DenseBackend(Backend):
 _LARGEST_EXTENT = 2**31
 
 
-def _extents(problem: ConvProblem) -> tuple[tuple[int, int], ...]:
+def extents(problem: ConvProblem) -> tuple[tuple[int, int], ...]:
     """Heights and widths that kernels count in: those of the padded input, of all strides, of the filter as dilated."""
     sizes, filters, outputs = (problem.h, problem.w), (problem.r, problem.s), (problem.p, problem.q)
     return (

@@ -75,8 +75,7 @@ def info() -> Info:
                 ["8.0", ...], version (of CUDA that they are built with), driver (the CUDA version that the driver runs;
                 None if there is no driver)}.
             gpus: descriptions, [str]; no_gpu: why the list is empty, or None.
-            backends: {name: None if it runs, else the reason}, in the order of preference, the last first choice;
-                then those that are planned.
+            backends: {name: None if it runs, else the reason}, in the order of preference, the last first choice.
 
     Examples:
         >>> import sparsebwd
@@ -87,7 +86,6 @@ def info() -> Info:
         sparsebwd ...
     """
     reasons = {name: backends.get_backend(name).available() for name in backends.registered_backends()}
-    reasons = reasons | {name: reason for name, reason in backends.PLANNED.items() if name not in reasons}
     in_use, supported, tables = None, [], None
     if reasons["cpu"] is None:
         supported = list(torch.ops.sparsebwd_cpu.supported_isas())

@@ -18,7 +18,7 @@ GRID = [
     "n2c8h6w6k8r1s1u2",  # pixels that are not seen at all
     "n1c6h5w4k9r1s1p1",  # pixels of padding only
     "n1c128h3w2k16r3s3p1",  # columns of one tap in a tile of WGC
-    "n1c4h8w7k600r3s3p1d2",  # more rows than a mask has bits for
+    "n1c4h6w5k140r3s3p1d2",  # three rows
 ]
 
 

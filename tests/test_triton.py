@@ -83,14 +83,21 @@ def test_pixels_that_need_the_same_are_beside_each_other(generator):
         assert torch.all(part[1:][same] > part[:-1][same])
 
 
+@pytest.fixture
+def few_bits(monkeypatch):
+    """Masks have too few for the rows of some layers, as those of 600 channels have."""
+    monkeypatch.setattr(triton_backend, "MOST_STEPS", 20)
+
+
 CASES = [
-    *((text, 0.4, dtype, torch.channels_last) for text in GRID for dtype in DTYPES),
-    *((GRID[1], kept, dtype, torch.contiguous_format) for kept in (1.0, 0.0) for dtype in DTYPES),
+    *((text, 0.4, dtype, torch.channels_last) for text in GRID for dtype in DTYPES[:1]),
+    *((text, 0.4, dtype, torch.contiguous_format) for text in (GRID[1], GRID[2], GRID[5]) for dtype in DTYPES[1:]),
+    *((GRID[1], kept, DTYPES[0], torch.contiguous_format) for kept in (1.0, 0.0)),
 ]
 
 
 @pytest.mark.parametrize("text, kept, dtype, memory_format", CASES)
-def test_error_is_at_most_twice_that_of_dense(text, kept, dtype, memory_format, generator, many_splits):
+def test_error_is_at_most_twice_that_of_dense(text, kept, dtype, memory_format, generator, many_splits, few_bits):
     problem = ConvProblem.parse(text)
     tensors = operands(problem, kept, dtype, generator, memory_format)
     dense = convolution_backward(problem, tensors[2], *tensors[:2], (True, True))
@@ -98,9 +105,9 @@ def test_error_is_at_most_twice_that_of_dense(text, kept, dtype, memory_format, 
         assert_error_bounded(*results, f"{name} of {problem}")
 
 
-@settings(max_examples=15)
+@settings(max_examples=12)
 @given(
-    problem=problems(max_channels=20),
+    problem=problems(max_channels=12),
     kept=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     dtype=st.sampled_from(DTYPES),
     memory_format=st.sampled_from([torch.contiguous_format, torch.channels_last]),
@@ -123,9 +130,9 @@ def test_integers_are_exact_for_any_geometry(problem, kept, dtype, memory_format
 @pytest.mark.parametrize("kind", ["row", ("row", 128), ("row", 4096), ("row", 5)], ids=str)
 @pytest.mark.parametrize(
     "text, dtype",
-    [("n1c20h5w4k200r3s3p1", DTYPES[0]), ("n2c12h5w6k200r3s3u2p1", DTYPES[1]), ("n1c4h4w5k600r3s3p1", DTYPES[2])],
+    [("n1c10h5w4k140r3s3p1", DTYPES[0]), ("n2c12h5w6k140r3s3u2p1", DTYPES[1]), ("n1c4h4w5k140r1s1", DTYPES[2])],
 )
-def test_rows_are_pruned_as_elsewhere(text, kind, dtype, generator, stats, many_splits):
+def test_rows_are_pruned_as_elsewhere(text, kind, dtype, generator, stats, many_splits, few_bits):
     """The same rows are kept, by the same factors; of those that are dropped nothing is read."""
     problem = ConvProblem.parse(text)
     input, weight, gradient = operands(problem, 1.0, dtype, generator)
@@ -162,7 +169,7 @@ def test_through_a_layer(generator):
 
 
 def test_the_same_bits_twice(dtype, generator, many_splits):
-    problem = ConvProblem.parse("n2c20h6w5k136r3s3p1")
+    problem = ConvProblem.parse("n2c9h5w4k72r3s3p1")
     tensors = operands(problem, 0.5, dtype, generator)
     first, second = (backward(BACKEND, problem, *tensors, Pruning(granularity="row")) for _ in range(2))
     for one, two in zip(first, second):
@@ -171,7 +178,7 @@ def test_the_same_bits_twice(dtype, generator, many_splits):
 
 def test_chunks_and_tiles_do_not_change_results(generator, monkeypatch, many_splits):
     """Of integers: whatever the order of the pixels, and each tile of the tables."""
-    problem = ConvProblem.parse("n2c20h6w5k136r3s3p1")
+    problem = ConvProblem.parse("n2c20h6w5k72r3s1p1")
     input, weight, gradient = operands(problem, 0.5, torch.float32, generator, integer=True)
     rows = triton_backend.occupied(gradient)
     backend = backends.get_backend(BACKEND)
@@ -180,14 +187,14 @@ def test_chunks_and_tiles_do_not_change_results(generator, monkeypatch, many_spl
     for tile in triton_tiles.AGB[4]:
         assert_bit_equal(backend.agb(problem, rows, weight, tile.fitted(64, problem.c)) + 0, wanted[0] + 0, str(tile))
     for tile in triton_tiles.WGC[4]:
-        assert_bit_equal(backend.wgc(problem, rows, input, tile.fitted(64, 180)) + 0, wanted[1] + 0, str(tile))
+        assert_bit_equal(backend.wgc(problem, rows, input, tile.fitted(64, 60)) + 0, wanted[1] + 0, str(tile))
 
 
 def test_dropped_rows_are_not_computed(generator, monkeypatch):
     """Their products are what is saved: the lists of a tile have the steps that its pixels need, no others."""
     problem = ConvProblem.parse("n1c16h16w16k64r3s3p1")
     input, weight, gradient = operands(problem, 1.0, torch.float32, generator)
-    gradient[:, :, 8:] = 0  # so the lower half of the image needs nothing but at its edge
+    gradient[:, :, 4:] = 0  # so the lower part of the image needs nothing but at its edge
     seen = {}
     backend = backends.get_backend(BACKEND)
     launch = backend._launch
@@ -198,10 +205,10 @@ def test_dropped_rows_are_not_computed(generator, monkeypatch):
 
     monkeypatch.setattr(backend, "_launch", record)
     backend.gradients(problem, gradient, input, weight, (True, True))
-    assert seen["wgc"][3].tolist() == [8 * 16]
+    assert seen["wgc"][3].tolist() == [4 * 16]
     masks, steps, counts = seen["agb"][4:7]
-    # Rows 0 to 8 of 16 see the upper half: 9 taps inside of it, 3 at a row beyond.
-    assert (masks != 0).sum() == 9 * 16
+    # Rows 0 to 4 of 16 see the upper part; the others are in the first tile of two, which has nothing to do.
+    assert (masks != 0).sum() == 5 * 16
     assert counts.tolist()[0] == 0 and counts.sum() <= 9
 
 
@@ -237,7 +244,7 @@ def test_precision_is_that_of_cudnn():
 
 def test_tuning_verifies_before_it_times(generator, monkeypatch):
     """Only what is right is timed, the fastest is used from then on, and only for this problem."""
-    problem = ConvProblem.parse("n2c20h6w5k136r3s3p1")
+    problem = ConvProblem.parse("n2c20h6w5k72r3s1p1")
     monkeypatch.setattr(triton_tiles, "chosen", {})
     backend = InterpretedBackend()
     right, wrong_tile = backend.wgc, triton_tiles.wgc_tiles(problem, torch.float32, 64)[0]
@@ -257,10 +264,10 @@ def test_tuning_verifies_before_it_times(generator, monkeypatch):
     ):
         best = min((c for c in found if c.kernel == kernel and not c.wrong), key=lambda c: c.milliseconds)
         assert tiles[0] == best.tile and len(tiles) == sum(c.kernel == kernel for c in found)
-    other = ConvProblem.parse("n3c20h6w5k136r3s3p1")
+    other = ConvProblem.parse("n3c20h6w5k72r3s1p1")
     assert triton_tiles.agb_tiles(other, torch.float32)[0] == triton_tiles.AGB[4][0].fitted(128, 20)
     monkeypatch.setattr(backend, "agb", lambda *args: torch.zeros(problem.input_size))
     with pytest.raises(RuntimeError, match="agb of n2c20.* no tile gives the right sums"):
         triton_tune.tune(problem, backend=backend, device="cpu", time=time)
     with pytest.raises(ValueError, match="problem: got n2c20.*; these kernels do not take it: it has groups"):
-        triton_tune.tune(ConvProblem.parse("n2c20h6w5k136r3s3p1g2"), backend=backend)
+        triton_tune.tune(ConvProblem.parse("n2c20h6w5k72r3s1p1g2"), backend=backend)

@@ -93,7 +93,7 @@ def refusal(problem: ConvProblem) -> str | None:
         return f"its filter has more than {MOST_STEPS} taps"
     columns = problem.c * problem.r * problem.s
     counted = problem.n * problem.h * problem.w, problem.n * problem.p * problem.q, problem.k * columns
-    if max(*counted, *map(max, dense.extents(problem))) >= 2**31 - 2**20 or columns >= 2**20:
+    if max(*counted, *map(max, dense.extents(problem))) >= 2**31 - 2**20 or max(columns, problem.k) >= 2**20:
         return "it is larger than what the kernels count in 32 bits, or a grid of theirs has in 16"
     return None
 

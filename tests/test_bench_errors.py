@@ -99,7 +99,7 @@ def test_plain_narrow_terminals(command, monkeypatch, capsys):
         (["--dtype", "float64"], "dtype: got 'float64'; accepted: float32, bfloat16"),
         (["--layout", "nhwc"], "layout: got 'nhwc'; accepted: channels_last, contiguous"),
         (["--against", "worst"], "against: got 'worst'; accepted: best, same"),
-        (["--backend", "gpu"], "backend: got 'gpu'; accepted: 'auto', 'reference', 'dense', 'cpu'"),
+        (["--backend", "gpu"], "backend: got 'gpu'; accepted: 'auto', 'reference', 'dense', 'triton', 'cpu'"),
         (["--threads", "0"], "threads: got 0; accepted: 1 to"),
         (["--device", "tpu"], "device: got 'tpu'; accepted: cpu, cuda"),
         (["--math", "tf32"], "math: accepted with --device cuda"),

@@ -390,53 +390,6 @@ __global__ void fill_local(Arguments a) {
 
 __global__ void shift(Arguments a) { out<int>(a)[threadIdx.x] = 1 << in<int>(a)[threadIdx.x]; }
 
-// ---- tensor cores: [16][depth] times [depth][8] plus [16][8], row by row, one after another in
-// `in`
-
-template <class T>
-__device__ uint32_t pair(const T* low, const T* high) {
-  return static_cast<uint32_t>(*low) | static_cast<uint32_t>(*high) << 16;
-}
-
-__global__ void multiply_tf32(Arguments a) {
-  const auto* left = in<uint32_t>(a);
-  const auto *right = left + 16 * 8, *sum = right + 8 * 8;
-  const int lane = threadIdx.x, group = lane / 4, member = lane % 4;
-  const uint32_t fragment_a[4] = {left[group * 8 + member], left[(group + 8) * 8 + member],
-                                  left[group * 8 + member + 4], left[(group + 8) * 8 + member + 4]};
-  const uint32_t fragment_b[2] = {right[member * 8 + group], right[(member + 4) * 8 + group]};
-  float d[4];
-  for (int i = 0; i < 4; ++i)
-    d[i] = __uint_as_float(sum[(group + i / 2 * 8) * 8 + 2 * member + i % 2]);
-  mma_m16n8k8_tf32(d, fragment_a, fragment_b);
-  for (int i = 0; i < 4; ++i) out<float>(a)[(group + i / 2 * 8) * 8 + 2 * member + i % 2] = d[i];
-}
-
-template <bool Bfloat>
-__global__ void multiply_halves(Arguments a) {
-  const auto* left = in<uint16_t>(a);
-  const auto* right = left + 16 * 16;
-  const auto* sum = reinterpret_cast<const float*>(right + 16 * 8);
-  const int lane = threadIdx.x, group = lane / 4, member = lane % 4;
-  uint32_t fragment_a[4], fragment_b[2];
-  for (int i = 0; i < 4; ++i) {
-    const uint16_t* first = left + (group + i % 2 * 8) * 16 + 2 * member + i / 2 * 8;
-    fragment_a[i] = pair(first, first + 1);
-  }
-  for (int i = 0; i < 2; ++i) {
-    const uint16_t* first = right + (2 * member + 8 * i) * 8 + group;
-    fragment_b[i] = pair(first, first + 8);
-  }
-  float d[4];
-  for (int i = 0; i < 4; ++i) d[i] = sum[(group + i / 2 * 8) * 8 + 2 * member + i % 2];
-  if (Bfloat) {
-    mma_m16n8k16_bf16(d, fragment_a, fragment_b);
-  } else {
-    mma_m16n8k16_f16(d, fragment_a, fragment_b);
-  }
-  for (int i = 0; i < 4; ++i) out<float>(a)[(group + i / 2 * 8) * 8 + 2 * member + i % 2] = d[i];
-}
-
 // ---- arithmetic: words of `in`, results in the order of the code
 
 __global__ void arithmetic(Arguments a) {
@@ -536,9 +489,6 @@ const Entry kKernels[] = {
     {"look_up", look_up},
     {"fill_local", fill_local},
     {"shift", shift},
-    {"multiply_tf32", multiply_tf32},
-    {"multiply_bf16", multiply_halves<true>},
-    {"multiply_f16", multiply_halves<false>},
     {"arithmetic", arithmetic},
     {"indices", indices},
     {"order", order},

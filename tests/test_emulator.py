@@ -193,24 +193,6 @@ def test_arithmetic(kernels):
     np.testing.assert_array_equal(out, np.array(expected, np.uint32))
 
 
-@pytest.mark.parametrize(
-    "kernel, depth, dtype", [("tf32", 8, torch.float32), ("bf16", 16, torch.bfloat16), ("f16", 16, torch.float16)]
-)
-def test_tensor_cores(kernels, generator, kernel, depth, dtype):
-    a = torch.randn(16, depth, generator=generator).to(dtype)
-    b = torch.randn(depth, 8, generator=generator).to(dtype)
-    c = torch.randn(16, 8, generator=generator)
-    memory = np.concatenate([x.contiguous().view(torch.uint8).reshape(-1).numpy() for x in (a, b, c)])
-    out = kernels.run(f"multiply_{kernel}", memory, np.full((16, 8), np.nan, np.float32), 0, block=32)
-    if kernel == "tf32":  # the low 13 bits are ignored
-        a, b = ((x.view(torch.int32) & ~0x1FFF).view(torch.float32) for x in (a, b))
-    exact = (a.double() @ b.double() + c.double()).numpy()
-    # Rounded once, towards zero.
-    assert (np.abs(out) <= np.abs(exact)).all()
-    np.testing.assert_allclose(out, exact, rtol=2**-23, atol=0)
-    assert not np.array_equal(out, exact.astype(np.float32))
-
-
 def test_random_order_follows_from_the_seed(kernels):
     def order(seed):
         return kernels.run("order", None, np.zeros((2, 64), np.uint32), 0, grid=2, block=64, shared=4, seed=seed)

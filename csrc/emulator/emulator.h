@@ -21,9 +21,8 @@
 // that nothing was written to, or that race: two threads, one of them writing, no barrier between.
 // Undefined arithmetic is refused too.
 //
-// What is not emulated: wgmma, TMA, clusters, textures, memory order weaker than sequential
-// consistency, time. Tensor cores sum exactly and then round towards zero; the hardware may drop a
-// few more bits. A launch needs as many registers as it likes.
+// What is not emulated: tensor cores, TMA, clusters, textures, memory order weaker than sequential
+// consistency, time. A launch needs as many registers as it likes.
 #pragma once
 
 #include <math.h>
@@ -135,13 +134,10 @@ void pause();
 enum class WarpCall {
   kSync, kShuffle, kShuffleUp, kShuffleDown, kShuffleXor, kBallot, kMatchAny, kMatchAll,
   kAddUnsigned, kMinUnsigned, kMaxUnsigned, kMinSigned, kMaxSigned, kAnd, kOr, kXor,
-  kMmaTf32, kMmaBFloat16, kMmaFloat16,
 };
 struct Lane {
   uint64_t value;                // operand, then result
   int argument = 0, width = 32;  // of shuffles
-  float* d = nullptr;            // of mma
-  const uint32_t *a = nullptr, *b = nullptr;
 };
 // The lanes of the mask exchange what they bring.
 uint64_t warp_call(WarpCall call, uint32_t mask, Lane lane, Site site);
@@ -232,21 +228,6 @@ inline void cp_async_commit() { emulator::commit_copies(); }
 template <int Groups>
 inline void cp_async_wait() {
   emulator::wait_for_copies(Groups);
-}
-
-inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                             emulator::Site site = emulator::Site::here()) {
-  emulator::warp_call(emulator::WarpCall::kMmaTf32, ~0u, {0, 0, 32, d, a, b}, site);
-}
-
-inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                              emulator::Site site = emulator::Site::here()) {
-  emulator::warp_call(emulator::WarpCall::kMmaBFloat16, ~0u, {0, 0, 32, d, a, b}, site);
-}
-
-inline void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                             emulator::Site site = emulator::Site::here()) {
-  emulator::warp_call(emulator::WarpCall::kMmaFloat16, ~0u, {0, 0, 32, d, a, b}, site);
 }
 
 }  // namespace sparsebwd::cuda

@@ -31,9 +31,6 @@ const char* name_of(WarpCall call) {
     case WarpCall::kAnd: return "__reduce_and_sync";
     case WarpCall::kOr: return "__reduce_or_sync";
     case WarpCall::kXor: return "__reduce_xor_sync";
-    case WarpCall::kMmaTf32: return "mma_m16n8k8_tf32";
-    case WarpCall::kMmaBFloat16: return "mma_m16n8k16_bf16";
-    case WarpCall::kMmaFloat16: return "mma_m16n8k16_f16";
   }
   return "?";
 }

@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "fibres.h"
-#include "sparsebwd/dtype.h"
 
 namespace sparsebwd::cuda::emulator {
 
@@ -61,42 +60,6 @@ uint64_t reduce(WarpCall call, uint64_t a, uint64_t b) {
   }
 }
 
-float towards_zero(double value) {
-  const float nearest = static_cast<float>(value);
-  return std::isfinite(nearest) && fabs(static_cast<double>(nearest)) > fabs(value)
-             ? nextafterf(nearest, 0.0f)
-             : nearest;
-}
-
-// Rows of a fragment are in groups of four lanes: `group` is lane / 4, `member` lane % 4. With two
-// elements a register, column k of A is element k % 2 of register pair k / 8 of member k / 2 % 4.
-void multiply(Warp& warp, WarpCall call) {
-  const bool halves = call != WarpCall::kMmaTf32;
-  const int depth = halves ? 16 : 8;
-  const auto element = [&](uint32_t word, int half) -> double {
-    if (!halves) return float_of_bits(word & 0xFFFFE000u);
-    const auto bits = static_cast<uint16_t>(word >> 16 * half);
-    return call == WarpCall::kMmaBFloat16 ? float_of_bfloat16(bits) : float_of_float16(bits);
-  };
-  double a[16][16], b[16][8];
-  for (int k = 0; k < depth; ++k) {
-    const int member = halves ? k / 2 % 4 : k % 4, column = halves ? k / 8 : k / 4;
-    for (int row = 0; row < 16; ++row)
-      a[row][k] =
-          element(warp.lanes[row % 8 * 4 + member]->exchange.a[row / 8 + 2 * column], k % 2);
-    for (int n = 0; n < 8; ++n)
-      b[k][n] = element(warp.lanes[n * 4 + member]->exchange.b[column], k % 2);
-  }
-  for (int lane = 0; lane < 32; ++lane)
-    for (int i = 0; i < 4; ++i) {
-      const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-      float& d = warp.lanes[lane]->exchange.d[i];
-      double sum = d;
-      for (int k = 0; k < depth; ++k) sum += a[row][k] * b[k][column];
-      d = towards_zero(sum);
-    }
-}
-
 void finish(Warp& warp, uint32_t mask, WarpCall call) {
   const auto each = [&](auto&& f) {
     for (int lane = 0; lane < 32; ++lane)
@@ -125,9 +88,6 @@ void finish(Warp& warp, uint32_t mask, WarpCall call) {
       });
       break;
     }
-    case WarpCall::kMmaTf32:
-    case WarpCall::kMmaBFloat16:
-    case WarpCall::kMmaFloat16: multiply(warp, call); break;
     default: {
       const uint64_t* first = nullptr;
       uint64_t total = 0;

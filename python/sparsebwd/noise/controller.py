@@ -177,7 +177,7 @@ class NoiseController:
 
     def observe(self, loss: Tensor) -> None:
         """Call it after each step with its loss; for the guard."""
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
+        if not isinstance(loss, Tensor) or loss.layout is not torch.strided or loss.numel() != 1:
             raise TypeError(f"loss: got {shown(loss)}; accepted: a tensor of one element")
         if self._guard is not None and self._guard.runs_away(loss.reshape(())) and not self._resting:
             self._rest("the loss has run away")

@@ -284,3 +284,17 @@ def test_options_are_plain_values():
     assert (config.epochs, config.momentum, config.augment, config.learning_rate) == (3, 0.5, False, 1.0)
     for name in ("epochs", "momentum", "augment", "learning_rate", "seed"):
         assert type(getattr(config, name)) in (int, float, bool)
+
+
+def test_networks_whose_gradients_pytorch_corrupts_are_refused():
+    """Two to seven channels into a 1x1 convolution with a stride, in channels_last: see backends/dense.py."""
+
+    def made(width, **options):
+        config = TrainConfig(model="resnet18", width=width, **options)
+        return twins.build_twins(config, 10, World(torch.device("cpu")), lambda text: None)
+
+    for options in ({"dense": True}, {"compare": True}, {"percentile": None, "noise": 0.1}):
+        with pytest.raises(ValueError, match=r"width: got 4, .* 'stages.1.0.shortcut.0' .*; accepted: 8 and more, or --no-channels-last"):
+            made(4, **options)
+        assert made(8, **options) and made(4, channels_last=False, **options)
+    assert made(4)

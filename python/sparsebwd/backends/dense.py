@@ -98,7 +98,7 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """What :func:`convolution_backward` returns; computed in float32 where that is faster, or where PyTorch's is wrong, and
     of contiguous tensors where it would corrupt memory."""
-    if grad_output.is_cpu and output_mask[1] and _corrupts_memory(problem):
+    if grad_output.is_cpu and output_mask[1] and corrupts_memory((problem.r, problem.s), problem.stride, problem.c):
         wanted = reference.memory_format(input)
         grad_output, input, weight = (operand.contiguous() for operand in (grad_output, input, weight))
         if wanted != torch.contiguous_format:
@@ -166,13 +166,13 @@ def _is_wrong(width: int, kernel_width: int, padding: int, dilation: int) -> boo
     return width < (kernel_width - 1) * dilation + 1 or width <= padding
 
 
-def _corrupts_memory(problem: ConvProblem) -> bool:
+def corrupts_memory(kernel_size: tuple[int, int], stride: tuple[int, int], channels: int) -> bool:
     """Whether oneDNN's gradient of the weight may write where it must not, of channels_last tensors.
 
     Of PyTorch 2.13 with AVX2: n16c3h16w16k8r1s1u2 ends in "free(): invalid size" or has a wrong gradient, with 2 to 7 input
     channels and strides of 2 or 4 in either direction; contiguous tensors, and 8 channels and more, are right.
     """
-    return problem.r * problem.s == 1 and max(problem.stride) > 1 and 1 < problem.c < 8
+    return tuple(kernel_size) == (1, 1) and max(stride) > 1 and 1 < channels < 8
 
 
 _NATIVE = {

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import models
+from ..backends.dense import corrupts_memory
 from ..conversion import convert
 from ..nn import SparseConv2d
 from ..noise import NoiseController
@@ -74,6 +75,13 @@ def build_twins(config: TrainConfig, num_classes: int, world: World, warn: Calla
     """The sparse model, the dense one, or both from the same weights; `warn` gets what conversion warns of."""
     torch.manual_seed(config.seed)
     dense = models.create(config.model, num_classes, config.network_form, config.width).to(world.device)
+    if config.channels_last and world.device.type == "cpu" and (config.dense or config.compare or config.noise is not None):
+        for name, module in dense.named_modules():
+            if isinstance(module, nn.Conv2d) and corrupts_memory(module.kernel_size, module.stride, module.in_channels):
+                raise ValueError(
+                    f"width: got {config.width}, with which PyTorch's own gradients of the convolution {name!r} corrupt memory in "
+                    "channels_last; accepted: 8 and more, or --no-channels-last"
+                )
     if config.channels_last:
         dense = dense.to(memory_format=torch.channels_last)
     twins = []

@@ -47,7 +47,7 @@ WAYS = (
     Way("image", "percentile", (80, 90, 95, 98, 99.5, 99.95), {"importance": "image"}),
     Way("density", "density", (0.4, 0.3, 0.25, 0.2, 0.15)),
     Way("variance", "variance", (0.03, 0.1, 0.3)),
-    Way("noise", "noise", (0.03, 0.1, 0.3, 1.0), {"importance": "image"}),
+    Way("noise", "noise", (0.03, 0.1, 0.3, 1.0)),
     Way("noise-none", "noise", (0.03, 0.1, 0.3, 1.0), {"importance": "none"}),
     Way("row", "density", (0.8, 0.65, 0.5), {"granularity": "row"}),
     Way("sample", "density", (0.9, 0.8, 0.65), {"granularity": "sample"}),

@@ -261,8 +261,8 @@ def test_refusals(settings, message):
         Pruning(importance="pixel")
     grad = torch.ones(3, 4, 2, 2)
     for text, scales, message in (
-        (IMAGE.text, None, "scales: got None with importance 'image'"),
-        ("", torch.ones(3), "scales: got a tensor with importance 'none'"),
+        (IMAGE.text, None, "scales: got None with importance=image"),
+        ("", torch.ones(3), "scales: got a tensor with the default"),
         (IMAGE.text, torch.ones(2), r"scales: got torch.float32 of shape \(2,\)"),
         (IMAGE.text, torch.ones(3).double(), "scales: got torch.float64"),
     ):
@@ -274,12 +274,18 @@ def test_settings():
     assert Pruning.parse(IMAGE.text) == IMAGE and IMAGE.text == "importance=image"
     layer = SparseConv2d(4, 6, 3, importance="image")
     assert layer.importance == "image" and repr(layer).endswith("placement=output, importance=image)")
-    layer.importance = "none"
-    assert layer.pruning == Pruning()
+    layer.importance = "auto"
+    assert layer.pruning == Pruning() and not layer.pruning.by_image
+    # By itself with noise, where it can be.
+    assert Pruning(noise=0.1).by_image and not Pruning(noise=0.1, importance="none").by_image
+    for other in ({"placement": "input"}, {"granularity": "row"}, {"granularity": "channel"}):
+        assert not Pruning(noise=0.1, **other).by_image
+    assert not Pruning(noise=0.1).unpruned.by_image and Pruning(noise=0.1).at(2.0).by_image
+    assert Pruning(noise=0.1).text == "percentile=None,noise=0.1"
     # Where the gradient that is pruned is another layer's, there is none.
     model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 8, 3), nn.ReLU())
     convert(model, importance="image", where="everywhere")
-    assert [model[0].importance, model[3].importance] == ["image", "none"]
+    assert [model[0].importance, model[3].importance] == ["image", "auto"]
     assert "percentile=90.0, importance=image" in str(conversion_report(model))
     with pytest.raises(ValueError, match="importance: got 'image' with placement 'input'"):
         model[3].importance = "image"

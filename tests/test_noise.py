@@ -34,7 +34,7 @@ def test_a_layer_prunes_at_its_ratio(placement, threshold, backend, generator, s
     """tau is ratio * sigma: as with the percentile of that quantile, to the bit."""
     z = torch.tensor(reference.quantile(99.0)).item()  # of a float32
     layers = [
-        SparseConv2d(8, 16, 3, **{"placement": placement, "threshold": threshold, "backend": backend}, **asked)
+        SparseConv2d(8, 16, 3, placement=placement, threshold=threshold, backend=backend, importance="none", **asked)
         for asked in ({"noise": 0.1}, {"percentile": 99.0})
     ]
     layers[1].load_state_dict(layers[0].state_dict())
@@ -54,6 +54,27 @@ def test_a_layer_prunes_at_its_ratio(placement, threshold, backend, generator, s
         assert torch.equal(layers[0].sigma_history[:-1], layers[1].sigma_history)
     if placement == "output":
         assert stats[-1].density == stats[-2].density < 0.9
+
+
+def test_images_have_thresholds_of_their_own(backend, memory_format, generator, stats):
+    """By the input, unless they are to have one: as with a percentile of that quantile."""
+    z = torch.tensor(reference.quantile(99.0)).item()
+    inputs = torch.randn((4, 8, 9, 9), generator=generator) * torch.tensor([0.1, 1.0, 1.0, 3.0]).view(4, 1, 1, 1)
+    grads = {}
+    for name, asked in {
+        "auto": {"noise": 0.1},
+        "image": {"percentile": 99.0, "importance": "image"},
+        "none": {"noise": 0.1, "importance": "none"},
+    }.items():
+        torch.manual_seed(5)
+        layer = SparseConv2d(8, 16, 3, backend=backend, **asked).to(memory_format=memory_format)
+        if layer.noise:
+            set_ratio(layer, z)
+        layer(inputs.contiguous(memory_format=memory_format)).square().sum().backward()
+        grads[name] = layer.weight.grad
+    assert stats[-1].tau > 0 and stats[-3].density != stats[-1].density
+    torch.testing.assert_close(grads["auto"], grads["image"])
+    assert not torch.allclose(grads["auto"], grads["none"], rtol=0.01)
 
 
 def test_without_a_controller_nothing_is_pruned(memory_format, generator):

@@ -57,7 +57,7 @@ class LayerReport:
         asked = {knob: getattr(self, knob) for knob in KNOBS if getattr(self, knob) is not None} or {"percentile": None}
         if self.granularity != "element":
             asked["granularity"] = self.granularity
-        if self.importance != "none":
+        if self.importance == "image":
             asked["importance"] = self.importance
         asked = ", ".join(f"{knob}={value}" for knob, value in asked.items())
         return f"{name}: placement={self.placement!r}, {asked} ({self.reason})"
@@ -149,7 +149,7 @@ def convert(
     variance: float | None = None,
     noise: float | None = None,
     granularity: Granularity = "element",
-    importance: str = "none",
+    importance: str = "auto",
     exclude: str | Iterable[str] = (),
 ) -> nn.Module:
     """Make every eligible ``nn.Conv2d`` of ``model`` a :class:`sparsebwd.SparseConv2d`, in place.
@@ -176,8 +176,9 @@ def convert(
             trace, the order in which modules are registered stands in. Parts that would draw random numbers while
             they are traced do not trace.
         backend, sigma_estimator, threshold, granularity: as in :class:`sparsebwd.SparseConv2d`.
-        importance: "none", or "image": each image has a threshold of its own, by the norm of its input, in layers with the
-            placement "output"; see :class:`sparsebwd.Pruning`.
+        importance: "image": each image has a threshold of its own, by the norm of its input, in layers with the placement
+            "output"; "none": all images have one, as in the paper; "auto": "image" with noise, else "none". See
+            :class:`sparsebwd.Pruning`.
         where: "faster": what no kernel here can make faster stays an nn.Conv2d, judged by its weight and device, which are
             those it will have if you move the model to its device first; and layers decide again by what they are given, see
             :class:`sparsebwd.SparseConv2d`. "everywhere": all that is eligible is converted and pruned, as in the paper.
@@ -236,7 +237,7 @@ def convert(
         if not sparse and (reason or dense and _why_not_faster(module, pruning, torch.bfloat16)):
             continue
         placed = placement if placements is None else placements[name].placement
-        chosen = pruning.replace(placement=placed, importance=importance if placed == "output" else "none")
+        chosen = pruning.replace(placement=placed, importance=importance if placed == "output" else "auto")
         if sparse:
             module.pruning = chosen
         else:
@@ -347,7 +348,8 @@ def _report(model: nn.Module, placements: dict[str, Placement] | None) -> Conver
     for name, module in model.named_modules():
         if isinstance(module, SparseConv2d):
             settings = module.percentile, module.placement, module.backend
-            amount = module.where, module.density, module.variance, module.granularity, module.noise, module.importance
+            by = "image" if module.pruning.by_image else "none"
+            amount = module.where, module.density, module.variance, module.granularity, module.noise, by
             reason = "as asked for" if placements is None else placements[name].reason
             if (original := original_class(own_class(module))) not in (None, nn.Conv2d):
                 reason = f"{original.__name__}, {reason}"

@@ -38,7 +38,7 @@ def _settings(
     variance: float | None,
     granularity: Granularity,
     noise: float | None = None,
-    importance: str = "none",
+    importance: str = "auto",
 ) -> Pruning:
     """A function for torch.compile, to which settings are constants. predicted: there is a history to predict from."""
     check_choice("threshold", threshold, THRESHOLDS)
@@ -175,7 +175,7 @@ def sparse_conv2d(
     sigma_history: Tensor | None = None,
     where: str = "everywhere",
     noise: float | None = None,
-    importance: str = "none",
+    importance: str = "auto",
 ) -> Tensor:
     """:func:`torch.nn.functional.conv2d` whose backward pass prunes and skips zeros.
 
@@ -200,7 +200,8 @@ def sparse_conv2d(
         sigma_history: as in :func:`prune_gradient`; read and written in the backward pass. With ``noise`` int32[6], to begin
             with all 0: the last has the bits of tau / sigma as a float32, at which the gradient is pruned.
         noise: instead of a percentile; see :class:`sparsebwd.Pruning`. Nothing is pruned without a ``sigma_history``.
-        importance: "none", or "image": the threshold of each image follows from its ``input``; see :class:`sparsebwd.Pruning`.
+        importance: "auto", "none", or "image": the threshold of each image follows from its ``input``; see
+            :class:`sparsebwd.Pruning`.
         where: "everywhere", or "faster": plain :func:`torch.nn.functional.conv2d` where nothing can be faster, and
             unpruned where this very gradient is too dense; see :class:`sparsebwd.Pruning`.
 

@@ -30,7 +30,7 @@ def scales(input: Tensor, pruning: Pruning) -> Tensor | None:
     largest magnitude: squares are integers, whose sums are exact, and the power is one of square roots. So the bits do not
     depend on layout, device or number of threads.
     """
-    if pruning.importance == "none" or not pruning.active:
+    if not (pruning.by_image and pruning.active):
         return None
     rows, columns = (max(size // _PARTS, 1) for size in input.shape[2:])
     seen = input[:, :, rows // 2 :: rows, columns // 2 :: columns].float()

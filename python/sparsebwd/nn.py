@@ -70,7 +70,7 @@ class SparseConv2d(nn.Conv2d):
             add to the gradient, or the noise that it may add to the weight gradients of the whole network, which takes a
             :class:`sparsebwd.NoiseController`; see :class:`sparsebwd.Pruning`.
         granularity: "element", "row" or ("row", width), "sample" or "channel": what is kept or dropped as a whole.
-        importance: "none", or "image": the threshold of each image follows from its input too.
+        importance: "image": the threshold of each image follows from its input too; "none"; or "auto", "image" with noise.
         placement: "output" (Conv-BN-ReLU) or "input" (Conv-ReLU): which gradient is pruned.
         backend: "auto" or the name of one.
         sigma_estimator: "corrected", or "as_printed" for the biased estimate that the paper prints.
@@ -121,7 +121,7 @@ class SparseConv2d(nn.Conv2d):
     variance: float | None = _setting("variance", "0 or more, or None.")
     noise: float | None = _setting("noise", "Above 0, or None.")
     granularity: Granularity = _setting("granularity", '"element", ("row", width), "sample" or "channel".')
-    importance: str = _setting("importance", '"none" or "image".')
+    importance: str = _setting("importance", '"auto", "none" or "image".')
     placement: str = _setting("placement", '"output" or "input".')
     backend: str = _setting("backend", '"auto" or the name of one.')
     sigma_estimator: str = _setting("sigma_estimator", '"corrected" or "as_printed".')
@@ -152,7 +152,7 @@ class SparseConv2d(nn.Conv2d):
         variance: float | None = None,
         granularity: Granularity = "element",
         noise: float | None = None,
-        importance: str = "none",
+        importance: str = "auto",
     ) -> None:
         settings = (threshold, backend, where, density, variance, granularity, noise, importance)
         pruning = Pruning(percentile, placement, sigma_estimator, *settings)
@@ -200,7 +200,7 @@ class SparseConv2d(nn.Conv2d):
         variance: float | None = None,
         granularity: Granularity = "element",
         noise: float | None = None,
-        importance: str = "none",
+        importance: str = "auto",
     ) -> SparseConv2d:
         """A layer that shares the parameters of ``conv`` (the same Parameter objects), with its
         settings, hooks and training flag.
@@ -452,7 +452,7 @@ class SparseConv2d(nn.Conv2d):
             text += f", threshold={self.threshold}"
         if self.granularity != "element":
             text += f", granularity={self.granularity}"
-        if self.importance != "none":
+        if self.importance != "auto":
             text += f", importance={self.importance}"
         if self.where != "everywhere":
             text += f", where={self.where}"

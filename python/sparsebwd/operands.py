@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .reference import SIGMA_HISTORY
+from .settings import Pruning
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -34,11 +35,11 @@ def check_sigma_history(sigma_history: Tensor | None, like: Tensor, noise: bool 
         raise ValueError(f"sigma_history: got device {sigma_history.device}; {accepted}")
 
 
-def check_scales(scales: Tensor | None, grad: Tensor, importance: str) -> None:
+def check_scales(scales: Tensor | None, grad: Tensor, pruning: Pruning) -> None:
     """Raise unless it is as :func:`sparsebwd.importance.scales` returns it for images of ``grad``."""
     accepted = f"accepted: float32 of shape ({len(grad)},) on {grad.device} with importance 'image', else None"
-    if (scales is None) is not (importance == "none"):
-        raise ValueError(f"scales: got {'None' if scales is None else 'a tensor'} with importance {importance!r}; {accepted}")
+    if (scales is not None) is not pruning.by_image:
+        raise ValueError(f"scales: got {'None' if scales is None else 'a tensor'} with {pruning.text or 'the default'}; {accepted}")
     if scales is not None and (
         scales.dtype != torch.float32 or scales.shape != grad.shape[:1] or scales.device != grad.device
     ):

@@ -136,7 +136,7 @@ def _prune(
     sigma_history: Tensor | None = None,
     scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_scales(scales, grad, Pruning.parse(pruning).importance)
+    check_scales(scales, grad, Pruning.parse(pruning))
     settings, history = resolve(Pruning.parse(pruning), _unversioned(sigma_history))
     chosen = choose_backend(settings.backend, None, grad.device.type, grad.dtype)
     if settings.granularity == "element":

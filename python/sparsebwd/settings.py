@@ -26,7 +26,7 @@ PLACEMENTS = ("output", "input")
 THRESHOLDS = ("exact", "predicted", "sampled")
 WHERE = ("everywhere", "faster")
 GRANULARITIES = ("element", "sample", "channel")
-IMPORTANCES = ("none", "image")
+IMPORTANCES = ("auto", "none", "image")
 ROW = 64
 """Channels of a row where no other number is given."""
 KNOBS = ("percentile", "density", "variance", "noise")
@@ -156,12 +156,14 @@ class Pruning:
         or ("row", width); "sample", all of an image; "channel", all of a channel. ("row", 1) is "element".
     importance: "none", one tau for all images, as in the paper; or "image", for each image tau times a factor that falls with
         the norm of its input, for less noise in the gradient of the weight at the same density. Not with a variance, with
-        placement "input" or granularity "channel".
+        placement "input" or granularity "channel". "auto": "image" where single elements of the gradient of an output are pruned
+        by noise, else "none".
     where: "everywhere", as in the paper, or "faster": what "auto" would compute densely comes out as of an nn.Conv2d, with
         nothing pruned. A backend that is named runs everywhere.
 
     Derived from these: ``text``, the settings that are not the default, as ``percentile=95.0,placement=input`` (empty
-    for the default), which operators take; and ``active``, whether a gradient can come out changed.
+    for the default), which operators take; ``active``, whether a gradient can come out changed; and ``by_image``, whether
+    images have thresholds of their own.
 
     Raises TypeError or ValueError naming the setting that is wrong.
 
@@ -184,10 +186,11 @@ class Pruning:
     variance: float | None = None
     granularity: Granularity = "element"
     noise: float | None = None
-    importance: str = "none"
+    importance: str = "auto"
     # Derived, and ready for every call of a layer.
     text: str = field(init=False, repr=False, compare=False)
     active: bool = field(init=False, repr=False, compare=False)
+    by_image: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.percentile is DEFAULT and any(getattr(self, name) is not None for name in KNOBS[1:]):
@@ -208,6 +211,10 @@ class Pruning:
             )
         if self.importance == "image":
             self._check_importance()
+        by_image = self.importance == "image"
+        if self.importance == "auto":
+            by_image = self.noise is not None and self.prunes_output and self.granularity == "element"
+        object.__setattr__(self, "by_image", by_image)
         object.__setattr__(self, "text", self._as_text())
         # At these the threshold is 0.
         object.__setattr__(self, "active", self.prunes and tuple(getattr(self, name) for name in KNOBS) not in _IDLE)

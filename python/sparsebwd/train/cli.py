@@ -174,7 +174,7 @@ def _prepare(
     else:
         pruning = Pruning(config.percentile, density=config.density, variance=config.variance, noise=config.noise).asked
         pruning += f" of each {config.granularity}" if config.granularity != "element" else ""
-        pruning += f" by importance of each {config.importance}" if config.importance != "none" else ""
+        pruning += f" with importance {config.importance}" if config.importance != "auto" else ""
         pruning += f" with {config.threshold} thresholds" if config.threshold != "exact" else ""
     reporter.say(
         f"{config.model} in its {_FORMS[config.network_form]} form ({trainer.parameters / 1e6:.2f} million parameters), "
@@ -250,7 +250,7 @@ def _parser(prog: str = "python -m sparsebwd.train") -> argparse.ArgumentParser:
     value("variance", "V", "instead of a percentile: the variance that pruning adds to each gradient, of its norm squared", float)
     value("noise", "R", "instead of a percentile: the noise that pruning adds to weight gradients, of that of minibatches", float)
     value("granularity", "NAME", "what is kept or dropped as a whole: element, row (64 channels of a pixel), row:32, sample, channel")
-    value("importance", "NAME", "none, or image: each image has a threshold of its own, by the norm of the input of the layer")
+    value("importance", "NAME", "image: each image has a threshold of its own, by the norm of its input; none; or auto, image with noise")
     value("placement", "WHERE", "prune the gradient of the output (Conv-BN-ReLU), of the input (Conv-ReLU), or auto")
     value("sigma_estimator", "NAME", "corrected, or as_printed in the paper")
     value("threshold", "NAME", "exact; sampled, of a part of each gradient; or predicted from the last few")

@@ -56,7 +56,7 @@ class TrainConfig:
     percentile: in [50, 100), or None: nothing is pruned, only exact zeros are skipped; density, variance, noise: instead of it,
         see `sparsebwd.Pruning`. With noise, a `sparsebwd.NoiseController` sets the thresholds.
     granularity: "element", "row", "row:32" and so on, "sample" or "channel".
-    importance: "none" or "image": whether images have thresholds of their own, by their inputs.
+    importance: "image" or "none", whether images have thresholds of their own, by their inputs; "auto": with noise they do.
     placement: "auto", "output" or "input"; backend, sigma_estimator, threshold, where: see `sparsebwd.convert`. Here all
         is pruned that the paper prunes, unless where is "faster".
     exclude: layers that stay dense, with all below them: names, or patterns of them, between commas.
@@ -100,7 +100,7 @@ class TrainConfig:
     variance: float | None = None
     noise: float | None = None
     granularity: str = "element"
-    importance: str = "none"
+    importance: str = "auto"
     placement: str = "auto"
     sigma_estimator: str = "corrected"
     threshold: str = "exact"

@@ -54,7 +54,15 @@ def test_results_are_the_same_in_every_layout(text, tau):
         with poisoned_memory():
             results.append(
                 cpu._convolve(
-                    problem, g, input, weight, None if tau is None else KEY, tau or 0.0, True, formats[3], formats[2]
+                    problem,
+                    g,
+                    input,
+                    weight,
+                    None if tau is None else KEY,
+                    tau or 0.0,
+                    keep_pruned=True,
+                    input_format=formats[3],
+                    weight_format=formats[2],
                 )
             )
         assert results[-1].pruned.is_contiguous(memory_format=formats[0])

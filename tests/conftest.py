@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import logging
 import os
 
 # Each process of pytest-xdist gets its share of the cores, and so do the programs that tests start; before PyTorch is
@@ -116,6 +117,16 @@ def _compiled_anew(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _logging_kept():
+    """A test that imports the package anew, with another SPARSEBWD_LOG, leaves the log as the next one expects it."""
+    log = logging.getLogger("sparsebwd")
+    level, handlers = log.level, list(log.handlers)
+    yield
+    log.setLevel(level)
+    log.handlers[:] = handlers
 
 
 @pytest.fixture(autouse=True)

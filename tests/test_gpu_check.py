@@ -146,7 +146,7 @@ def test_no_gpu_is_said_in_one_sentence(monkeypatch, capsys, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_make_target_without_a_gpu():
-    done = subprocess.run(["make", "-s", "gpu-check", f"PYTHON={sys.executable}", "PARTS=tests bench"], cwd=ROOT,
+    done = subprocess.run(["make", "-s", "gpu-check", f"PYTHON={sys.executable}", "PARTS=tests bench", "ARGS="], cwd=ROOT,
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 2 and "gpu-check: PyTorch of" in done.stderr and done.stdout == ""
 

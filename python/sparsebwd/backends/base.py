@@ -185,6 +185,16 @@ def refusal(operators, problem: ConvProblem) -> str | None:
     return operators.refusal(problem.input_size, problem.weight_size, *geometry) or None
 
 
+def why_not_on_gpu(device_type: str, dtype: torch.dtype, accepted: str) -> str | None:
+    """Why kernels of a GPU do not take operands on such a device, in such a dtype; None if they do. accepted: the type of their
+    device."""
+    if device_type != accepted:
+        return f"the device is {device_type}, not {accepted}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"{dtype} is not float32, bfloat16 or float16"
+    return None
+
+
 def empty(size: Sequence[int], like: Tensor, memory_format: torch.memory_format) -> Tensor:
     """An uninitialised tensor of the dtype and on the device of ``like``."""
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=memory_format)

@@ -21,7 +21,7 @@ from ..problem import ConvProblem
 from ..ranges import name_of
 from ..reference import PrunedGradient
 from ..settings import Pruning
-from .base import Backend, BackwardResult, empty, logger, refusal
+from .base import Backend, BackwardResult, empty, logger, refusal, why_not_on_gpu
 from .dense import convolution_backward
 
 
@@ -145,11 +145,7 @@ class CudaBackend(Backend):
         return None
 
     def can_run(self, problem: ConvProblem | None, device_type: str, dtype: torch.dtype) -> str | None:
-        if device_type != self.device_type:
-            return f"the device is {device_type}, not {self.device_type}"
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"{dtype} is not float32, bfloat16 or float16"
-        return problem and refusal(self.operators, problem)
+        return why_not_on_gpu(device_type, dtype, self.device_type) or (problem and refusal(self.operators, problem))
 
     def for_auto(self) -> Backend:
         return _adaptive

@@ -144,11 +144,7 @@ class TritonBackend(Backend):
         return None
 
     def can_run(self, problem: ConvProblem | None, device_type: str, dtype: torch.dtype) -> str | None:
-        if device_type != self.device_type:
-            return f"the device is {device_type}, not {self.device_type}"
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"{dtype} is not float32, bfloat16 or float16"
-        return None
+        return base.why_not_on_gpu(device_type, dtype, self.device_type)
 
     def conv2d_input(self, problem: ConvProblem, weight: Tensor, grad_output: Tensor) -> Tensor:
         input = empty(problem.input_size, grad_output, reference.memory_format(grad_output))

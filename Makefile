@@ -35,8 +35,8 @@ test: $(BUILT) $(CUDA) $(TRITON)  ## run every test that this machine can run (A
 	@echo "Running every test, in a process for each core: about 17 minutes on 2 cores, where nothing else runs"
 	@$(PYTEST) --durations=10 $(ARGS)
 
-check: $(BUILT)  ## the tests that matter, 2 to 3 minutes: one of each kernel, dtype, layer and command (ARGS= for pytest)
-	@echo "Running each test with each value of each parameter once, the slow ones left out: 2 to 3 minutes on 2 cores"
+check: $(BUILT)  ## the tests that matter, about 5 minutes: one of each kernel, dtype, layer and command (ARGS= for pytest)
+	@echo "Running each test with each value of each parameter once, the slow ones left out: about 5 minutes on 2 cores"
 	@$(PYTEST) --check $(ARGS)
 
 build: $(BUILT)  ## set up .venv, build and install the package

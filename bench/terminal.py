@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -17,6 +17,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from sparsebwd import keep_memory
+from sparsebwd.commands import fail
 from sparsebwd.data.files import check_replaceable, write_json, write_text
 
 from .environment import OtherProcesses, environment
@@ -60,11 +61,6 @@ def checked(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def warn(text: str) -> None:
     typer.echo(f"warning: {text}", err=True)
-
-
-def fail(text: str, status: int = 1) -> NoReturn:
-    typer.echo(text, err=True)
-    raise typer.Exit(status)
 
 
 def keep_freed_memory() -> str:

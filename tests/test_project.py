@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import site_pages
+from typer.main import get_command
 
 import sparsebwd
 from sparsebwd.train import cli
@@ -99,7 +100,7 @@ def test_training_commands_of_the_documentation_are_understood():
     ]
     assert commands
     for arguments in commands:
-        cli._parser().parse_args(arguments)
+        cli.config_of(cli.options_of(get_command(cli.app).make_context("train", arguments)))
 
 
 def test_sources_name_their_licence():

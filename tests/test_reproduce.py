@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 from images import write_classes
 from rich.console import Console
+from typer.main import get_command
 
 from sparsebwd.data import cifar
 from sparsebwd.reproduce import child, claims, cli, estimate, paper, runs, sweep, timing
 from sparsebwd.train import cli as train_cli
 from sparsebwd.train import log
-from sparsebwd.train.config import TrainConfig
 from sparsebwd.train.lock import locked
 
 SMALL = ["--recipe", "short", "--models", "resnet18", "--width", "8", "--seeds", "0"]
@@ -80,11 +80,8 @@ def test_the_training_command_understands_a_run(tmp_path):
     """Its arguments give back its configuration, whatever the options are."""
     also = {"augment": False, "percentile": None, "max_steps": 7, "learning_rate": 0.5, "channels_last": False}
     for run in planned(tmp_path) + planned(tmp_path, also=also, recipe="paper-cifar"):
-        parser = train_cli._parser()
-        given = run.arguments()
-        parser.set_defaults(**train_cli.RECIPES[run.config.recipe])
-        options = vars(parser.parse_args(given))
-        assert TrainConfig(**{name: options[name] for name in vars(run.config)}) == run.config
+        options = train_cli.options_of(get_command(train_cli.app).make_context("train", run.arguments()))
+        assert train_cli.config_of(options) == run.config
         assert options["output"] == str(run.folder)
 
 
@@ -110,10 +107,10 @@ def test_multiply_adds_are_those_of_the_published_network():
 def test_wrong_arguments_are_refused(tmp_path, capsys):
     for arguments, text in (
         (["--percentiles", "101"], "accepted: numbers in [50, 100), none, dense"),
-        (["--stale", "0"], "argument --stale: got '0'; accepted: seconds from 1"),
-        (["--stale", "nan"], "argument --stale: got 'nan'; accepted: seconds from 1"),
-        (["--timing-steps", "-1"], "argument --timing-steps: got '-1'; accepted: integers from 0"),
-        (["--epochs", "9" * 30], "argument --epochs: got '999999999999999999999999999999'; accepted: integers from 1"),
+        (["--stale", "0"], "'--stale': got '0'; accepted: seconds from 1"),
+        (["--stale", "nan"], "'--stale': got 'nan'; accepted: seconds from 1"),
+        (["--timing-steps", "-1"], "'--timing-steps': got '-1'; accepted: integers from 0"),
+        (["--epochs", "9" * 30], "'--epochs': got '999999999999999999999999999999'; accepted: integers from 1"),
         (["--also", "noise"], "KEY=VALUE"),
         (["--also", "batch_size=many"], "a number"),
         (["--also", "augment=1"], "true or false"),

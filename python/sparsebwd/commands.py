@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import IO, Any
+from typing import Any, NoReturn
 
 import torch
 import typer
+import typer.core
 
 from . import backends
 from .backends import break_even
@@ -32,11 +32,52 @@ def new_app(**settings: Any) -> typer.Typer:
     )
 
 
-class Parser(argparse.ArgumentParser):
-    """One that does not hide that its help cannot be printed."""
+class GroupedCommand(typer.core.TyperCommand):
+    """One whose help has its options under the names of their `rich_help_panel`, in plain text, and whose options that may be
+    repeated take all words up to the next option."""
 
-    def print_help(self, file: IO[str] | None = None) -> None:
-        print(self.format_help(), end="", file=file)
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if record := parameter.get_help_record(ctx):
+                usual = "Arguments" if parameter.param_type_name == "argument" else "Other"
+                groups.setdefault(getattr(parameter, "rich_help_panel", None) or usual, []).append(record)
+        for name, records in groups.items():
+            with formatter.section(name):
+                formatter.write_dl(records)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        several = {name for parameter in self.params if getattr(parameter, "multiple", False) for name in parameter.opts}
+        words: list[str] = []
+        option = None
+        for word in args:
+            if word.startswith("-"):
+                option = word if word in several else None
+            elif option and words[-1] != option:
+                words.append(option)
+            words.append(word)
+        return super().parse_args(ctx, words)
+
+
+def call(app: typer.Typer, arguments: Sequence[str] | None, prog: str) -> int:
+    """Run a command. Returns its exit status.
+
+    Raises:
+        SystemExit: with status 2 where an argument is refused.
+    """
+    try:
+        app(arguments, prog_name=prog)
+    except SystemExit as ended:
+        if ended.code == 2:
+            raise
+        return int(ended.code or 0)
+    return 0
+
+
+def fail(text: str, status: int = 1) -> NoReturn:
+    """End the command with a line on stderr."""
+    typer.echo(text, err=True)
+    raise typer.Exit(status)
 
 
 def describe(error: BaseException) -> str:

@@ -3,21 +3,23 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table as RichTable
 
 from .. import data, models
 from ..arguments import shown
-from ..commands import Parser, check_environment, describe, one_line_errors
+from ..commands import GroupedCommand, call, check_environment, describe, fail, new_app, one_line_errors
 from ..settings import check_percentile
 from ..train.recipes import RECIPES
 from ..train.stop import Signals
@@ -31,6 +33,94 @@ _FIGURE_MODELS = ("alexnet", "resnet18")
 _ESTIMATORS = {"corrected": ("corrected",), "as_printed": ("as_printed",), "both": ("corrected", "as_printed")}
 
 
+_DIGITS = 18  # of numbers that have 64 bits
+
+app = new_app()
+
+
+def _kind(text: str) -> str:
+    if text in (DENSE, "none"):
+        return text
+    with suppress(ValueError):
+        return f"{check_percentile(float(text)):g}"
+    raise typer.BadParameter(f"got {text!r}; accepted: numbers in [50, 100), none, dense")
+
+
+def _integer(text: str | int, least: int) -> int:
+    text = str(text)
+    if not text.isdecimal() or len(text) > _DIGITS or int(text) < least:
+        raise typer.BadParameter(f"got {shown(text)}; accepted: integers from {least}")
+    return int(text)
+
+
+def _seconds(text: str | float) -> float:
+    """A claim whose time is none, or no number, would be taken from a process that lives."""
+    with suppress(ValueError):
+        if 1 <= float(text) < math.inf:
+            return float(text)
+    raise typer.BadParameter(f"got {shown(text)}; accepted: seconds from 1")
+
+
+def _among(text: str, accepted: Sequence[str] | Mapping[str, Any]) -> str:
+    if text not in accepted:
+        raise typer.BadParameter(f"got {shown(text)}; accepted: {', '.join(accepted)}")
+    return text
+
+
+def _each(parse: Callable[[str], Any]) -> Callable[[Sequence[str] | None], list[Any] | None]:
+    """Of an option that has several values: each by itself, also where commas stand between them."""
+    return lambda values: [parse(text) for value in values for text in value.split(",")] if values else None
+
+
+def _option(group: str, metavar: str | None, text: str, parse: Callable[[Any], Any] | None = None, name: str | None = None) -> Any:
+    """Of a command that shows it in this group. parse: of a value that was given, returns it or raises typer.BadParameter."""
+    callback = None if parse is None else lambda value: value if value is None else parse(value)
+    return typer.Option(*([name] if name else []), metavar=metavar, help=text, callback=callback, rich_help_panel=group)
+
+
+_positive = partial(_integer, least=1)
+_runs = partial(_option, "Which runs")
+_data = partial(_option, "Data")
+_do = partial(_option, "What to do")
+_WHATS = (*TABLES, _FIGURE)
+_KINDS = (DENSE, *PERCENTILES)
+
+
+@app.command(cls=GroupedCommand)
+def command(
+    context: typer.Context,
+    what: Annotated[str, typer.Argument(metavar="WHAT", help=", ".join(_WHATS) + ".", callback=lambda text: _among(text, _WHATS))],
+    models: Annotated[list[str] | None, _runs("NAME ...", "Default: all of the table.", _each(partial(_among, accepted=models.names())))] = None,
+    percentiles: Annotated[list[str] | None, _runs("P ...", f"Numbers, dense, and none: only exact zeros are skipped. Default: {' '.join(_KINDS)}.", _each(_kind))] = None,
+    seeds: Annotated[list[str] | None, _runs("SEED ...", "Default: 0 1 2; of figure3: 0.", _each(partial(_integer, least=0)))] = None,
+    sigma_estimator: Annotated[str, _runs("NAME", "corrected, as_printed in the paper, or both.", partial(_among, accepted=_ESTIMATORS))] = "corrected",
+    recipe: Annotated[str | None, _runs("NAME", f"{', '.join(RECIPES)}. Default: the paper's.", partial(_among, accepted=RECIPES))] = None,
+    epochs: Annotated[str | None, _runs("N", "Default: the recipe's.", _positive)] = None,
+    width: Annotated[str | None, _runs("N", "Channels of the first layer. Default: as published.", _positive)] = None,
+    subset: Annotated[str | None, _runs("N", "Train and test on N images only.", _positive)] = None,
+    also: Annotated[list[str] | None, _runs("KEY=VALUE ...", "Other options of sparsebwd.train.")] = None,
+    data: Annotated[str | None, _data("NAME", f"{', '.join(data.names())}; the last for images of the table's data set in folders.", partial(_among, accepted=data.names()))] = None,
+    data_dir: Annotated[str | None, _data("DIR", "Where the data set's files are.")] = None,
+    cache_dir: Annotated[str | None, _data("DIR", "Where decoded images are kept.")] = None,
+    output: Annotated[str | None, _do("DIR", "A directory for each run, and the results. Default: runs/WHAT.")] = None,
+    dry_run: Annotated[bool, _do(None, "List the runs, their state and the time they would take.", name="--dry-run")] = False,
+    collect: Annotated[bool, _do(None, "Show and write the results of what is there, run nothing.", name="--collect")] = False,
+    time: Annotated[bool, _do(None, "Train nothing, time (again) what is done in the output folder, by whatever command.", name="--time")] = False,
+    equal_time: Annotated[bool, _do(None, "Then train dense for as long as each sparse run takes by its measured steps, schedule compressed to match.", name="--equal-time")] = False,
+    timing_steps: Annotated[str, _do("N", "Steps, dense and sparse in turns, that are timed after a run; 0: none.", partial(_integer, least=0))] = str(timing.STEPS),
+    checkpoint_steps: Annotated[str, _do("N", "A checkpoint every N steps, besides those after each epoch.", _positive)] = "200",
+    no_wait: Annotated[bool, _do(None, "Leave when all that is missing is in other hands.", name="--no-wait")] = False,
+    stale: Annotated[str, _do("S", "Seconds without a sign of life after which a run is taken over.", _seconds)] = f"{claims.STALE:.0f}",
+) -> None:
+    """Repeat a table or the figure of Ye et al. (2019).
+
+    Runs what is missing, keeps what is done, and shows all beside the paper's figures. Any number of processes may do this
+    with one output folder; each may be ended at any time. Of several values, spaces or commas stand between them.
+    """
+    with one_line_errors():
+        raise typer.Exit(_reproduce(SimpleNamespace(**context.params)))
+
+
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m sparsebwd.reproduce") -> int:
     """Parse the arguments and make what is missing. Returns 0, 1 if runs failed, 128 and its number if a signal ended it.
 
@@ -38,28 +128,31 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sparsebw
         SystemExit: with status 2 and a message where an argument is refused.
     """
     with one_line_errors():
-        parser = _parser(prog)
-        options = parser.parse_args(arguments)
-        table = TABLES["table1" if options.what == _FIGURE else options.what]
-        name = options.data if options.data not in (None, "imagefolder") else table.data
-        output = Path(options.output or f"runs/{options.what}")
-        console = Console(width=None if sys.stdout.isatty() else _WIDTH)
-        try:
-            check_environment()
-            planned = _plan(options, table, name, output)
-            if options.dry_run:
-                _show_plan(console, planned)
-                return 0
-            outcome = Outcome()
-            if not options.collect:
-                with Signals().handled():
-                    outcome = _sweep(options, planned, output, console)
-            _collect(options, table, name, output, planned, console)
-        except ValueError as error:
-            parser.error(describe(error))
-        except KeyboardInterrupt as error:
-            print(f"{error}" or "interrupted", "the same command goes on from here", sep="; ", file=sys.stderr)
-            return getattr(error, "status", 130)
+        return call(app, arguments, prog)
+
+
+def _reproduce(options: SimpleNamespace) -> int:
+    options.percentiles = options.percentiles or _KINDS
+    table = TABLES["table1" if options.what == _FIGURE else options.what]
+    name = options.data if options.data not in (None, "imagefolder") else table.data
+    output = Path(options.output or f"runs/{options.what}")
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
+    try:
+        check_environment()
+        planned = _plan(options, table, name, output)
+        if options.dry_run:
+            _show_plan(console, planned)
+            return 0
+        outcome = Outcome()
+        if not options.collect:
+            with Signals().handled():
+                outcome = _sweep(options, planned, output, console)
+        _collect(options, table, name, output, planned, console)
+    except ValueError as error:
+        fail(f"error: {describe(error)}", 2)
+    except KeyboardInterrupt as error:
+        print(f"{error}" or "interrupted", "the same command goes on from here", sep="; ", file=sys.stderr)
+        return getattr(error, "status", 130)
     for run, text in outcome.failed.items():
         print(f"error: {run}: {text}", file=sys.stderr)
     for run, who in outcome.elsewhere.items():
@@ -67,7 +160,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sparsebw
     return 1 if outcome.failed else 0
 
 
-def _plan(options: argparse.Namespace, table, name: str, output: Path) -> list[runs.Run]:
+def _plan(options: SimpleNamespace, table, name: str, output: Path) -> list[runs.Run]:
     chosen = options.models or (_FIGURE_MODELS if options.what == _FIGURE else tuple(table.rows))
     source = options.data or ("imagefolder" if name == "imagenet" else name)
     return runs.plan(
@@ -78,7 +171,7 @@ def _plan(options: argparse.Namespace, table, name: str, output: Path) -> list[r
         _ESTIMATORS[options.sigma_estimator],
         options.recipe or table.recipe,
         name,
-        runs.parse_also(options.also),
+        runs.parse_also(options.also or ()),
         data=source,
         data_dir=options.data_dir,
         cache_dir=options.cache_dir,
@@ -89,7 +182,7 @@ def _plan(options: argparse.Namespace, table, name: str, output: Path) -> list[r
     )
 
 
-def _sweep(options: argparse.Namespace, planned: Sequence[runs.Run], output: Path, console: Console) -> Outcome:
+def _sweep(options: SimpleNamespace, planned: Sequence[runs.Run], output: Path, console: Console) -> Outcome:
     if options.time:
         return Sweep(
             _to_time(options, output), console, timing_steps=options.timing_steps, stale=options.stale
@@ -109,7 +202,7 @@ def _sweep(options: argparse.Namespace, planned: Sequence[runs.Run], output: Pat
     return outcome
 
 
-def _to_time(options: argparse.Namespace, output: Path) -> list[runs.Run]:
+def _to_time(options: SimpleNamespace, output: Path) -> list[runs.Run]:
     """All that is there, planned or not, but for what the options leave out; no option leaves out a density or a noise."""
 
     def chosen(run: runs.Run) -> bool:
@@ -186,79 +279,3 @@ def _state(run: runs.Run) -> str:
     if who := claims.holder(run.folder):
         return f"at step {run.steps_done()}, {who}"
     return f"at step {run.steps_done()}" if run.has_checkpoint() else "missing"
-
-
-def _kind(text: str) -> str:
-    if text in (DENSE, "none"):
-        return text
-    try:
-        return f"{check_percentile(float(text)):g}"
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}; accepted: numbers in [50, 100), none, dense") from None
-
-
-def _parser(prog: str = "python -m sparsebwd.reproduce") -> argparse.ArgumentParser:
-    parser = Parser(
-        prog=prog,
-        usage="%(prog)s table1|table2|table3|figure3 [options]",
-        description="Repeat a table or the figure of Ye et al. (2019): run what is missing, keep what is done, show all beside the "
-        "paper's figures. Any number of processes may do this with one output folder; each may be ended at any time.",
-    )
-    parser.add_argument("what", choices=(*TABLES, _FIGURE), metavar="WHAT", help=", ".join((*TABLES, _FIGURE)))
-    group = parser.add_argument_group("which runs")
-    group.add_argument("--models", nargs="+", choices=models.names(), metavar="NAME", help="default: all of the table")
-    kinds = (DENSE, *PERCENTILES)
-    text = f"numbers, dense, and none: only exact zeros are skipped (default: {' '.join(kinds)})"
-    group.add_argument("--percentiles", nargs="+", type=_kind, default=kinds, metavar="P", help=text)
-    group.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="default: 0 1 2; of figure3: 0")
-    text = "corrected, as_printed in the paper, or both"
-    group.add_argument("--sigma-estimator", choices=_ESTIMATORS, default="corrected", metavar="NAME", help=text)
-    text = f"{', '.join(RECIPES)} (default: the paper's)"
-    group.add_argument("--recipe", choices=RECIPES, metavar="NAME", help=text)
-    group.add_argument("--epochs", type=_positive, metavar="N", help="default: the recipe's")
-    group.add_argument(
-        "--width", type=_positive, metavar="N", help="channels of the first layer (default: as published)"
-    )
-    group.add_argument("--subset", type=_positive, metavar="N", help="train and test on N images only")
-    group.add_argument("--also", nargs="+", default=(), metavar="KEY=VALUE", help="other options of sparsebwd.train")
-    group = parser.add_argument_group("data")
-    text = f"{', '.join(data.names())}; the last for images of the table's data set in folders"
-    group.add_argument("--data", choices=data.names(), metavar="NAME", help=text)
-    group.add_argument("--data-dir", metavar="DIR", help="where the data set's files are")
-    group.add_argument("--cache-dir", metavar="DIR", help="where decoded images are kept")
-    group = parser.add_argument_group("what to do")
-    group.add_argument("--output", metavar="DIR", help="a directory for each run, and the results (default: runs/WHAT)")
-    group.add_argument("--dry-run", action="store_true", help="list the runs, their state and the time they would take")
-    group.add_argument(
-        "--collect", action="store_true", help="show and write the results of what is there, run nothing"
-    )
-    text = "train nothing, time (again) what is done in the output folder, by whatever command"
-    group.add_argument("--time", action="store_true", help=text)
-    text = "then train dense for as long as each sparse run takes by its measured steps, schedule compressed to match"
-    group.add_argument("--equal-time", action="store_true", help=text)
-    text = f"steps, dense and sparse in turns, that are timed after a run (default: {timing.STEPS}; 0: none)"
-    group.add_argument("--timing-steps", type=partial(_integer, least=0), default=timing.STEPS, metavar="N", help=text)
-    text = "a checkpoint every N steps, besides those after each epoch (default: 200)"
-    group.add_argument("--checkpoint-steps", type=_positive, default=200, metavar="N", help=text)
-    group.add_argument("--no-wait", action="store_true", help="leave when all that is missing is in other hands")
-    text = f"seconds without a sign of life after which a run is taken over (default: {claims.STALE:.0f})"
-    group.add_argument("--stale", type=_seconds, default=claims.STALE, metavar="S", help=text)
-    return parser
-
-
-def _integer(text: str, least: int) -> int:
-    if not text.isdecimal() or len(text) > _DIGITS or int(text) < least:
-        raise argparse.ArgumentTypeError(f"got {shown(text)}; accepted: integers from {least}")
-    return int(text)
-
-
-_positive = partial(_integer, least=1)
-_DIGITS = 18  # of numbers that have 64 bits
-
-
-def _seconds(text: str) -> float:
-    """A claim whose time is none, or no number, would be taken from a process that lives."""
-    with suppress(ValueError):
-        if 1 <= float(text) < math.inf:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"got {shown(text)}; accepted: seconds from 1")

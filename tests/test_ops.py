@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsebwd
-from sparsebwd import backends, ops
+from sparsebwd import backends, decision
 from sparsebwd.problem import ConvProblem
 from sparsebwd.settings import Pruning
 from sparsebwd.testing import assert_bit_equal, random_tensor
@@ -324,8 +324,8 @@ def test_observers_see_every_backward_pass(backend, stats):
 
 
 def test_geometry_is_looked_up_once():
-    ops.problem_of.cache_clear()
+    decision.problem_of.cache_clear()
     problem, input, weight, grad_output, geometry = operands_of(PROBLEMS[0], torch.float32, torch.contiguous_format)
     for _ in range(3):
         torch.ops.sparsebwd.conv2d_input(problem.input_size, weight, grad_output, *geometry, "auto")
-    assert ops.problem_of.cache_info().misses == 1
+    assert decision.problem_of.cache_info().misses == 1

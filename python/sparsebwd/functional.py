@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
+from . import decision, ops
 from .arguments import as_int, as_pair, check_choice
 from .backends.base import logger
 from .backends.dense import conv2d
@@ -278,9 +278,9 @@ def convolve(
     inside_transform = not direct and transformed(input, weight, bias)
     if problem is not None and not inside_transform:
         dtype = input.dtype if direct else _dtype(input)
-        if sparse and not ops.may_be_faster(pruning, problem, input, dtype):
+        if sparse and not decision.may_be_faster(pruning, problem, input, dtype):
             sparse = False
-            ops.log_dense(pruning, problem, input, dtype, layer_id)
+            decision.log_dense(pruning, problem, input, dtype, layer_id)
 
     if inside_transform:
         ops.log_unpruned()
@@ -335,7 +335,7 @@ def is_dense(
         and not torch._C._is_any_autocast_enabled()
         and torch._C._get_tracing_state() is None
         and not transformed()  # a batched tensor does not tell its layout
-        and ops.stays_dense(
+        and decision.stays_dense(
             input.shape,
             weight.shape,
             stride,
@@ -349,8 +349,8 @@ def is_dense(
         )
     )
     if dense and not other_layout and logger.isEnabledFor(logging.DEBUG):
-        problem = ops.problem_of(tuple(input.shape), tuple(weight.shape), stride, padding, dilation, groups)
-        ops.log_dense(pruning, problem, input, torch.float32, layer_id)
+        problem = decision.problem_of(tuple(input.shape), tuple(weight.shape), stride, padding, dilation, groups)
+        decision.log_dense(pruning, problem, input, torch.float32, layer_id)
     return dense
 
 
@@ -411,7 +411,7 @@ def _check(
     *leading, c, h, w = input.shape
     _, right, _, below = extra or (0, 0, 0, 0)
     size = (*(leading or (1,)), c, h + below, w + right)
-    return _Checked(ops.problem_of(size, tuple(weight.shape), stride, padding, dilation, groups), padding, extra)
+    return _Checked(decision.problem_of(size, tuple(weight.shape), stride, padding, dilation, groups), padding, extra)
 
 
 def _as_named(

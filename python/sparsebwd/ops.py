@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.utils.flop_counter import conv_backward_flop, conv_flop
 
 from . import granularity, ranges
-from .backends import LayerStats, choose_backend, observers, why_not_faster
-from .backends.base import logger, until_choices_change
+from .backends import LayerStats, choose_backend, observers
+from .backends.base import logger
 from .backends.dense import gradients, widens
+from .decision import log_dense, may_be_faster, problem_for
 from .operands import check_scales
 from .problem import ConvProblem
 from .reference import density, memory_format, resolve
@@ -45,56 +46,6 @@ _PRUNING = "Tensor key, str pruning, int layer_id"
 _HISTORY = "Tensor(a!)? sigma_history=None"
 
 begin()
-
-problem_of = lru_cache(maxsize=4096)(ConvProblem.from_sizes)
-
-
-def _problem(
-    input_size: Sequence[int],
-    weight_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> ConvProblem:
-    return problem_of(tuple(input_size), tuple(weight_size), tuple(stride), tuple(padding), tuple(dilation), groups)
-
-
-def may_be_faster(settings: Pruning, problem: ConvProblem, activation: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether a layer with tensors such as ``activation``, in that dtype or another one, is to do more than an nn.Conv2d:
-    not where ``where`` is "faster" and nothing can be faster."""
-    return settings.where == "everywhere" or _why_dense(settings, problem, activation, dtype or activation.dtype) is None
-
-
-def _why_dense(settings: Pruning, problem: ConvProblem, activation: Tensor, dtype: torch.dtype) -> str | None:
-    channels_last = activation.is_contiguous(memory_format=torch.channels_last)
-    return why_not_faster(settings, problem, activation.device.type, dtype, channels_last)
-
-
-def log_dense(settings: Pruning, problem: ConvProblem, activation: Tensor, dtype: torch.dtype, layer_id: int) -> None:
-    """Say that a layer of which :func:`may_be_faster` says no is an nn.Conv2d in this call, and why."""
-    if logger.isEnabledFor(logging.DEBUG):
-        reason = _why_dense(settings, problem, activation, dtype)
-        logger.debug("%s, %s in %s: dense, and nothing is pruned: %s", ranges.name_of(layer_id), problem, dtype, reason)
-
-
-@until_choices_change
-def stays_dense(
-    input_size: Sequence[int],
-    weight_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    pruning: str,
-    device_type: str,
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> bool:
-    """Whether :func:`may_be_faster` says no of such a call; one look-up where it was asked before."""
-    problem = _problem(input_size, weight_size, stride, padding, dilation, groups)
-    return why_not_faster(Pruning.parse(pruning), problem, device_type, dtype, channels_last) is not None
-
 
 def _unversioned(sigma_history: Tensor | None) -> Tensor | None:
     """The same memory, whose changes autograd does not see. It would call what compiled code saved for backward
@@ -190,7 +141,7 @@ def _conv2d_input(
     groups: int,
     backend: str,
 ) -> Tensor:
-    problem = _problem(input_size, weight.shape, stride, padding, dilation, groups)
+    problem = problem_for(input_size, weight.shape, stride, padding, dilation, groups)
     _check_grad_output(grad_output, problem)
     chosen = choose_backend(backend, problem, grad_output.device.type, grad_output.dtype)
     logger.debug("AGB of %s in %s: asked of the backend %r", problem, grad_output.dtype, chosen.name)
@@ -212,7 +163,7 @@ def _conv2d_weight(
     groups: int,
     backend: str,
 ) -> Tensor:
-    problem = _problem(input.shape, weight_size, stride, padding, dilation, groups)
+    problem = problem_for(input.shape, weight_size, stride, padding, dilation, groups)
     _check_grad_output(grad_output, problem)
     chosen = choose_backend(backend, problem, grad_output.device.type, grad_output.dtype)
     logger.debug("WGC of %s in %s: asked of the backend %r", problem, grad_output.dtype, chosen.name)
@@ -278,7 +229,7 @@ def _conv2d_backward(
     if output_mask[2]:
         grad_bias = _bias_gradient(grad_output)
     if output_mask[0] or output_mask[1]:
-        problem = _problem(input.shape, weight.shape, stride, padding, dilation, groups)
+        problem = problem_for(input.shape, weight.shape, stride, padding, dilation, groups)
         settings, history = resolve(Pruning.parse(pruning), _unversioned(sigma_history))
         chosen = choose_backend(settings.backend, problem, grad_output.device.type, grad_output.dtype)
         if not may_be_faster(settings, problem, grad_output):
@@ -386,7 +337,7 @@ def _conv2d(
     backend = Pruning.parse(pruning).backend
     if backend != "auto" and all(isinstance(size, int) for size in input.shape):
         # Refuse now rather than in the backward pass.
-        problem = _problem(input.shape, weight.shape, stride, padding, dilation, groups)
+        problem = problem_for(input.shape, weight.shape, stride, padding, dilation, groups)
         choose_backend(backend, problem, input.device.type, input.dtype)
     return _convolution(input, weight, bias, stride, padding, dilation, groups)
 
@@ -453,7 +404,7 @@ def _backward(ctx, grad_output: Tensor) -> tuple:
     # Several gradients at once, as torch.autograd.grad(is_grads_batched=True) has them.
     if not direct and transformed(grad_output):
         log_unpruned()
-        grads = gradients(_problem(input.shape, weight.shape, *ctx.geometry), grad_output, input, weight, output_mask[:2])
+        grads = gradients(problem_for(input.shape, weight.shape, *ctx.geometry), grad_output, input, weight, output_mask[:2])
         return (*grads, grad_output.sum((0, 2, 3)) if output_mask[2] else None, None)
     backward = _conv2d_backward if direct else torch.ops.sparsebwd.conv2d_backward.default
     grads = backward(grad_output, input, weight, *ctx.geometry, key, *ctx.pruning, output_mask, ctx.sigma_history)

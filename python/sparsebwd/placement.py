@@ -19,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd
 
+from .rectifiers import ABOVE_ZERO, ITSELF, Affine, Bounds, bounds_of, complement, passed_by, rectifies
 from .tracing import Tracer
 
 # Names of functions and methods, wherever they are defined, without the last "_" of those that work in place.
@@ -64,12 +65,7 @@ _PASSING_MODULES = (
 )  # fmt: skip
 _ZEROING_MODULES = (_MaxPoolNd, _AdaptiveMaxPoolNd, nn.FractionalMaxPool2d, nn.Hardshrink, nn.Softshrink)
 
-# A rectifier zeroes at least this part of a gradient, if the output of the convolution is standard normal.
-_LARGE_PART = 0.125
 _CAUSES = 3
-
-
-_Bounds = tuple[float, float]
 
 
 class Placement(NamedTuple):
@@ -85,17 +81,7 @@ class _Cause(NamedTuple):
 
     kind: str
     called: str
-    passed: _Bounds | None = None
-
-
-class _Affine(NamedTuple):
-    """A value as scale * output of the convolution + shift, as far as constants say."""
-
-    scale: float = 1.0
-    shift: float = 0.0
-
-
-_ABOVE_ZERO = _Affine(0.1, 1.0)  # stands for any value that is not negative
+    passed: Bounds | None = None
 
 
 def decide_placements(model: nn.Module) -> dict[str, Placement]:
@@ -126,7 +112,7 @@ def _decide(causes: set[_Cause], guessed: bool) -> Placement:
     if len(called) > _CAUSES:
         called[_CAUSES:] = [f"{len(called) - _CAUSES} more"]
     reason = "followed by " + (", ".join(called) or "nothing")
-    if sparse and _complement([cause.passed for cause in causes]):
+    if sparse and complement([cause.passed for cause in causes]):
         sparse, reason = False, f"{reason}, which pass the gradient of different elements"
     return Placement("input" if sparse else "output", f"{reason}, by order of registration" if guessed else reason)
 
@@ -172,7 +158,7 @@ class _Graph:
 
     def causes(self, conv: fx.Node) -> Iterator[_Cause]:
         """What comes first on each path from ``conv`` among all that does not pass the gradient on."""
-        seen, queue = set(), [(user, conv, _Affine()) for user in conv.users]
+        seen, queue = set(), [(user, conv, Affine()) for user in conv.users]
         while queue:
             node, source, value = queue.pop()
             if node in seen:
@@ -185,13 +171,13 @@ class _Graph:
             elif kind != "none":
                 yield _Cause(kind, called, self._passed_by(node, source, value) if kind == "zeroing" else None)
 
-    def _passed_by(self, node: fx.Node, source: fx.Node, value: _Affine) -> _Bounds | None:
+    def _passed_by(self, node: fx.Node, source: fx.Node, value: Affine) -> Bounds | None:
         """Between which values of the output of the convolution ``node`` passes the gradient, if it is a rectifier."""
         called = node.op == "call_module"
-        bounds = _bounds_of(self.modules[node.target]) if called else _bounds(node, _name(node), source)
-        return bounds and _passed(bounds, value)
+        bounds = bounds_of(self.modules[node.target]) if called else _bounds(node, _name(node), source)
+        return bounds and passed_by(bounds, value)
 
-    def _kind(self, node: fx.Node, source: fx.Node, value: _Affine) -> tuple[str, str]:
+    def _kind(self, node: fx.Node, source: fx.Node, value: Affine) -> tuple[str, str]:
         """(kind, what to call it) of ``node``, which uses ``source``, which has ``value``. Kinds are those of causes,
         "passing", and "none" if no gradient comes back."""
         if node.op == "output":
@@ -216,7 +202,7 @@ class _Graph:
             return "zeroing", called
         bounds = _bounds(node, name, source)
         if bounds is not None:
-            return "zeroing" if _rectifies(bounds, value) else "passing", called
+            return "zeroing" if rectifies(bounds, value) else "passing", called
         if name == "einsum" and "," not in _argument(node, 0, "equation", ","):
             return "passing", called
         if name in _ZEROING:
@@ -271,7 +257,7 @@ def _is_comparison(value: Any) -> bool:
     return isinstance(value, fx.Node) and _name(value) in _COMPARISONS
 
 
-def _after(node: fx.Node, source: fx.Node, value: _Affine) -> _Affine:
+def _after(node: fx.Node, source: fx.Node, value: Affine) -> Affine:
     """What ``node`` makes of ``value``, where it adds or multiplies constants."""
     if node.op == "call_module":
         return value
@@ -279,32 +265,29 @@ def _after(node: fx.Node, source: fx.Node, value: _Affine) -> _Affine:
     scale, shift = value
     squares = not others if name in ("mul", "imul", "multiply") else name in ("pow", "ipow") and others in ([2], [4])
     if name in _POSITIVE or squares:
-        return _ABOVE_ZERO
+        return ABOVE_ZERO
     if name in ("add", "sub", "subtract") and "alpha" in node.kwargs:
         others = [_argument(node, 1, "other", None)] if node.args and node.args[0] is source else []
     if name in ("neg", "negative"):
-        return _Affine(-scale, -shift)
+        return Affine(-scale, -shift)
     number = _constant(others[0]) if len(others) == 1 else None
     if number is None:
         return value
     number *= _constant(node.kwargs.get("alpha", 1)) or 1.0
     first = bool(node.args) and node.args[0] is source
     if name in ("add", "iadd"):
-        return _Affine(scale, shift + number)
+        return Affine(scale, shift + number)
     if name in ("sub", "isub", "subtract", "rsub"):
         from_it = first != (name == "rsub")
-        return _Affine(scale, shift - number) if from_it else _Affine(-scale, number - shift)
+        return Affine(scale, shift - number) if from_it else Affine(-scale, number - shift)
     if number and name in ("mul", "imul", "multiply"):
-        return _Affine(scale * number, shift * number)
+        return Affine(scale * number, shift * number)
     if number and first and name in ("div", "divide", "truediv", "itruediv", "true_divide"):
-        return _Affine(scale / number, shift / number)
+        return Affine(scale / number, shift / number)
     return value
 
 
-# ---- rectifiers
-
-
-def _bounds(node: fx.Node, name: str, source: fx.Node) -> _Bounds | None:
+def _bounds(node: fx.Node, name: str, source: fx.Node) -> Bounds | None:
     """Between which values the function that ``node`` calls passes the gradient; None if it is none of those."""
     below, above = -math.inf, math.inf
     if name == "relu":
@@ -342,56 +325,10 @@ def _constant(value: Any) -> float | None:
     return value.meta.get("constant") if isinstance(value, fx.Node) else None
 
 
-_ITSELF = _Affine()
-
-
-def _passed(bounds: _Bounds, value: _Affine) -> _Bounds:
-    low, high = sorted((bound - value.shift) / value.scale for bound in bounds)
-    return low, high
-
-
-def _share(bounds: _Bounds) -> float:
-    """Of a standard normal distribution, what is between them."""
-    return 0.5 * (math.erf(bounds[1] / math.sqrt(2)) - math.erf(bounds[0] / math.sqrt(2)))
-
-
-def _complement(passed: list[_Bounds | None]) -> bool:
-    """Whether several rectifiers together pass too much of a gradient to leave a large part zero, as relu(x) and relu(-x)."""
-    if len(passed) < 2 or None in passed:
-        return False
-    share, reached = 0.0, -math.inf
-    for low, high in sorted(passed):
-        if high > reached:
-            share += _share((max(low, reached), high))
-            reached = high
-    return 1 - share < _LARGE_PART
-
-
-def _rectifies(bounds: _Bounds, value: _Affine = _ITSELF) -> bool:
-    """Whether a function that passes the gradient between ``bounds`` of ``value`` zeroes a large part of it.
-
-    It does not where it only cuts off large values on both sides, seen from itself or from the convolution.
-    """
-    if bounds[0] < 0 < bounds[1]:
-        return False
-    return 1 - _share(_passed(bounds, value)) >= _LARGE_PART
-
-
-def _bounds_of(module: nn.Module) -> _Bounds | None:
-    """As :func:`_bounds`."""
-    if isinstance(module, nn.Hardtanh):  # ReLU6 is one
-        return float(module.min_val), float(module.max_val)
-    if isinstance(module, nn.Threshold):
-        return float(module.threshold), math.inf
-    if isinstance(module, nn.ReLU) or isinstance(module, nn.LeakyReLU) and module.negative_slope == 0:
-        return 0.0, math.inf
-    return None
-
-
-def _module_kind(module: nn.Module, value: _Affine = _ITSELF) -> str:
-    bounds = _bounds_of(module)
+def _module_kind(module: nn.Module, value: Affine = ITSELF) -> str:
+    bounds = bounds_of(module)
     if bounds is not None:
-        return "zeroing" if _rectifies(bounds, value) else "passing"
+        return "zeroing" if rectifies(bounds, value) else "passing"
     if isinstance(module, _ZEROING_MODULES):
         return "zeroing"
     return "passing" if isinstance(module, _PASSING_MODULES) else "other"

@@ -21,9 +21,10 @@ USABLE    := $(BIN)/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 
 VECTOR_FLAGS = $(shell grep -qw avx2 /proc/cpuinfo && echo -mavx2 -mfma -mbmi -mbmi2 -mpopcnt) \
                $(shell grep -qw avx512vl /proc/cpuinfo && echo -mavx512f -mavx512bw -mavx512dq -mavx512vl)
 SOURCES   := $(shell find csrc -type f 2>/dev/null)
+LAID_OUT   = $(wildcard $(foreach depth,* */* */*/*,$(foreach suffix,cpp h cu cuh inl,$(foreach folder,csrc tests tools,$(folder)/$(depth).$(suffix)))))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check build bench fuzz zoo sanitize aarch64 gpu-check gpu-modules ceilings sass lint docs wheel clean
+.PHONY: help demo test check build bench fuzz zoo sanitize aarch64 gpu-check gpu-modules ceilings sass lint format docs wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -71,9 +72,13 @@ ceilings:  ## measure how fast the inner loops of the CPU kernels could be at be
 sass: $(CUDA)  ## compile the CUDA kernels, no GPU needed, and show registers, spills, branches, and the speed that they predict
 	@$(BIN)/python tools/sass.py
 
-lint: $(BUILT) $(LINTER)  ## check the Python sources with ruff, and the types that users see with mypy
+lint: $(BUILT) $(LINTER)  ## check the Python sources with ruff, the types that users see with mypy, the layout of C++ with clang-format
 	@$(BIN)/ruff check python bench examples tests tools setup.py
 	@$(BIN)/mypy
+	@$(BIN)/clang-format --dry-run -Werror $(LAID_OUT)
+
+format: $(LINTER)  ## lay out the C++ and CUDA sources as .clang-format says
+	@$(BIN)/clang-format -i $(LAID_OUT)
 
 docs: $(LINTER) $(DOCS)  ## the documentation as a site with search and API reference, into build/site
 	@$(BIN)/python tools/site_pages.py

@@ -31,7 +31,8 @@ struct Selected {
   static __device__ void add(float (&sums)[kCases][kOperands], const float* values, uint32_t mask,
                              const float (&operand)[kOperands]) {
 #pragma unroll
-    for (int i = 0; i < kCases; ++i) multiply_add(sums[i], mask >> i & 1 ? values[i] : 0.0f, operand);
+    for (int i = 0; i < kCases; ++i)
+      multiply_add(sums[i], mask >> i & 1 ? values[i] : 0.0f, operand);
   }
 };
 
@@ -63,7 +64,8 @@ __device__ __forceinline__ void convolve(const float* g, const uint32_t* masks, 
   for (int i = 0; i < count; ++i) {
     float operand[kOperands];
 #pragma unroll
-    for (int j = 0; j < kOperands; ++j) operand[j] = x[(i * kOperands + j) * kThreads + threadIdx.x];
+    for (int j = 0; j < kOperands; ++j)
+      operand[j] = x[(i * kOperands + j) * kThreads + threadIdx.x];
     Form::add(sums, g + i * kCases, masks[i], operand);
   }
 #pragma unroll
@@ -82,9 +84,12 @@ __global__ void __launch_bounds__(kThreads, 2)
     convolution(const float* g, const uint32_t* masks, const float* x, float* result, int count) {
   convolve<Form>(g, masks, x, result, count);
 }
-template __global__ void convolution<Guarded>(const float*, const uint32_t*, const float*, float*, int);
-template __global__ void convolution<Selected>(const float*, const uint32_t*, const float*, float*, int);
-template __global__ void convolution<Branched>(const float*, const uint32_t*, const float*, float*, int);
+template __global__ void convolution<Guarded>(const float*, const uint32_t*, const float*, float*,
+                                              int);
+template __global__ void convolution<Selected>(const float*, const uint32_t*, const float*, float*,
+                                               int);
+template __global__ void convolution<Branched>(const float*, const uint32_t*, const float*, float*,
+                                               int);
 
 // 32 registers are too few for 48 sums.
 __global__ void __launch_bounds__(1024, 2)

@@ -26,7 +26,7 @@ using namespace sparsebwd;
 
 namespace {
 
-constexpr int64_t kOperands = 64;   // places in the panel that lists point to
+constexpr int64_t kOperands = 64;  // places in the panel that lists point to
 constexpr int64_t kLists = 1 << 15;  // more than a branch predictor learns by heart
 constexpr int64_t kSumPlaces = 64;
 
@@ -40,7 +40,8 @@ double seconds(Run run) {
   for (int i = 0; i < 9; ++i) {
     const auto start = std::chrono::steady_clock::now();
     run();
-    samples.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    samples.push_back(
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   }
   std::sort(samples.begin(), samples.end());
   disturbance = std::max(disturbance, samples[samples.size() / 2] / samples.front());
@@ -134,15 +135,19 @@ void report(const char* name, AgbRun run, int vectors, double peak) {
 int main() {
   double load = 0;
   if (getloadavg(&load, 1) == 1 && load > 0.5)
-    fprintf(stderr, "warning: this machine is busy (load %.1f); what is measured may be too low\n", load);
+    fprintf(stderr, "warning: this machine is busy (load %.1f); what is measured may be too low\n",
+            load);
   const double peak = registers();
   printf("%d lanes, GFLOP/s of one thread (share of the first number)\n", kLanes);
   printf("multiply-adds on registers %4.0f\n", peak / 1e9);
-  printf("entries a list, on average%9s%9s%9s%9s%9s%9s\n", "fixed 64", "32", "22.4", "12.8", "6.4", "3.2");
+  printf("entries a list, on average%9s%9s%9s%9s%9s%9s\n", "fixed 64", "32", "22.4", "12.8", "6.4",
+         "3.2");
   report("AGB, 3 columns x 2 vectors", agb_run<3, 2>, 6, peak);
   report("AGB, 1 column x 8 vectors", agb_run<1, 8>, 8, peak);
   report("AGB, 1 column x 4 vectors", agb_run<1, 4>, 4, peak);
   if (disturbance > 1.2)
-    fprintf(stderr, "warning: samples took up to %.1f times as long as the best of nine: repeat this on an idle machine\n",
+    fprintf(stderr,
+            "warning: samples took up to %.1f times as long as the best of nine: repeat this on an "
+            "idle machine\n",
             disturbance);
 }

@@ -35,7 +35,8 @@ void Agb::start(const ConvPlan& plan, const TaskPool& pool, bool at_once) {
 int64_t Agb::index(Panel panel) const {
   const AgbPlan& agb = plan_->agb;
   const int64_t group = panel.k_block / agb.k_blocks;
-  const int64_t row = (group * agb.channel_blocks + panel.channel_block) * plan_->problem.r + panel.r;
+  const int64_t row =
+      (group * agb.channel_blocks + panel.channel_block) * plan_->problem.r + panel.r;
   return (row * agb.column_steps + panel.column_step) * agb.k_blocks + panel.k_block % agb.k_blocks;
 }
 
@@ -130,7 +131,8 @@ void Agb::write(Images images, Rows rows, int64_t channel_task, const float* sum
     const int64_t together = agb.padded_w == problem.w ? rows.count : 1;
     for (int64_t n = images.begin; n < images.end; ++n, sums += agb.image_floats())
       for (int64_t i = 0; i < rows.count; i += together)
-        plan_->kernels.transpose(sums + i * agb.row_floats(), group, 1, together * problem.w, channels,
+        plan_->kernels.transpose(sums + i * agb.row_floats(), group, 1, together * problem.w,
+                                 channels,
                                  static_cast<float*>(call.grad_input) +
                                      (n * problem.c + c) * plane + (rows.first + i) * problem.w,
                                  plane);
@@ -139,11 +141,11 @@ void Agb::write(Images images, Rows rows, int64_t channel_task, const float* sum
   for (int64_t n = images.begin; n < images.end; ++n, sums += agb.image_floats())
     for (int64_t i = 0; i < rows.count; ++i) {
       const int64_t row = n * problem.h + rows.first + i;
-      plan_->kernels.scatter_pixels(
-          sums + i * agb.row_floats(), group, problem.w, std::min(group, agb.channels - block_begin),
-          static_cast<char*>(call.grad_input) +
-              (row * problem.w * problem.c + c) * dtype_size(call.dtype),
-          call.dtype, problem.c);
+      plan_->kernels.scatter_pixels(sums + i * agb.row_floats(), group, problem.w,
+                                    std::min(group, agb.channels - block_begin),
+                                    static_cast<char*>(call.grad_input) +
+                                        (row * problem.w * problem.c + c) * dtype_size(call.dtype),
+                                    call.dtype, problem.c);
     }
   plan_->kernels.finish_stores();
 }

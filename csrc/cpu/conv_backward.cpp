@@ -69,8 +69,7 @@ class Backward {
       for (int64_t begin = group * group_images; begin < end; begin += step)
         nonzeros += run_chunk({begin, std::min(begin + step, end)}, group, inner, worker);
     };
-    if (independent)
-      parallel_tasks(pool_, groups, run_group);
+    if (independent) parallel_tasks(pool_, groups, run_group);
     else
       for (int64_t group = 0; group < groups; ++group) run_group(group, 0);
     if (call_.grad_weight) workspace_.wgc.finish(pool_);
@@ -126,9 +125,8 @@ class Backward {
                             scratch(worker + inner));
     });
     if (pixel)
-      parallel_tasks(pool, pixel->groups() * plan_.p, [&](int64_t tile, int) {
-        pixel->sort(tile / plan_.p, tile % plan_.p);
-      });
+      parallel_tasks(pool, pixel->groups() * plan_.p,
+                     [&](int64_t tile, int) { pixel->sort(tile / plan_.p, tile % plan_.p); });
     if (call_.grad_input)
       parallel_tasks(pool, workspace_.agb.tasks(*pixel), [&](int64_t task, int inner) {
         workspace_.agb.run(*pixel, task, scratch(worker + inner));

@@ -57,9 +57,9 @@ struct Upcoming {
 // For every k in order[begin .. end): dw[k * dw_stride + ...] += sum over the list of k of value *
 // operands at the entry's offset in the panel. List k starts at lists + k * capacity. `order` is
 // sorted by count, so that the inner loop's exit is predictable.
-using WgcRun = void (*)(List lists, int64_t capacity, const uint16_t* counts,
-                        const uint16_t* order, int64_t begin, int64_t end, const float* panel,
-                        int64_t row_bytes, float* dw, int64_t dw_stride, Upcoming upcoming);
+using WgcRun = void (*)(List lists, int64_t capacity, const uint16_t* counts, const uint16_t* order,
+                        int64_t begin, int64_t end, const float* panel, int64_t row_bytes,
+                        float* dw, int64_t dw_stride, Upcoming upcoming);
 
 struct WgcKernel {
   // Rows and columns of the filter that an entry contributes to, with sums of `group` floats for

@@ -138,10 +138,10 @@ int64_t list_by_channel(const float* g, int64_t pixel_stride, int64_t pixels, in
                         uint16_t* counts) {
   int64_t total = 0, found = 0;
   for (int64_t i = 0; i < pixels; i += kLanes, total += found) {
-    const auto list_some = mostly_full(found, channels * kLanes) ? list_tile<true> : list_tile<false>;
-    found = list_some(g + i * pixel_stride, pixel_stride,
-                      pixels - i < kLanes ? pixels - i : kLanes, channels,
-                      Offsets::load(operand_offsets + i), lists, capacity, counts);
+    const auto list_some =
+        mostly_full(found, channels * kLanes) ? list_tile<true> : list_tile<false>;
+    found = list_some(g + i * pixel_stride, pixel_stride, pixels - i < kLanes ? pixels - i : kLanes,
+                      channels, Offsets::load(operand_offsets + i), lists, capacity, counts);
   }
   return total;
 }
@@ -215,7 +215,8 @@ class Fetcher {
   Fetcher(Upcoming upcoming, int64_t steps) : upcoming_(upcoming), steps_(steps) {}
 
   inline __attribute__((always_inline)) void step() {
-    for (due_ += upcoming_.count; due_ >= steps_; due_ -= steps_, upcoming_.from += upcoming_.stride)
+    for (due_ += upcoming_.count; due_ >= steps_;
+         due_ -= steps_, upcoming_.from += upcoming_.stride)
       for (int64_t byte = 0; byte < upcoming_.bytes; byte += 64)
         __builtin_prefetch(upcoming_.from + byte);
   }
@@ -385,10 +386,8 @@ void scatter_pixels(const float* src, int64_t group, int64_t pixels, int64_t cha
       const bool aligned = reinterpret_cast<uintptr_t>(p) % (kLanes * sizeof(float)) == 0;
       int64_t c = 0;
       for (; c + kLanes <= channels; c += kLanes) {
-        if (aligned)
-          Vec::load(src + c).stream(p + c);
-        else
-          Vec::load(src + c).store(p + c);
+        if (aligned) Vec::load(src + c).stream(p + c);
+        else Vec::load(src + c).store(p + c);
       }
       if (c < channels) Vec::load(src + c).store_first(p + c, channels - c);
     } else {
@@ -408,8 +407,7 @@ constexpr AgbKernel kAgbKernels[] = {
 constexpr WgcKernel kWgcKernels[] = {
     {3, 1, kLanes, true, wgc_run<3, 1, 4>},      {3, 3, kLanes, false, wgc_run<3, 3, 1>},
     {1, 1, 8 * kLanes, false, wgc_run<1, 8, 1>}, {1, 1, 4 * kLanes, false, wgc_run<1, 4, 2>},
-    {1, 1, 2 * kLanes, false, wgc_run<1, 2, 2>},
-    {1, 1, kLanes, false, wgc_run<1, 1, 4>},
+    {1, 1, 2 * kLanes, false, wgc_run<1, 2, 2>}, {1, 1, kLanes, false, wgc_run<1, 1, 4>},
 };
 
 constexpr ConvKernels kConvKernels = {

@@ -46,15 +46,17 @@ double sampled_density(const ConvBackward& call) {
                                 ? (pixel / pixels * problem.k + j) * pixels + pixel % pixels
                                 : pixel * problem.k + j;
       // What is not in cache is waited for once, not every time.
-      __builtin_prefetch(static_cast<const char*>(call.grad_output) + place * dtype_size(call.dtype));
+      __builtin_prefetch(static_cast<const char*>(call.grad_output) +
+                         place * dtype_size(call.dtype));
       places[count++] = place;
     }
   }
   double sum = 0.0;
   for (int64_t i = 0; i < count; ++i) {
-    const float g = call.dtype == DType::kFloat32
-                        ? static_cast<const float*>(call.grad_output)[places[i]]
-                        : float_of_bfloat16(static_cast<const uint16_t*>(call.grad_output)[places[i]]);
+    const float g =
+        call.dtype == DType::kFloat32
+            ? static_cast<const float*>(call.grad_output)[places[i]]
+            : float_of_bfloat16(static_cast<const uint16_t*>(call.grad_output)[places[i]]);
     const float magnitude = g < 0.0f ? -g : g;
     sum += magnitude < tau ? magnitude / tau : g != 0.0f;
   }
@@ -69,7 +71,8 @@ AgbPlan plan_agb(const ConvKernels& kernels, const ConvProblem& problem, double 
   const int64_t most = density < kVerySparse ? kMaxKBlock : kUsualKBlock;
   const int64_t k_channels = problem.k / problem.groups;
   const auto fitting = [&](const AgbKernel& kernel) {
-    const int64_t k = panel_bytes / (kernel.columns * kernel.group * 4) / kernels.lanes * kernels.lanes;
+    const int64_t k =
+        panel_bytes / (kernel.columns * kernel.group * 4) / kernels.lanes * kernels.lanes;
     return std::max<int64_t>(std::min(most, k), kernels.lanes);
   };
   const auto visits = [&](const AgbKernel& kernel) {  // of a pixel, for each row of the filter
@@ -120,8 +123,8 @@ WgcPlan plan_wgc(const ConvKernels& kernels, const ConvProblem& problem, double 
     const WgcKernel& kernel = kernels.wgc[i];
     plan.pitch = kernel.packed ? plan.channels : kernel.group;
     if (kernel.rows > 1) {
-      const bool all_columns = kernel.packed ? problem.s * plan.channels <= kernel.group
-                                             : problem.s == kernel.columns;
+      const bool all_columns =
+          kernel.packed ? problem.s * plan.channels <= kernel.group : problem.s == kernel.columns;
       if (problem.r != kernel.rows || !all_columns || problem.dil_h != 1 || problem.dil_w != 1)
         continue;
       const int64_t row_bytes = columns * plan.pitch * 4;

@@ -30,15 +30,15 @@ struct Rows {
 
 struct AgbPlan {
   const AgbKernel* kernel = nullptr;
-  int64_t channels;           // input channels of a convolution group
-  int64_t channel_blocks;     // of kernel->group
-  int64_t column_steps;       // columns of the filter / those of the inner kernel
+  int64_t channels;  // input channels of a convolution group
+  int64_t channel_blocks;  // of kernel->group
+  int64_t column_steps;  // columns of the filter / those of the inner kernel
   int64_t k_block, k_blocks;  // output channels of a panel; panels of a convolution group
   int64_t panel_floats;
   int64_t capacity;  // entries of the list of one row and k-block
   int64_t padded_w;  // columns of a row of partial sums
   int64_t band_rows;  // rows of grad_input whose partial sums are held at a time, per image
-  int64_t images;    // of a tile: the same row of so many images
+  int64_t images;  // of a tile: the same row of so many images
 
   uint32_t step() const { return static_cast<uint32_t>(kernel->columns * kernel->group * 4); }
   int64_t row_floats() const { return padded_w * kernel->group; }
@@ -51,14 +51,14 @@ struct WgcPlan {
   const WgcKernel* kernel = nullptr;
   int64_t channels;
   int64_t channel_blocks;
-  int64_t pitch;         // floats between pixels of a panel of input
+  int64_t pitch;  // floats between pixels of a panel of input
   int64_t filter_floats;  // sums of one output channel and block of input channels
-  int64_t images;        // of a block: more than one if a unit is several whole images
+  int64_t images;  // of a block: more than one if a unit is several whole images
   int64_t unit_rows;
   int64_t units_per_block;
-  int64_t segment;       // columns of a segment
-  int64_t segments;      // of a row
-  int64_t capacity;      // entries of the list of a channel and panel
+  int64_t segment;  // columns of a segment
+  int64_t segments;  // of a row
+  int64_t capacity;  // entries of the list of a channel and panel
 
   bool window() const { return kernel->rows > 1; }
 };
@@ -77,7 +77,7 @@ struct ConvPlan {
   const ConvProblem& problem;
   const int64_t p, q;
   const int64_t k_group;  // output channels of a convolution group
-  const double density;   // of a sample of the gradient
+  const double density;  // of a sample of the gradient
   const AgbPlan agb;
   const WgcPlan wgc;
 

@@ -20,7 +20,8 @@ constexpr int64_t kKeptBytes = 256 * 1024 * 1024;
 constexpr int64_t kChain = 256;
 
 struct Workspace {
-  Buffer<float> sums;     // of grad_weight, [group of images][channel block][vector][multiple][tap][lane]
+  Buffer<float>
+      sums;     // of grad_weight, [group of images][channel block][vector][multiple][tap][lane]
   Buffer<float> weights;  // [channel block][vector][multiple][tap][lane]
   Buffer<float> scratch;  // of each worker
 };
@@ -31,10 +32,8 @@ float load(const void* p, DType dtype, int64_t i) {
 }
 
 void store(void* p, DType dtype, int64_t i, float value) {
-  if (dtype == DType::kFloat32)
-    static_cast<float*>(p)[i] = value;
-  else
-    static_cast<uint16_t*>(p)[i] = bfloat16_of_float(value);
+  if (dtype == DType::kFloat32) static_cast<float*>(p)[i] = value;
+  else static_cast<uint16_t*>(p)[i] = bfloat16_of_float(value);
 }
 
 class Backward {
@@ -48,7 +47,9 @@ class Backward {
         plan_(call.problem, kernels.lanes, reads_in_place(call)),
         agb_(call.grad_input.data != nullptr),
         wgc_(call.grad_weight != nullptr),
-        run_(agb_ && wgc_ ? kernels.both : agb_ ? kernels.agb : kernels.wgc),
+        run_(agb_ && wgc_ ? kernels.both
+             : agb_       ? kernels.agb
+                          : kernels.wgc),
         workspace_(workspace) {}
 
   // A task is a block of channels of a group of images, with sums of the weight's gradient of its
@@ -62,7 +63,8 @@ class Backward {
     const int64_t tasks = problem_.n > 0 ? plan_.groups * plan_.blocks : 0;
     if (agb_ && tasks) {
       workspace_.weights.reserve(plan_.blocks * plan_.block_floats());
-      parallel_tasks(pool_, plan_.blocks, [&](int64_t block, int) { pack_weights(block, weights(block)); });
+      parallel_tasks(pool_, plan_.blocks,
+                     [&](int64_t block, int) { pack_weights(block, weights(block)); });
     }
     parallel_tasks(pool_, tasks, [&](int64_t task, int worker) {
       float* const scratch = workspace_.scratch.data() + worker * scratch_stride_;
@@ -71,8 +73,7 @@ class Backward {
       cleared[worker] = 1;
       run_task(task / plan_.blocks, task % plan_.blocks, scratch);
     });
-    if (wgc_)
-      parallel_tasks(pool_, plan_.blocks, [&](int64_t block, int) { finish(block); });
+    if (wgc_) parallel_tasks(pool_, plan_.blocks, [&](int64_t block, int) { finish(block); });
   }
 
  private:
@@ -93,14 +94,15 @@ class Backward {
 
   // `rows` rows from the first one on of an image, and every step-th of its channels, from vector v of
   // the block on.
-  DepthwisePixels pixels(const Activation& from, int64_t image, int64_t all_channels, int64_t height,
-                         int64_t width, int64_t first, int64_t rows, int64_t channel, int64_t step,
-                         int64_t block, int64_t v = 0) const {
+  DepthwisePixels pixels(const Activation& from, int64_t image, int64_t all_channels,
+                         int64_t height, int64_t width, int64_t first, int64_t rows,
+                         int64_t channel, int64_t step, int64_t block, int64_t v = 0) const {
     DepthwisePixels result;
     const int64_t pixel = from.planes ? 1 : all_channels;
     const int64_t plane = from.planes ? height * width : 1;
     channel += v * kernels_.lanes * step;
-    const int64_t start = image * all_channels * height * width + first * width * pixel + channel * plane;
+    const int64_t start =
+        image * all_channels * height * width + first * width * pixel + channel * plane;
     result.data = static_cast<char*>(from.data) + start * dtype_size(call_.dtype);
     result.dtype = call_.dtype;
     result.pixel_stride = pixel;
@@ -122,8 +124,8 @@ class Backward {
     const int64_t row = image * problem_.h + first * problem_.stride_h + chunk.row_phase;
     const int64_t pixel = row * problem_.w + chunk.column_phase;
     const int64_t channel = block * plan_.channels + v * plan_.lanes;
-    return {static_cast<float*>(tensor.data) + pixel * problem_.c + channel, problem_.stride_w * problem_.c,
-            problem_.stride_h * problem_.w * problem_.c};
+    return {static_cast<float*>(tensor.data) + pixel * problem_.c + channel,
+            problem_.stride_w * problem_.c, problem_.stride_h * problem_.w * problem_.c};
   }
 
   void run_task(int64_t group, int64_t block, float* scratch) {
@@ -153,8 +155,10 @@ class Backward {
     float* const dx = x + plan_.x_floats();
     // Vectors that the kernels find in the tensors; the others are in the tiles.
     const int64_t whole = plan_.in_place ? channels(block) / kernels_.lanes : 0;
-    const DepthwiseTile x_tile = {x + whole * plan_.x_stride, plan_.x_offsets.data(), plan_.x_stride};
-    const DepthwiseTile dx_tile = {dx + whole * plan_.x_stride, plan_.x_offsets.data(), plan_.x_stride};
+    const DepthwiseTile x_tile = {x + whole * plan_.x_stride, plan_.x_offsets.data(),
+                                  plan_.x_stride};
+    const DepthwiseTile dx_tile = {dx + whole * plan_.x_stride, plan_.x_offsets.data(),
+                                   plan_.x_stride};
     if (wgc_ && whole < vectors(block))
       kernels_.gather(pixels(call_.input, image, problem_.c, problem_.h, problem_.w, row, rows,
                              channel, 1, block, whole),
@@ -163,9 +167,10 @@ class Backward {
       const int64_t above = g_begin - top;  // rows of the tile
       clear_rows(block, g, 0, above);
       clear_rows(block, g, g_end - top, band + plan_.rows.span());
-      const DepthwiseTile g_tile = {g, plan_.g_offsets.data() + above * problem_.q(), plan_.g_stride};
-      kernels_.gather(pixels(call_.grad_output, image, problem_.k, problem_.p(), problem_.q(), g_begin,
-                             g_end - g_begin, channel * multiple + i, multiple, block),
+      const DepthwiseTile g_tile = {g, plan_.g_offsets.data() + above * problem_.q(),
+                                    plan_.g_stride};
+      kernels_.gather(pixels(call_.grad_output, image, problem_.k, problem_.p(), problem_.q(),
+                             g_begin, g_end - g_begin, channel * multiple + i, multiple, block),
                       g_tile);
       for (int64_t v = 0; v < vectors(block); ++v) {
         const int64_t taps = (v * multiple + i) * plan_.vector_taps();
@@ -173,15 +178,17 @@ class Backward {
           run_chunk(chunk, first, band, i == 0 && chunk.first, g + v * plan_.g_stride,
                     place(call_.input, v < whole, x, chunk, image, first, block, v),
                     place(call_.grad_input, v < whole, dx, chunk, image, first, block, v),
-                    agb_ ? weights(block) + taps : nullptr, wgc_ ? sums(group, block) + taps : nullptr);
+                    agb_ ? weights(block) + taps : nullptr,
+                    wgc_ ? sums(group, block) + taps : nullptr);
       }
     }
     if (agb_ && whole < vectors(block)) {
       const bool stream =
-          problem_.n * problem_.c * problem_.h * problem_.w * dtype_size(call_.dtype) >= kStreamedBytes;
+          problem_.n * problem_.c * problem_.h * problem_.w * dtype_size(call_.dtype) >=
+          kStreamedBytes;
       kernels_.scatter(dx_tile,
-                       pixels(call_.grad_input, image, problem_.c, problem_.h, problem_.w, row, rows,
-                              channel, 1, block, whole),
+                       pixels(call_.grad_input, image, problem_.c, problem_.h, problem_.w, row,
+                              rows, channel, 1, block, whole),
                        stream && whole == 0);
     }
   }
@@ -194,7 +201,8 @@ class Backward {
 
   // Rows first .. first + band of the phase.
   void run_chunk(const DepthwiseChunk& chunk, int64_t first, int64_t band, bool overwrite,
-                 const float* g, const Place& x, const Place& dx, const float* weights, float* sums) const {
+                 const float* g, const Place& x, const Place& dx, const float* weights,
+                 float* sums) const {
     DepthwiseRun run;
     run.offsets = chunk.offsets;
     run.g_pitch = plan_.g_pitch;
@@ -235,7 +243,8 @@ class Backward {
     for (int64_t v = 0; v < vectors(block); ++v)
       for (int64_t i = 0; i < plan_.multiple; ++i)
         for (int64_t tap = 0; tap < problem_.r * problem_.s; ++tap) {
-          const int64_t start = (v * plan_.multiple + i) * plan_.vector_taps() + tap * kernels_.lanes;
+          const int64_t start =
+              (v * plan_.multiple + i) * plan_.vector_taps() + tap * kernels_.lanes;
           const int64_t channel = block * plan_.channels + v * kernels_.lanes;
           const int64_t lanes = std::min<int64_t>(kernels_.lanes, problem_.c - channel);
           for (int64_t lane = 0; lane < lanes; ++lane)
@@ -248,8 +257,8 @@ class Backward {
     std::fill_n(weights, plan_.block_floats(), 0.0f);
     const WeightStrides& strides = call_.weight_strides;
     for_taps(block, [&](int64_t index, int64_t k, int64_t r, int64_t s) {
-      weights[index] = load(call_.weight, call_.weight_dtype,
-                            k * strides.k + r * strides.r + s * strides.s);
+      weights[index] =
+          load(call_.weight, call_.weight_dtype, k * strides.k + r * strides.r + s * strides.s);
     });
   }
 

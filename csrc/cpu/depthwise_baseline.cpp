@@ -4,4 +4,5 @@
 
 #include "depthwise_kernels.inl"
 
-const sparsebwd::DepthwiseKernels sparsebwd::depthwise_kernels_baseline = sparsebwd::kDepthwiseKernels;
+const sparsebwd::DepthwiseKernels sparsebwd::depthwise_kernels_baseline =
+    sparsebwd::kDepthwiseKernels;

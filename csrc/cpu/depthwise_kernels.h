@@ -27,9 +27,9 @@ struct DepthwiseRun {
   float* dx;
   int64_t dx_step, dx_pitch;
   int64_t rows, columns;
-  bool accumulate;      // dx is added to, not only written
+  bool accumulate;  // dx is added to, not only written
   const float* weight;  // [tap][lanes]
-  float* grad_weight;   // [tap][lanes], added to
+  float* grad_weight;  // [tap][lanes], added to
 };
 
 // For every pixel and tap: dx += weight * g (AGB), and grad_weight += x * g (WGC).

@@ -99,10 +99,8 @@ inline __attribute__((always_inline)) void for_blocks(int64_t pixels, F f) {
   int64_t i = 0;
   for (; i + kLanes <= pixels; i += kLanes) f(i, kLanes);
   if (i == pixels) return;
-  if (pixels >= kLanes)
-    f(pixels - kLanes, kLanes);
-  else
-    f(0, pixels);
+  if (pixels >= kLanes) f(pixels - kLanes, kLanes);
+  else f(0, pixels);
 }
 
 template <class T>
@@ -128,7 +126,9 @@ void gather(const DepthwisePixels& from, const DepthwiseTile& to) {
         Vec tile[kLanes];
         for (int j = 0; j < kLanes; ++j) {
           const T* p = first + j * from.channel_stride + i;
-          tile[j] = j >= channels ? Vec::zero() : count == kLanes ? Vec::load(p) : load_first(p, count);
+          tile[j] = j >= channels     ? Vec::zero()
+                    : count == kLanes ? Vec::load(p)
+                                      : load_first(p, count);
         }
         transpose(tile);
         for (int j = 0; j < count; ++j) tile[j].store(dst + to.offsets[i + j]);
@@ -137,10 +137,8 @@ void gather(const DepthwisePixels& from, const DepthwiseTile& to) {
       for (int64_t i = 0; i < from.pixels; ++i)
         for (int64_t j = 0; j < kLanes; ++j) {
           float* const lane = dst + to.offsets[i] + j;
-          if (j < channels)
-            convert(first[i * from.pixel_stride + j * from.channel_stride], lane);
-          else
-            *lane = 0.0f;
+          if (j < channels) convert(first[i * from.pixel_stride + j * from.channel_stride], lane);
+          else *lane = 0.0f;
         }
     }
   }
@@ -158,10 +156,8 @@ void scatter(const DepthwiseTile& from, const DepthwisePixels& to, bool stream) 
       const float* src = from.data + from.offsets[i];
       T* p = data + i * to.pixel_stride;
       for (int64_t j = 0; j < whole; ++j, p += kLanes, src += from.vector_stride) {
-        if (stream)
-          Vec::load(src).stream(reinterpret_cast<float*>(p));
-        else
-          Vec::load(src).store(p);
+        if (stream) Vec::load(src).stream(reinterpret_cast<float*>(p));
+        else Vec::load(src).store(p);
       }
       if (rest) store_first(Vec::load(src), p, rest);
     }
@@ -178,10 +174,8 @@ void scatter(const DepthwiseTile& from, const DepthwisePixels& to, bool stream) 
       transpose(tile);
       for (int j = 0; j < channels; ++j) {
         T* p = first + j * to.channel_stride + i;
-        if (count == kLanes)
-          tile[j].store(p);
-        else
-          store_first(tile[j], p, count);
+        if (count == kLanes) tile[j].store(p);
+        else store_first(tile[j], p, count);
       }
     });
   }

@@ -35,7 +35,8 @@ int64_t odd_lines(int64_t floats) { return (ceil_div(floats, kLineFloats) | 1) *
 
 const char* depthwise_refusal(const ConvProblem& problem) {
   if (problem.groups != problem.c) return "it is not depthwise";
-  if (problem.stride_h > kMostStride || problem.stride_w > kMostStride) return "a stride is above 8";
+  if (problem.stride_h > kMostStride || problem.stride_w > kMostStride)
+    return "a stride is above 8";
   if (problem.r > kMostElements || problem.s > kMostElements ||
       problem.k / problem.c > kMostElements / (problem.r * problem.s))
     return "the filters of an input channel have more than 16384 elements";
@@ -76,9 +77,7 @@ DepthwisePlan::DepthwisePlan(const ConvProblem& problem, int lanes, bool in_plac
   place_pixels(problem);
 }
 
-int64_t DepthwisePlan::scratch_floats() const {
-  return odd_lines(g_floats() + 2 * x_floats());
-}
+int64_t DepthwisePlan::scratch_floats() const { return odd_lines(g_floats() + 2 * x_floats()); }
 
 void DepthwisePlan::cut_into_blocks(const ConvProblem& problem) {
   const int64_t g_columns = columns.positions + columns.span();
@@ -96,8 +95,9 @@ void DepthwisePlan::cut_into_blocks(const ConvProblem& problem) {
   if (in_place) {
     // Wide pieces of pixels, for the memory's sake, but not so wide that there are few tasks, or that bands are
     // so low that much is gathered twice.
-    const int64_t most = std::clamp(problem.n * ceil_div(problem.c, kLineFloats) / kTasks,
-                                    kMostChannels / kLineFloats, kMostInPlaceChannels / kLineFloats);
+    const int64_t most =
+        std::clamp(problem.n * ceil_div(problem.c, kLineFloats) / kTasks,
+                   kMostChannels / kLineFloats, kMostInPlaceChannels / kLineFloats);
     const int64_t low = kLineFloats * channel_floats(std::min(rows.positions, kTallBand));
     lines = std::clamp<int64_t>(kInPlaceTile / low, 1, most);
     band = fitting_band(lines, kInPlaceTile);
@@ -143,11 +143,12 @@ void DepthwisePlan::list_chunks(const ConvProblem& problem) {
       for (const DepthwiseTap& r : down)
         for (const DepthwiseTap& s : across) {
           const bool new_row = &s == across.data();
-          if (chunk.taps > 0 && (new_row ? chunk.taps + width : chunk.taps + 1) > kMostTaps) close();
+          if (chunk.taps > 0 && (new_row ? chunk.taps + width : chunk.taps + 1) > kMostTaps)
+            close();
           chunk.least = chunk.taps ? std::min(chunk.least, r.shift) : r.shift;
           chunk.most = chunk.taps ? std::max(chunk.most, r.shift) : r.shift;
-          chunk.offsets[chunk.taps++] = static_cast<int32_t>(
-              (r.shift - rows.least) * g_pitch + (s.shift - columns.least) * lanes);
+          chunk.offsets[chunk.taps++] = static_cast<int32_t>((r.shift - rows.least) * g_pitch +
+                                                             (s.shift - columns.least) * lanes);
           order.push_back(r.index * problem.s + s.index);
         }
       close();

@@ -32,7 +32,8 @@ struct Isa {
 
 // Lowest first. The compiler flags of each are in setup.py.
 const Isa kIsas[] = {
-    {always, {"baseline", prune_kernels_baseline, conv_kernels_baseline, depthwise_kernels_baseline}},
+    {always,
+     {"baseline", prune_kernels_baseline, conv_kernels_baseline, depthwise_kernels_baseline}},
 #ifdef SPARSEBWD_X86
     {has_avx2, {"avx2", prune_kernels_avx2, conv_kernels_avx2, depthwise_kernels_avx2}},
     {has_avx512, {"avx512", prune_kernels_avx512, conv_kernels_avx512, depthwise_kernels_avx512}},

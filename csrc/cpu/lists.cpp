@@ -176,16 +176,18 @@ int64_t stage_planes(const ConvPlan& plan, Rows rows, float* tile) {
   const int64_t k = plan.problem.k, plane = plan.p * plan.q;
   int64_t found = 0;
   for (int64_t row = rows.first; row < rows.first + rows.count;) {
-    const int64_t image = row / plan.p, end = std::min(rows.first + rows.count, (image + 1) * plan.p);
+    const int64_t image = row / plan.p,
+                  end = std::min(rows.first + rows.count, (image + 1) * plan.p);
     const int64_t at = image * k * plane + row % plan.p * plan.q, pixels = (end - row) * plan.q;
-    plan.kernels.transpose(static_cast<const float*>(call.grad_output) + at, plane, 1, k, pixels, tile,
-                           k);
+    plan.kernels.transpose(static_cast<const float*>(call.grad_output) + at, plane, 1, k, pixels,
+                           tile, k);
     if (call.prune)
       for (int64_t i = row; i < end; ++i) {
         float* values = tile + (i - row) * plan.q * k;
-        found += plan.prune_kernels.prune_pixels_nhwc(
-            values, DType::kFloat32, k, values, nullptr, k, static_cast<uint32_t>(image),
-            static_cast<uint32_t>(i % plan.p), 0, plan.q, k, of_image(*call.prune, call.taus, image));
+        found += plan.prune_kernels.prune_pixels_nhwc(values, DType::kFloat32, k, values, nullptr,
+                                                      k, static_cast<uint32_t>(image),
+                                                      static_cast<uint32_t>(i % plan.p), 0, plan.q,
+                                                      k, of_image(*call.prune, call.taus, image));
       }
     if (call.pruned)
       plan.kernels.transpose(tile, k, 1, pixels, k, static_cast<float*>(call.pruned) + at, plane);
@@ -200,10 +202,10 @@ int64_t list_by_pixel(const ConvPlan& plan, const float* g, Rows rows, PixelList
   int64_t found = 0;
   for (int64_t i = 0; i < rows.count; ++i)
     for (int64_t block = 0; block < plan.k_blocks(); ++block)
-      found += plan.kernels.list_by_pixel(
-          g + i * plan.q * plan.problem.k + plan.k_begin(block), plan.problem.k, plan.q,
-          plan.k_size(block), plan.agb.step(), lists.list(rows.first + i, block),
-          lists.counts(rows.first + i, block), recent);
+      found += plan.kernels.list_by_pixel(g + i * plan.q * plan.problem.k + plan.k_begin(block),
+                                          plan.problem.k, plan.q, plan.k_size(block),
+                                          plan.agb.step(), lists.list(rows.first + i, block),
+                                          lists.counts(rows.first + i, block), recent);
   return found;
 }
 
@@ -335,8 +337,7 @@ int64_t list_unit(const ConvPlan& plan, Rows unit, int64_t unit_index, PixelList
       const Rows in_unit = {i, rows.count};
       if (found * kScatterBelow < rows.count * plan.q * plan.problem.k)
         listing.from_pixels(*pixel_lists, rows.first, in_unit);
-      else
-        by_channel += listing.from_gradient(g, in_unit);
+      else by_channel += listing.from_gradient(g, in_unit);
     }
   }
   if (channel_lists) channel_lists->sort(unit_index);

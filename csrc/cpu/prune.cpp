@@ -81,7 +81,8 @@ void histogram(const TaskPool& pool, const void* g, DType dtype, int64_t count, 
     const int64_t begin = task * kHistogramTask;
     const int64_t size = std::min(kHistogramTask, count - begin);
     const auto tables = std::make_unique<Tables>();
-    const auto count_task = dtype == DType::kFloat32 ? &count_bins<uint32_t> : &count_bins<uint16_t>;
+    const auto count_task =
+        dtype == DType::kFloat32 ? &count_bins<uint32_t> : &count_bins<uint16_t>;
     count_task(at(g, dtype, begin), size, *tables);
     const std::lock_guard<std::mutex> lock(adding);
     for (int64_t bin = 0; bin < kHistogramBins; ++bin)
@@ -142,9 +143,10 @@ double expected_density(const PruneKernels& kernels, const void* g, DType dtype,
   for (int64_t i = 0; i < runs; ++i) {
     const auto* floats = static_cast<const float*>(run(i));
     const auto* halves = static_cast<const uint16_t*>(run(i));
-    left += dtype == DType::kFloat32
-                ? clipped_sum(length, scale, [&](int64_t j) { return floats[j]; })
-                : clipped_sum(length, scale, [&](int64_t j) { return float_of_bfloat16(halves[j]); });
+    left +=
+        dtype == DType::kFloat32
+            ? clipped_sum(length, scale, [&](int64_t j) { return floats[j]; })
+            : clipped_sum(length, scale, [&](int64_t j) { return float_of_bfloat16(halves[j]); });
   }
   return left / sampled;
 }
@@ -158,9 +160,9 @@ int64_t prune(const PruneKernels& kernels, const TaskPool& pool, const void* g, 
   if (!taus && spec.tau == 0.0f) {
     parallel_tasks(pool, ceil_div(count, kTaskElements), [&](int64_t task, int) {
       const int64_t begin = task * kTaskElements;
-      nonzeros += kernels.load_pixels_nhwc(at(g, dtype, begin), dtype, kTaskElements,
-                                           at(out, dtype, begin), nullptr, 0, 1,
-                                           std::min(kTaskElements, count - begin));
+      nonzeros +=
+          kernels.load_pixels_nhwc(at(g, dtype, begin), dtype, kTaskElements, at(out, dtype, begin),
+                                   nullptr, 0, 1, std::min(kTaskElements, count - begin));
     });
   } else if (shape.channels_last) {
     const int64_t pixels = shape.n * shape.h * shape.w;
@@ -196,11 +198,13 @@ int64_t prune(const PruneKernels& kernels, const TaskPool& pool, const void* g, 
       const PruneSpec own = of_image(spec, taus, n);
       if (own.tau == 0.0f)
         // To what only copies, parts of planes are pixels.
-        nonzeros += kernels.load_pixels_nhwc(at(g, dtype, offset + first), dtype, plane,
-                                             at(out, dtype, offset + first), nullptr, 0, c_end - c, pixels);
+        nonzeros +=
+            kernels.load_pixels_nhwc(at(g, dtype, offset + first), dtype, plane,
+                                     at(out, dtype, offset + first), nullptr, 0, c_end - c, pixels);
       else
-        nonzeros += kernels.prune_planes_nchw(at(g, dtype, offset), dtype, plane, at(out, dtype, offset),
-                                              static_cast<uint32_t>(n), c, c_end, first, pixels, shape.w, own);
+        nonzeros += kernels.prune_planes_nchw(at(g, dtype, offset), dtype, plane,
+                                              at(out, dtype, offset), static_cast<uint32_t>(n), c,
+                                              c_end, first, pixels, shape.w, own);
     });
   }
   return nonzeros;

@@ -109,15 +109,14 @@ inline void finish(State (&s)[kGroup], const KeySchedule& keys) {
 #pragma GCC unroll 8
     for (int i = 0; i < kGroup; ++i) {
       const Counters p0 = multiply(s[i].x0, m0), p1 = multiply(s[i].x2, m1);
-      s[i] = {xor3(high(p1), s[i].x1, keys.k0[round]), p1,
-              xor3(high(p0), s[i].x3, keys.k1[round]), p0};
+      s[i] = {xor3(high(p1), s[i].x1, keys.k0[round]), p1, xor3(high(p0), s[i].x3, keys.k1[round]),
+              p0};
     }
   }
 }
 
 // The first round of counters (w, h, n, c4) with one n for all.
-inline State first_round(Counters w, Counters h, uint32_t n, Counters c4,
-                         const KeySchedule& keys) {
+inline State first_round(Counters w, Counters h, uint32_t n, Counters c4, const KeySchedule& keys) {
   const uint64_t p1 = static_cast<uint64_t>(kPhiloxMultiplier1) * n;
   const Counters p0 = multiply(w, broadcast_counter(kPhiloxMultiplier0));
   return {xor3(h, broadcast_counter(p1 >> 32), keys.k0[0]), broadcast_counter(p1),
@@ -213,7 +212,7 @@ inline void advance(Walk& walk, const WalkStep& step) {
 
 struct Pruner {
   Floats tau, scale;  // scale * (the 24 random bits as `random_bits` gives them) = tau * r
-  Words nonzeros;     // in each lane, the number of elements that pruning left
+  Words nonzeros;  // in each lane, the number of elements that pruning left
 
   // With t = tau * r, t < tau: the magnitude becomes max(|g|, tau) where |g| > t, else 0.
   inline Floats operator()(Floats g, Words words) {
@@ -318,8 +317,8 @@ int64_t prune_wide_row(const typename Element::Storage* g, typename Element::Sto
                                            kF32 ? out_f32 + at_f32[i] : nullptr, group[i], pruner);
         else if (count[i] > 0)
           nonzeros += prune_part<Element>(g + at[i], kOut ? out + at[i] : nullptr,
-                                          kF32 ? out_f32 + at_f32[i] : nullptr, count[i],
-                                          group[i], spec.tau);
+                                          kF32 ? out_f32 + at_f32[i] : nullptr, count[i], group[i],
+                                          spec.tau);
       }
     }
   }
@@ -393,8 +392,8 @@ int64_t prune_narrow_row(const typename Element::Storage* g, typename Element::S
         prune_block<Element, kOut, kF32>(g + 4 * c, kOut ? out + 4 * c : nullptr,
                                          kF32 ? out_f32 + 4 * c : nullptr, group[i], pruner);
       } else if (c < counters) {
-        nonzeros += prune_scattered<Element>(g, kOut ? out : nullptr, kF32 ? out_f32 : nullptr,
-                                             row, c, group[i], spec.tau);
+        nonzeros += prune_scattered<Element>(g, kOut ? out : nullptr, kF32 ? out_f32 : nullptr, row,
+                                             c, group[i], spec.tau);
       }
     }
   }
@@ -420,9 +419,8 @@ int64_t prune_row(const void* g_data, void* out_data, float* out_f32, const Row&
 // ---- not pruning
 
 template <class Element, bool kOut, bool kF32>
-int64_t load_row(const typename Element::Storage* g, typename Element::Storage* out,
-                 float* out_f32, int64_t pixel_stride, int64_t f32_stride, int64_t pixels,
-                 int64_t channels) {
+int64_t load_row(const typename Element::Storage* g, typename Element::Storage* out, float* out_f32,
+                 int64_t pixel_stride, int64_t f32_stride, int64_t pixels, int64_t channels) {
   if (pixel_stride == channels && (!kF32 || f32_stride == channels)) {
     channels *= pixels;
     pixels = 1;

@@ -50,9 +50,7 @@ inline void store_zipped(float* p, Floats even, Floats odd) {
   store(p + kLanes, _mm512_permutex2var_ps(even, second, odd));
 }
 
-inline Counters broadcast_counter(uint64_t x) {
-  return _mm512_set1_epi64(static_cast<int64_t>(x));
-}
+inline Counters broadcast_counter(uint64_t x) { return _mm512_set1_epi64(static_cast<int64_t>(x)); }
 inline Counters load_counters(const uint64_t* p) { return _mm512_loadu_si512(p); }
 inline void store(uint64_t* p, Counters a) { _mm512_storeu_si512(p, a); }
 inline Counters add(Counters a, Counters b) { return _mm512_add_epi64(a, b); }
@@ -101,9 +99,9 @@ inline Floats keep_above(Floats g, Floats t, Floats tau, Words& nonzeros) {
   nonzeros = _mm512_mask_sub_epi32(nonzeros, keep, nonzeros, _mm512_set1_epi32(-1));
   // The second operand is the result where one is a NaN.
   const Floats raised = _mm512_max_ps(tau, magnitude);
-  return _mm512_castsi512_ps(_mm512_maskz_ternarylogic_epi32(
-      keep, _mm512_castps_si512(g), _mm512_castps_si512(raised),
-      _mm512_set1_epi32(static_cast<int>(0x80000000u)), 0xE4));
+  return _mm512_castsi512_ps(
+      _mm512_maskz_ternarylogic_epi32(keep, _mm512_castps_si512(g), _mm512_castps_si512(raised),
+                                      _mm512_set1_epi32(static_cast<int>(0x80000000u)), 0xE4));
 }
 
 inline void count_nonzeros(Floats a, Words& nonzeros) {

@@ -53,11 +53,11 @@ int64_t prune_pixels(const void* g_data, int64_t pixel_stride, void* out_data, f
   int64_t found = 0;
   for (int64_t pixel = 0; pixel < pixels; ++pixel) {
     for (int64_t c = 0; c < channels; c += 4) {
-      const PhiloxCounter words = prune_words(spec, n, static_cast<uint32_t>(c / 4), h,
-                                              w + static_cast<uint32_t>(pixel));
+      const PhiloxCounter words =
+          prune_words(spec, n, static_cast<uint32_t>(c / 4), h, w + static_cast<uint32_t>(pixel));
       for (int64_t j = 0; j < 4 && c + j < channels; ++j) {
-        const float value = prune_element(Element::load(g[pixel * pixel_stride + c + j]), spec.tau,
-                                          words.word[j]);
+        const float value =
+            prune_element(Element::load(g[pixel * pixel_stride + c + j]), spec.tau, words.word[j]);
         if (out) out[pixel * pixel_stride + c + j] = Element::store(value);
         if (out_f32) out_f32[pixel * f32_stride + c + j] = value;
         found += value != 0.0f;
@@ -100,8 +100,8 @@ int64_t prune_planes(const void* g_data, int64_t plane_stride, void* out_data, u
           prune_words(spec, n, static_cast<uint32_t>(c / 4), static_cast<uint32_t>(pixel / width),
                       static_cast<uint32_t>(pixel % width));
       for (int64_t j = 0; j < planes; ++j) {
-        const float value = prune_element(Element::load(g[j * plane_stride + pixel]), spec.tau,
-                                          words.word[j]);
+        const float value =
+            prune_element(Element::load(g[j * plane_stride + pixel]), spec.tau, words.word[j]);
         out[j * plane_stride + pixel] = Element::store(value);
         found += value != 0.0f;
       }

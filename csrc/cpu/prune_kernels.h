@@ -29,13 +29,11 @@ struct PruneKernels {
   // non-zeros.
   int64_t (*prune_pixels_nhwc)(const void* g, DType dtype, int64_t pixel_stride, void* out,
                                float* out_f32, int64_t f32_stride, uint32_t n, uint32_t h,
-                               uint32_t w, int64_t pixels, int64_t channels,
-                               const PruneSpec& spec);
+                               uint32_t w, int64_t pixels, int64_t channels, const PruneSpec& spec);
 
   // The same with nothing pruned: copies, converts and counts.
   int64_t (*load_pixels_nhwc)(const void* g, DType dtype, int64_t pixel_stride, void* out,
-                              float* out_f32, int64_t f32_stride, int64_t pixels,
-                              int64_t channels);
+                              float* out_f32, int64_t f32_stride, int64_t pixels, int64_t channels);
 
   // Prunes pixels `first` .. `first + pixels - 1` (numbered row by row, `width` to a row) of the
   // planes of channels c_begin .. c_end - 1, `plane_stride` elements apart; c_begin is a multiple

@@ -23,7 +23,9 @@ constexpr uint64_t kUnpackOrder[] = {0, 1};
 inline Floats load(const float* p) { return vld1q_f32(p); }
 inline void store(float* p, Floats v) { vst1q_f32(p, v); }
 
-inline Floats load(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+inline Floats load(const uint16_t* p) {
+  return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
+}
 inline void store(uint16_t* p, Floats v) { vst1_u16(p, vshrn_n_u32(vreinterpretq_u32_f32(v), 16)); }
 
 // 2 * kLanes bfloat16, those of even and those of odd index.

@@ -74,7 +74,9 @@ struct Vec {
   }
   void store(uint16_t* p) const { vst1q_u16(p, vcombine_u16(rounded(low), rounded(high))); }
   static void finish_stores() {}
-  Vec fma(Vec a, Vec b) const { return {vfmaq_f32(low, a.low, b.low), vfmaq_f32(high, a.high, b.high)}; }
+  Vec fma(Vec a, Vec b) const {
+    return {vfmaq_f32(low, a.low, b.low), vfmaq_f32(high, a.high, b.high)};
+  }
   Vec operator+(Vec o) const { return {vaddq_f32(low, o.low), vaddq_f32(high, o.high)}; }
   // Of lane i, bit i.
   uint64_t nonzero() const {
@@ -95,7 +97,8 @@ struct Vec {
   static uint16x4_t rounded(float32x4_t v) {
     const uint32x4_t bits = vreinterpretq_u32_f32(v);
     const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
-    const uint16x4_t nearest = vshrn_n_u32(vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7FFF))), 16);
+    const uint16x4_t nearest =
+        vshrn_n_u32(vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7FFF))), 16);
     const uint16x4_t quiet = vorr_u16(vshrn_n_u32(bits, 16), vdup_n_u16(0x40));
     return vbsl_u16(vmovn_u32(vceqq_f32(v, v)), nearest, quiet);
   }
@@ -133,8 +136,10 @@ struct Offsets {
 template <bool Full>
 inline int append_nonzero(Vec v, Offsets o, float* values, uint16_t* offsets) {
   int n = 0;
-  const auto append = [&](float32x4_t half, uint16x4_t at, uint64_t keep) __attribute__((always_inline)) {
-    const uint8x16_t bytes = vqtbl1q_u8(vreinterpretq_u8_f32(half), vld1q_u8(kCompressTable.words[keep]));
+  const auto append = [&](float32x4_t half, uint16x4_t at,
+                          uint64_t keep) __attribute__((always_inline)) {
+    const uint8x16_t bytes =
+        vqtbl1q_u8(vreinterpretq_u8_f32(half), vld1q_u8(kCompressTable.words[keep]));
     vst1q_f32(values + n, vreinterpretq_f32_u8(bytes));
     const uint8x8_t kept = vtbl1_u8(vreinterpret_u8_u16(at), vld1_u8(kCompressTable.halves[keep]));
     vst1_u16(offsets + n, vreinterpret_u16_u8(kept));

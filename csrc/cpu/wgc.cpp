@@ -50,15 +50,14 @@ void Wgc::run(const ChannelLists& lists, int64_t group, int64_t task, float* scr
   const int64_t filter = wgc.filter_floats;
   const int64_t units = plan_->units(lists.images());
   const int64_t begin = lists.part_begin(part), end = lists.part_begin(part + 1);
-  float* const sums = at_once_ ? scratch + kPanelFloats
-                               : sums_.data() + group * sum_floats(*plan_) +
-                                     channel_task * plan_->k_group * filter;
+  float* const sums =
+      at_once_ ? scratch + kPanelFloats
+               : sums_.data() + group * sum_floats(*plan_) + channel_task * plan_->k_group * filter;
   if (at_once_) memset(sums + begin * filter, 0, (end - begin) * filter * sizeof(float));
   for (int64_t index = 0; index < units; ++index) {
     const Rows rows = plan_->unit(lists.images(), index);
     Upcoming next = {};
-    if (index + 1 < units)
-      next = input_pixels(plan_->unit(lists.images(), index + 1), block);
+    if (index + 1 < units) next = input_pixels(plan_->unit(lists.images(), index + 1), block);
     else if (c + kernel.group < wgc.channels)
       next = input_pixels(plan_->unit(lists.images(), 0), block_at(c + kernel.group));
     for (int64_t segment = 0; segment < wgc.segments; ++segment) {
@@ -131,7 +130,8 @@ void Wgc::gather_row(int64_t image, int64_t h, int64_t first, int64_t step, int6
   if (plan_->call.input_planes) {
     const int64_t plane = problem.h * problem.w;
     const float* from = static_cast<const float*>(plan_->call.input) +
-                        (image * problem.c + block.c) * plane + h * problem.w + first + begin * step;
+                        (image * problem.c + block.c) * plane + h * problem.w + first +
+                        begin * step;
     to += begin * pitch;
     if (block.channels < pitch) memset(to, 0, (end - begin) * pitch * sizeof(float));
     plan_->kernels.transpose(from, plane, step, block.channels, end - begin, to, pitch);
@@ -190,9 +190,9 @@ void Wgc::finish(const TaskPool& pool) const {
 void Wgc::write(int64_t channel_task, int64_t k, const float* sums) const {
   const ConvBackward& call = plan_->call;
   if (call.grad_weight_dtype == DType::kFloat32)
-    write(static_cast<float*>(call.grad_weight), channel_task, k, sums, [](float sum) { return sum; });
-  else
-    write(static_cast<uint16_t*>(call.grad_weight), channel_task, k, sums, bfloat16_of_float);
+    write(static_cast<float*>(call.grad_weight), channel_task, k, sums,
+          [](float sum) { return sum; });
+  else write(static_cast<uint16_t*>(call.grad_weight), channel_task, k, sums, bfloat16_of_float);
 }
 
 template <class Storage, class Convert>
@@ -221,8 +221,7 @@ void Wgc::write(Storage* grad_weight, int64_t channel_task, int64_t k, const flo
     for (int64_t s = 0; s < problem.s; ++s) {
       if (r * problem.s + s < transposed) continue;
       const float* from = sums + r * row + s * column;
-      Storage* to =
-          grad_weight + k * strides.k + c * strides.c + r * strides.r + s * strides.s;
+      Storage* to = grad_weight + k * strides.k + c * strides.c + r * strides.r + s * strides.s;
       if (strides.c == 1)
         for (int64_t i = 0; i < channels; ++i) to[i] = convert(from[i]);
       else

@@ -32,7 +32,8 @@ class Wgc {
   void gather_row(int64_t image, int64_t h, int64_t first, int64_t step, int64_t count, Block block,
                   float* to) const;
   void gather_window(Rows rows, Block block, float* panel) const;
-  void gather_tap(Rows rows, int64_t segment, int64_t r, int64_t s, Block block, float* panel) const;
+  void gather_tap(Rows rows, int64_t segment, int64_t r, int64_t s, Block block,
+                  float* panel) const;
 
   Upcoming input_pixels(Rows rows, Block block) const;
 

@@ -50,9 +50,9 @@ namespace {
 
 template <class F>
 __global__ void __launch_bounds__(kThreads, 1)
-agb_kernel(Plan plan, const typename F::T* __restrict__ grad_output,
-           const uint32_t* __restrict__ nonzeros, const float* __restrict__ packed, const int32_t* __restrict__ cuts,
-           float* aside, typename F::T* __restrict__ result) {
+    agb_kernel(Plan plan, const typename F::T* __restrict__ grad_output,
+               const uint32_t* __restrict__ nonzeros, const float* __restrict__ packed,
+               const int32_t* __restrict__ cuts, float* aside, typename F::T* __restrict__ result) {
   const int lane = threadIdx.x % 32;
   const int tile = blockIdx.x / plan.tile_blocks;
   packed += int64_t(tile) * plan.k * F::kPack + F::kVector * lane;
@@ -68,11 +68,12 @@ agb_kernel(Plan plan, const typename F::T* __restrict__ grad_output,
   const int end = __shfl_sync(kAll, cuts[part + 1], 0);
 
   typename F::Sums sums;
-  int values = 0;     // of a pixel, at most, that were multiplied since sums were put aside
+  int values = 0;  // of a pixel, at most, that were multiplied since sums were put aside
   uint32_t kept = 0;  // a bit for each row of sums: part of it is put aside
   int p = plan.strip_steps;  // row of gradients
-  int lead = 0;              // how many rows of them come before the one that completes `step`
-  int here = -1, to = -1;    // lane = gradient pixel in this row, lane = column in row 0; below 0: none
+  int lead = 0;  // how many rows of them come before the one that completes `step`
+  int here = -1,
+      to = -1;  // lane = gradient pixel in this row, lane = column in row 0; below 0: none
   while (plan.together ? __syncthreads_or(step < end) : step < end) {
     if (step >= end) continue;
     if (p == plan.strip_steps) {  // a new strip
@@ -167,9 +168,8 @@ agb_kernel(Plan plan, const typename F::T* __restrict__ grad_output,
       for (int column = 0; column < F::kColumns; ++column)
 #pragma unroll
         for (int i = 0; i < F::kLane; ++i)
-          sums[r][column][i] = r + F::kStride < F::kRows
-                                   ? sums[(r + F::kStride) % F::kRows][column][i]
-                                   : 0.0f;
+          sums[r][column][i] =
+              r + F::kStride < F::kRows ? sums[(r + F::kStride) % F::kRows][column][i] : 0.0f;
     kept >>= F::kStride;
     ++p;
     if (here >= 0) here += plan.q;
@@ -257,19 +257,21 @@ cudaError_t run(const ConvCall& call, const Device& device, cudaStream_t stream)
   shape.grid = dim3(static_cast<unsigned>(ceil_div(place.aside, kPrepareThreads) +
                                           ceil_div(plan.steps, kStepsOfBlock)));
   shape.block = dim3(kPrepareThreads);
-  cudaError_t error = launch(prepare_kernel<F>, shape, stream, plan, static_cast<const T*>(call.operand),
-                             call.operand_strides, floats, place.aside, call.nonzeros, words + place.costs);
+  cudaError_t error =
+      launch(prepare_kernel<F>, shape, stream, plan, static_cast<const T*>(call.operand),
+             call.operand_strides, floats, place.aside, call.nonzeros, words + place.costs);
   if (error != cudaSuccess) return error;
-  error = launch(cut_kernel, LaunchShape{dim3(1), dim3(kCutThreads), kCutShared}, stream, words + place.costs,
-                 plan.steps, plan.parts, words + place.cuts);
+  error = launch(cut_kernel, LaunchShape{dim3(1), dim3(kCutThreads), kCutShared}, stream,
+                 words + place.costs, plan.steps, plan.parts, words + place.cuts);
   if (error != cudaSuccess) return error;
   shape = {};
   shape.grid = dim3(static_cast<unsigned>(blocks<F>(plan)));
   shape.block = dim3(kThreads);
   shape.shared = kWarps * plan.shared_floats * sizeof(float);
   shape.prefers = Prefers::kCache;  // for the weights
-  return launch(agb_kernel<F>, shape, stream, plan, static_cast<const T*>(call.grad_output), call.nonzeros,
-                floats, words + place.cuts, floats + place.aside, static_cast<T*>(call.result));
+  return launch(agb_kernel<F>, shape, stream, plan, static_cast<const T*>(call.grad_output),
+                call.nonzeros, floats, words + place.cuts, floats + place.aside,
+                static_cast<T*>(call.result));
 }
 
 bool is_sparse(const ConvCall& call) { return call.nonzeros != nullptr && agb_suits(call); }
@@ -304,9 +306,8 @@ size_t agb_workspace(const ConvCall& call, const Device& device) {
 cudaError_t agb(const ConvCall& call, const Device& device, cudaStream_t stream) {
   if (!is_sparse(call)) return agb_plain(call, stream);
   return with_element(call.dtype, [&](auto element) {
-    return with_form<typename decltype(element)::type>(call.problem, [&](auto form) {
-      return run<decltype(form)>(call, device, stream);
-    });
+    return with_form<typename decltype(element)::type>(
+        call.problem, [&](auto form) { return run<decltype(form)>(call, device, stream); });
   });
 }
 

@@ -58,16 +58,16 @@ struct Form {
 struct Plan {
   int n, c, h, w, k, p, q;
   uint32_t pixel_bytes;
-  int words;         // of the mask of a pixel
-  int image_columns; // from the first column of an image to that of the next, gap included
+  int words;  // of the mask of a pixel
+  int image_columns;  // from the first column of an image to that of the next, gap included
   int image_pixels;  // the same in columns of grad_output
-  int strip_steps;   // gradient rows that complete all rows of a strip
-  int steps;         // of all strips
-  int sharers;       // warps that have the same rows, each every sharers-th word of k
-  int tile_blocks;   // blocks for a tile of channels
-  int parts;         // that steps are cut into: those of a tile's blocks
-  bool together;     // warps of a block wait for each other at each row
-  int shared_floats; // of shared memory, of a warp: values, and a row of sums if others add it up
+  int strip_steps;  // gradient rows that complete all rows of a strip
+  int steps;  // of all strips
+  int sharers;  // warps that have the same rows, each every sharers-th word of k
+  int tile_blocks;  // blocks for a tile of channels
+  int parts;  // that steps are cut into: those of a tile's blocks
+  bool together;  // warps of a block wait for each other at each row
+  int shared_floats;  // of shared memory, of a warp: values, and a row of sums if others add it up
 };
 
 }  // namespace

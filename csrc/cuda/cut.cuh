@@ -34,7 +34,7 @@ __device__ __forceinline__ Scan scan_block(int64_t value) {
 
 // For each block a sequence of `steps` costs; `parts` + 1 cuts of it: range i is from cut i to cut i + 1.
 static __global__ void __launch_bounds__(kCutThreads)
-cut_kernel(const int32_t* costs, int steps, int parts, int32_t* cuts) {
+    cut_kernel(const int32_t* costs, int steps, int parts, int32_t* cuts) {
   costs += int64_t(blockIdx.x) * steps;
   cuts += int64_t(blockIdx.x) * (parts + 1);
   const int first = static_cast<int>(int64_t(steps) * threadIdx.x / kCutThreads);
@@ -51,7 +51,8 @@ cut_kernel(const int32_t* costs, int steps, int parts, int32_t* cuts) {
   int next = first == 0 ? 0 : cuts_until(done - costs[first - 1]) + 1;
   for (int step = first; step < end; ++step) {
     const int64_t middle = done + costs[step];
-    for (; next < parts && int64_t(next) * 2 * scan.all <= middle * parts; ++next) cuts[next] = step;
+    for (; next < parts && int64_t(next) * 2 * scan.all <= middle * parts; ++next)
+      cuts[next] = step;
     done += 2 * costs[step];
   }
   if (threadIdx.x == kCutThreads - 1)

@@ -55,7 +55,9 @@ __device__ __forceinline__ void cp_async16(void* shared, const void* global, int
                : "memory");
 }
 
-__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void cp_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 
 // Waits until at most `Groups` of this thread's committed groups are under way.
 template <int Groups>

@@ -30,7 +30,9 @@ __device__ __forceinline__ float to_float(Float16 value) {
 template <class T>
 __device__ __forceinline__ T from_float(float value);
 template <>
-__device__ __forceinline__ float from_float<float>(float value) { return value; }
+__device__ __forceinline__ float from_float<float>(float value) {
+  return value;
+}
 template <>
 __device__ __forceinline__ BFloat16 from_float<BFloat16>(float value) {
 #ifdef __CUDA_ARCH__

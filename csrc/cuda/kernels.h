@@ -54,7 +54,7 @@ struct PruneCall {
   // Null or, channels-last only, [n * h * w][ceil(c / 32)]: bit c % 32 of word c / 32 says whether
   // the (pruned) element is not zero, which holds for a NaN. Bits from c on are 0.
   uint32_t* nonzeros;
-  float* stats;            // three, in device memory: tau, sigma (of this gradient), density
+  float* stats;  // three, in device memory: tau, sigma (of this gradient), density
   void* workspace;
 };
 
@@ -73,12 +73,12 @@ struct Strides {
 struct ConvCall {
   ConvProblem problem;
   DType dtype;
-  const void* grad_output;       // [n][k][p][q]
+  const void* grad_output;  // [n][k][p][q]
   Strides grad_output_strides;
-  const uint32_t* nonzeros;      // of grad_output, as PruneCall has it; read by the sparse kernels only
-  const void* operand;           // AGB: weight [k][c / groups][r][s]; WGC: input [n][c][h][w]
+  const uint32_t* nonzeros;  // of grad_output, as PruneCall has it; read by the sparse kernels only
+  const void* operand;  // AGB: weight [k][c / groups][r][s]; WGC: input [n][c][h][w]
   Strides operand_strides;
-  void* result;                  // AGB: grad_input, as the input; WGC: grad_weight, as the weight
+  void* result;  // AGB: grad_input, as the input; WGC: grad_weight, as the weight
   Strides result_strides;
   void* workspace;
 };
@@ -113,8 +113,11 @@ static inline bool agb_suits(const ConvCall& call) {
 }
 static inline bool wgc_suits(const ConvCall& call) {
   const ConvProblem& p = call.problem;
-  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
-  return p.n > 0 && wgc_refusal(p, call.dtype) == nullptr && aligned(call.grad_output) && aligned(call.operand) &&
+  const auto aligned = [](const void* pointer) {
+    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+  };
+  return p.n > 0 && wgc_refusal(p, call.dtype) == nullptr && aligned(call.grad_output) &&
+         aligned(call.operand) &&
          is_channels_last(call.grad_output_strides, p.n, p.k, p.p(), p.q()) &&
          is_channels_last(call.operand_strides, p.n, p.c, p.h, p.w);
 }

@@ -28,9 +28,12 @@ struct Operands {
 template <class T>
 Operands<T> operands_of(const ConvCall& call) {
   return {call.problem,
-          static_cast<const T*>(call.grad_output), call.grad_output_strides,
-          static_cast<const T*>(call.operand), call.operand_strides,
-          static_cast<T*>(call.result), call.result_strides};
+          static_cast<const T*>(call.grad_output),
+          call.grad_output_strides,
+          static_cast<const T*>(call.operand),
+          call.operand_strides,
+          static_cast<T*>(call.result),
+          call.result_strides};
 }
 
 // The remainder of index by size; index becomes the quotient.
@@ -57,7 +60,7 @@ __device__ __forceinline__ int64_t output_position(int64_t in, int64_t tap, int6
 // A thread for each element of grad_input.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
-agb_plain_kernel(Operands<T> op, bool channels_first) {
+    agb_plain_kernel(Operands<T> op, bool channels_first) {
   const ConvProblem& problem = op.problem;
   const Strides &gs = op.grad_output_strides, &ws = op.operand_strides, &xs = op.result_strides;
   const int64_t height = problem.p(), width = problem.q();
@@ -94,8 +97,7 @@ agb_plain_kernel(Operands<T> op, bool channels_first) {
 // A block for each k, tap and run of `lanes` channels: its threads are lanes x pixels, and the sums
 // over pixels are added up in shared memory. lanes is a power of 2.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2)
-wgc_plain_kernel(Operands<T> op, int lanes) {
+__global__ void __launch_bounds__(kThreads, 2) wgc_plain_kernel(Operands<T> op, int lanes) {
   const ConvProblem& problem = op.problem;
   const Strides &gs = op.grad_output_strides, &xs = op.operand_strides, &ws = op.result_strides;
   double* sums = reinterpret_cast<double*>(dynamic_shared());

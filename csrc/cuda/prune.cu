@@ -48,7 +48,7 @@ constexpr int kBytesInFlight = 64;  // that a thread of the first pass loads bef
 // ---- sums over threads, in a fixed order
 
 struct Partial {
-  double sum;        // of |g| of a block's share
+  double sum;  // of |g| of a block's share
   int64_t nonzeros;  // in its share, after pruning
 };
 
@@ -71,7 +71,7 @@ constexpr size_t kSumBytes = kWarps * sizeof(double);
 
 // The sum of a member of all blocks' partials, in all threads.
 template <class Value>
-__device__ Value grid_sum(const Partial* partials, Value Partial::*member) {
+__device__ Value grid_sum(const Partial* partials, Value Partial::* member) {
   Value value = 0;
   for (unsigned block = threadIdx.x; block < gridDim.x; block += kThreads)
     value += partials[block].*member;
@@ -111,9 +111,9 @@ struct Arguments {
   uint32_t* nonzeros;
   float* stats;
   Partial* partials;
-  bool prunes;      // else `pruning` holds nothing
+  bool prunes;  // else `pruning` holds nothing
   Pruning pruning;
-  double count;     // of elements, at least 1
+  double count;  // of elements, at least 1
   int64_t rows;
   uint32_t parked;  // the first so many rows of a warp are parked
   Geometry geometry;
@@ -163,7 +163,7 @@ __device__ __forceinline__ double sum_pass(const Arguments& a, uint32_t rows, Po
 }
 
 struct Pruned {
-  double sum;         // of magnitudes before pruning, unless a pass before had it
+  double sum;  // of magnitudes before pruning, unless a pass before had it
   uint32_t nonzeros;  // after
 };
 
@@ -200,8 +200,7 @@ __device__ __forceinline__ Pruned prune_pass(const Arguments& a, Rows rows, Posi
     result.nonzeros += __popc(bits);
     if (out) View::store(out + offset, present, pack, !parked, a.geometry);
     if constexpr (View::kHasBits)
-      if (a.nonzeros)
-        View::store_bits(a.nonzeros, position, threadIdx.x % kWarp, bits, a.geometry);
+      if (a.nonzeros) View::store_bits(a.nonzeros, position, threadIdx.x % kWarp, bits, a.geometry);
   }
   return result;
 }

@@ -32,9 +32,9 @@ struct Geometry {
   uint32_t channels, width;
   // Channels-last:
   uint32_t packs;  // of a pixel; radix[0] may be more, so that no pixels share a word of nonzeros
-  bool dense;      // it is not, and packs follow each other in memory
+  bool dense;  // it is not, and packs follow each other in memory
   uint32_t log2_packs_of_word;  // of nonzeros
-  uint32_t shares_word[3];      // whether lanes 1, 2, 4 apart have parts of one word, as a mask
+  uint32_t shares_word[3];  // whether lanes 1, 2, 4 apart have parts of one word, as a mask
 };
 
 struct Position {
@@ -72,8 +72,7 @@ __device__ __forceinline__ uint32_t divide(int64_t& dividend, uint32_t divisor) 
 }
 
 // `step`: what a pack counts in the innermost loop.
-__device__ __forceinline__ Position position_of(int64_t pack, int step,
-                                                const Geometry& geometry) {
+__device__ __forceinline__ Position position_of(int64_t pack, int step, const Geometry& geometry) {
   Position position;
   position.pack = pack;
   int64_t index = pack * step;
@@ -132,7 +131,7 @@ struct PackOf {
   static constexpr int kQuads = Quads;
   static constexpr int kElements = 4 * Quads;
   using Pack = Words<kElements / kPerWord<T>>;  // elements in the order of memory
-  using Random = uint32_t[kElements];           // a word for each of them
+  using Random = uint32_t[kElements];  // a word for each of them
 
   __device__ static __forceinline__ void put(Pack& pack, int element, Storage bits) {
     const int shift = 16 * (element % kPerWord<T>);
@@ -149,11 +148,11 @@ struct PackOf {
 template <class T, bool Vectors>
 struct ChannelsLast : PackOf<T, Vectors ? kPerWord<T> : 1> {
   using Base = PackOf<T, Vectors ? kPerWord<T> : 1>;
+  using Base::kElements;
+  using Base::kQuads;
   using typename Base::Pack;
   using typename Base::Random;
   using typename Base::Storage;
-  using Base::kElements;
-  using Base::kQuads;
   static constexpr int kStep = 1;  // what a pack counts in its first digit
   static constexpr bool kHasBits = true;
 
@@ -228,10 +227,10 @@ struct ChannelsLast : PackOf<T, Vectors ? kPerWord<T> : 1> {
 template <class T, bool Vectors>
 struct Contiguous : PackOf<T, Vectors ? 2 : 1> {
   using Base = PackOf<T, Vectors ? 2 : 1>;
+  using Base::kQuads;
   using typename Base::Pack;
   using typename Base::Random;
   using typename Base::Storage;
-  using Base::kQuads;
   using Vector = std::conditional_t<sizeof(T) == 4, uint2, unsigned>;  // two pixels
   static constexpr int kStep = kQuads;
   static constexpr bool kHasBits = false;

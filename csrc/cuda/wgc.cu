@@ -104,12 +104,14 @@ Plan make_plan(const ConvProblem& problem, const Device& device) {
   plan.k_tiles = static_cast<int>(ceil_div(plan.k, K::kTileK));
   plan.tile_k = K::kTileK;
 
-  const int most = std::min(device.shared_per_block, device.shared_per_multiprocessor / kBlocks - 1024);
+  const int most =
+      std::min(device.shared_per_block, device.shared_per_multiprocessor / kBlocks - 1024);
   const auto fits = [&](int step_rows) {
     plan.step_rows = step_rows;
     // What two steps see: their rows, and the halo of each image that they meet.
     const int64_t images = ceil_div(2 * step_rows - 1, plan.p) + 1;
-    plan.ring_rows = static_cast<int>((2 * step_rows - images) * plan.stage_stride + images * K::kTaps);
+    plan.ring_rows =
+        static_cast<int>((2 * step_rows - images) * plan.stage_stride + images * K::kTaps);
     return K::shared(plan).bytes <= static_cast<size_t>(most);
   };
   // Strips are as long, and steps as many rows, as shared memory is best used for: a step takes a warp some 300 clocks
@@ -122,7 +124,8 @@ Plan make_plan(const ConvProblem& problem, const Device& device) {
     int rows = kThreads / plan.strip;
     while (rows > 1 && !fits(rows)) --rows;
     const double cost = 300.0 / (rows * plan.strip) + 100.0 / plan.strip;
-    if (fits(rows) && (best_cost == 0 || cost < best_cost)) best_strip = plan.strip, best_rows = rows, best_cost = cost;
+    if (fits(rows) && (best_cost == 0 || cost < best_cost))
+      best_strip = plan.strip, best_rows = rows, best_cost = cost;
     if (plan.strip <= kRun) break;
   }
   plan.strip = best_strip;
@@ -138,7 +141,9 @@ Plan make_plan(const ConvProblem& problem, const Device& device) {
 
 // The workspace: sums of all blocks, then as many words for costs and for cuts.
 int64_t costs(const Plan& plan) { return plan.rows * plan.strips * plan.k_tiles; }
-int64_t cuts(const Plan& plan) { return int64_t(plan.k_tiles) * plan.strips * (plan.row_ranges + 1); }
+int64_t cuts(const Plan& plan) {
+  return int64_t(plan.k_tiles) * plan.strips * (plan.row_ranges + 1);
+}
 
 // Calls f(K()) for the kernel that runs the problem.
 template <class F>
@@ -178,7 +183,8 @@ const char* wgc_refusal(const ConvProblem& problem, DType dtype) {
   // least, with sums of their own.
   if (problem.n * problem.p() > INT32_MAX) return "grad_output has more than 2^31 rows";
   if (ceil_div(problem.c, pointwise ? 256 : 64) * ceil_div(problem.k, 32) *
-          ceil_div(problem.q(), kRun) > 1 << 20)
+          ceil_div(problem.q(), kRun) >
+      1 << 20)
     return "rows are too long for so many channels";
   return nullptr;
 }
@@ -202,20 +208,21 @@ cudaError_t wgc(const ConvCall& call, const Device& device, cudaStream_t stream)
     int32_t* const costs_at = reinterpret_cast<int32_t*>(partials + plan.blocks() * K::kBlockSums);
     int32_t* const cuts_at = costs_at + costs(plan);
     const auto counting = static_cast<unsigned>(ceil_div(costs(plan), kRowsOfBlock));
-    cudaError_t error = launch(count_kernel, LaunchShape{dim3(counting), dim3(kCountThreads)}, stream, plan,
-                               call.nonzeros, costs_at);
+    cudaError_t error = launch(count_kernel, LaunchShape{dim3(counting), dim3(kCountThreads)},
+                               stream, plan, call.nonzeros, costs_at);
     if (error != cudaSuccess) return error;
-    error = launch(cut_kernel, LaunchShape{dim3(plan.k_tiles * plan.strips), dim3(kCutThreads), kCutShared}, stream,
-                   costs_at, static_cast<int>(plan.rows), static_cast<int>(plan.row_ranges), cuts_at);
+    error = launch(
+        cut_kernel, LaunchShape{dim3(plan.k_tiles * plan.strips), dim3(kCutThreads), kCutShared},
+        stream, costs_at, static_cast<int>(plan.rows), static_cast<int>(plan.row_ranges), cuts_at);
     if (error != cudaSuccess) return error;
     LaunchShape shape = {};
     shape.grid = dim3(static_cast<unsigned>(plan.blocks()));
     shape.block = dim3(kThreads);
     shape.shared = K::shared(plan).bytes;
-    shape.prefers = Prefers::kShared;  // for kBlocks; what goes through the L1 cache is not read again
-    error =
-        launch(wgc_kernel<K>, shape, stream, plan, static_cast<const T*>(call.grad_output), call.nonzeros,
-               static_cast<const T*>(call.operand), cuts_at, partials);
+    shape.prefers =
+        Prefers::kShared;  // for kBlocks; what goes through the L1 cache is not read again
+    error = launch(wgc_kernel<K>, shape, stream, plan, static_cast<const T*>(call.grad_output),
+                   call.nonzeros, static_cast<const T*>(call.operand), cuts_at, partials);
     if (error != cudaSuccess) return error;
     const int slices = plan.ranges() < 32 ? 1 : 8;
     LaunchShape reduction = {};

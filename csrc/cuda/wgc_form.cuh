@@ -11,9 +11,10 @@ namespace {
 
 constexpr int kThreads = 128;  // and pixels of a step, at most
 constexpr int kWarps = kThreads / 32;
-constexpr int kBlocks = 2;     // on a multiprocessor: registers and shared memory are cut for two
-constexpr int kRun = 4;        // pixels whose mask bytes a warp reads at once: a word
-constexpr int kMostStrip = 32; // pixels of a row that a block walks along: a bit of a ballot for each
+constexpr int kBlocks = 2;  // on a multiprocessor: registers and shared memory are cut for two
+constexpr int kRun = 4;  // pixels whose mask bytes a warp reads at once: a word
+constexpr int kMostStrip =
+    32;  // pixels of a row that a block walks along: a bit of a ballot for each
 // Sums of float32 get less accurate as they get longer. After so many values of a channel those in
 // registers are added to those in memory. Dense kernels of CPUs are not twice as accurate then; it takes
 // up to 2 % of the instructions.
@@ -30,13 +31,13 @@ struct Plan {
   // The input is staged in rows and columns of which each output pixel sees Taps, and moves on by
   // `stage_stride` rows: those of the padded input, or for 1x1 only the ones that are seen.
   int stage_stride, stage_rows;  // stage_rows: of an image
-  int row_step, column_step;     // input rows and columns from one that is staged to the next
+  int row_step, column_step;  // input rows and columns from one that is staged to the next
   int pad_h, pad_w;
-  int strips, strip;             // a row of grad_output is `strips` times `strip` pixels
-  int columns;                   // staged in a row
-  int step_rows;                 // rows of grad_output in a step
-  int ring_rows;                 // staged rows that shared memory holds
-  int64_t rows;                  // of grad_output: n * p
+  int strips, strip;  // a row of grad_output is `strips` times `strip` pixels
+  int columns;  // staged in a row
+  int step_rows;  // rows of grad_output in a step
+  int ring_rows;  // staged rows that shared memory holds
+  int64_t rows;  // of grad_output: n * p
   int64_t row_ranges;
   int c_tiles, k_tiles, tile_k;  // tile_k: output channels of a tile, 32 or 16
 

@@ -10,7 +10,8 @@ namespace {
 
 template <class K>
 __device__ __forceinline__ void load_column(typename K::Column& column,
-                                            const unsigned char* const (&rows)[K::kTaps], int index) {
+                                            const unsigned char* const (&rows)[K::kTaps],
+                                            int index) {
 #pragma unroll
   for (int r = 0; r < K::kTaps; ++r)
 #pragma unroll
@@ -19,8 +20,7 @@ __device__ __forceinline__ void load_column(typename K::Column& column,
       const V x = *reinterpret_cast<const V*>(rows[r] + index * K::kPixelBytes +
                                               v * 32 * static_cast<int>(sizeof(V)));
 #pragma unroll
-      for (int e = 0; e < K::kVector; ++e)
-        column.x[r][v * K::kVector + e] = to_float(x.element[e]);
+      for (int e = 0; e < K::kVector; ++e) column.x[r][v * K::kVector + e] = to_float(x.element[e]);
     }
 }
 
@@ -44,14 +44,16 @@ class Walk {
   static constexpr int kGroup = K::kGroup, kTileK = K::kTileK;
 
  public:
-  __device__ Walk(const Plan& plan, const T* g, const uint32_t* nonzeros, const T* x, const int32_t* cuts)
+  __device__ Walk(const Plan& plan, const T* g, const uint32_t* nonzeros, const T* x,
+                  const int32_t* cuts)
       : plan_(plan), shared_(K::shared(plan)) {
     const unsigned tiles = plan.c_tiles * plan.k_tiles;
     const int k_tile = blockIdx.x % plan.k_tiles;
     const int k0 = k_tile * kTileK;
     const int c0 = blockIdx.x % tiles / plan.k_tiles * K::kTileC;
     const int range = blockIdx.x / tiles;
-    cuts += (int64_t(k_tile) * plan.strips + range % plan.strips) * (plan.row_ranges + 1) + range / plan.strips;
+    cuts += (int64_t(k_tile) * plan.strips + range % plan.strips) * (plan.row_ranges + 1) +
+            range / plan.strips;
     const int64_t row = cuts[0];
     rows_ = static_cast<int>(cuts[1] - row);
 
@@ -65,8 +67,7 @@ class Walk {
     mask_ = nonzeros + (first_pixel + pixel_offset_) * plan.words();
     has_pixel_ = pixel_row_ < plan.step_rows && pixel < width;
     // Of a group that only half exists, as with float32 it may, the other half is not to be read.
-    g_ = g + first_pixel * plan.k +
-         min(k0 + lane() % kValueChunks * K::kChunk, plan.k - K::kChunk);
+    g_ = g + first_pixel * plan.k + min(k0 + lane() % kValueChunks * K::kChunk, plan.k - K::kChunk);
 
     p_ = static_cast<int>(row % plan.p);
     stage_row_ = p_ * plan.stage_stride;
@@ -117,7 +118,7 @@ class Walk {
   static constexpr int kValueChunks = kTileK / K::kChunk;  // 16 bytes each, of a pixel
   static constexpr int kInputChunks = K::kPixelBytes / 16;
   static constexpr int kInputColumns = kThreads / kInputChunks;  // copied in a pass
-  static constexpr int kInputPasses =                            // at most, of a row
+  static constexpr int kInputPasses =  // at most, of a row
       ((kMostStrip - 1) * K::kStride + K::kTaps + kInputColumns - 1) / kInputColumns;
   static_assert(kInputPasses <= 32, "a bit for each");
 
@@ -134,7 +135,8 @@ class Walk {
   // plan_.step_rows, whichever is less; 0 where there is no such pixel.
   __device__ uint32_t load_mask(int left) {
     const bool there = has_pixel_ && pixel_row_ < left;
-    const uint32_t mask = plan_.tile_bits(k_tile_, [&](int word) { return there ? mask_[word] : 0; });
+    const uint32_t mask =
+        plan_.tile_bits(k_tile_, [&](int word) { return there ? mask_[word] : 0; });
     mask_ += plan_.step_rows * static_cast<int64_t>(plan_.q) * plan_.words();
     return mask;
   }
@@ -146,7 +148,8 @@ class Walk {
     stage_masks(buffer, mask);
     stage_values(buffer, mask);
 #pragma unroll 1
-    for (int rows = left < plan_.step_rows ? left : plan_.step_rows; rows > 0; --rows) stage_input();
+    for (int rows = left < plan_.step_rows ? left : plan_.step_rows; rows > 0; --rows)
+      stage_input();
     cp_async_commit();
   }
 
@@ -156,7 +159,8 @@ class Walk {
                               pixel_offset_ + pixel_row_ * (kMostStrip - plan_.q);
 #pragma unroll
     for (int w = 0; w < kWarps; ++w)
-      to[w * (shared_.mask_bytes / kWarps)] = static_cast<unsigned char>(mask >> (kGroup * w) & ((1u << kGroup) - 1));
+      to[w * (shared_.mask_bytes / kWarps)] =
+          static_cast<unsigned char>(mask >> (kGroup * w) & ((1u << kGroup) - 1));
   }
 
   // A warp copies the values of its lanes' pixels, for all warps. A group that has no set bit is not
@@ -168,7 +172,8 @@ class Walk {
     const unsigned pixel_bytes = plan_.k * kBytes;
     // Of all groups that have part of what this lane copies: one, or two.
     constexpr int kCopied = kGroup < K::kChunk ? K::kChunk : kGroup;
-    const uint32_t group = ((1u << kCopied) - 1) << (lane() % kValueChunks * K::kChunk / kCopied * kCopied);
+    const uint32_t group = ((1u << kCopied) - 1)
+                           << (lane() % kValueChunks * K::kChunk / kCopied * kCopied);
 #pragma unroll
     for (int pass = 0; pass < kValueChunks; ++pass) {
       const int owner = pass * (32 / kValueChunks) + lane() / kValueChunks;
@@ -195,7 +200,8 @@ class Walk {
 #pragma unroll
         for (int pass = 0; pass < kInputPasses; ++pass)
           if (inside_ >> pass & 1u)
-            cp_async16(to + pass * kThreads * 16, input_ + static_cast<uint64_t>(pass_bytes_) * pass);
+            cp_async16(to + pass * kThreads * 16,
+                       input_ + static_cast<uint64_t>(pass_bytes_) * pass);
       } else {
         // Not by cp.async, which could: with a size that varies it is four instructions.
 #pragma unroll
@@ -217,9 +223,8 @@ class Walk {
 
   __device__ __forceinline__ void compute(int rows, int buffer, typename K::Sums& sums) {
     unsigned char* const shared = dynamic_shared();
-    const unsigned char* masks =
-        in_register(shared + shared_.masks + buffer * shared_.mask_bytes +
-                    warp() * (shared_.mask_bytes / kWarps));
+    const unsigned char* masks = in_register(shared + shared_.masks + buffer * shared_.mask_bytes +
+                                             warp() * (shared_.mask_bytes / kWarps));
     const unsigned char* values = in_register(
         shared + shared_.values + buffer * shared_.value_bytes + warp() * kGroup * kBytes);
     unsigned char* const ring = in_register(shared + lane() * K::kVector * kBytes);
@@ -241,8 +246,9 @@ class Walk {
 
   // Adds what the pixels of one row of the strip contribute. `ring`: where this lane's channels of the
   // first row of the ring are.
-  __device__ __forceinline__ void compute_row(const unsigned char* masks, const unsigned char* values,
-                                              unsigned char* ring, typename K::Sums& sums) {
+  __device__ __forceinline__ void compute_row(const unsigned char* masks,
+                                              const unsigned char* values, unsigned char* ring,
+                                              typename K::Sums& sums) {
     typename K::Column columns[K::kColumns];
     float value[2][kGroup];
     const unsigned char own = masks[31 - lane()];
@@ -250,7 +256,8 @@ class Walk {
     if (pixels == 0) return;
     // Each bit of a nibble into a byte.
 #pragma unroll
-    for (int i = 0; i < kGroup / 4; ++i) counts_[i] += (own >> 4 * i & 15) * 0x00204081 & 0x01010101;
+    for (int i = 0; i < kGroup / 4; ++i)
+      counts_[i] += (own >> 4 * i & 15) * 0x00204081 & 0x01010101;
     unsigned char* input[K::kTaps];
 #pragma unroll
     for (int r = 0; r < K::kTaps; ++r)
@@ -279,7 +286,8 @@ class Walk {
           load_values<K>(value[i % 2], run_values + i * kTileK * kBytes);
 #pragma unroll
           for (int s = 0; s < K::kTaps; ++s)
-            load_column<K>(columns[(i * K::kStride + s) % K::kColumns], run_input, i * K::kStride + s);
+            load_column<K>(columns[(i * K::kStride + s) % K::kColumns], run_input,
+                           i * K::kStride + s);
         }
         if (((i + 1 == kRun ? after >> 31 : mask >> (8 * (i + 1))) & 255u) != 0) {
           load_values<K>(value[(i + 1) % 2], run_values + (i + 1) * kTileK * kBytes);

@@ -37,8 +37,7 @@ Strides strides_of(const py::array& array) {
 void run_prune(const py::array& g, int dtype, const std::array<int64_t, 4>& shape,
                bool channels_last, const py::object& key, double sigma_coefficient, double quantile,
                const py::object& sigma_history, const py::object& scales, const py::object& out,
-               const py::object& nonzeros,
-               const py::array& stats) {
+               const py::object& nonzeros, const py::array& stats) {
   Operands operands;
   Pruning pruning = {};
   PruneCall call = {};

@@ -336,14 +336,12 @@ void __tsan_write_range(void* p, size_t bytes) {
 void __ubsan_handle_type_mismatch_v1(const TypeMismatch* data, uintptr_t pointer) {
   const uintptr_t alignment = uintptr_t{1} << data->log_alignment;
   char text[100];
-  if (pointer == 0)
-    snprintf(text, sizeof text, "a null pointer is used");
+  if (pointer == 0) snprintf(text, sizeof text, "a null pointer is used");
   else if (pointer % alignment != 0)
     snprintf(text, sizeof text,
              "a misaligned access: %p is not a multiple of %zu, as its type needs",
              reinterpret_cast<void*>(pointer), static_cast<size_t>(alignment));
-  else
-    snprintf(text, sizeof text, "an access beyond the end of an object");
+  else snprintf(text, sizeof text, "an access beyond the end of an object");
   undefined(text, data);
 }
 

@@ -132,11 +132,25 @@ void fence();
 void pause();
 
 enum class WarpCall {
-  kSync, kShuffle, kShuffleUp, kShuffleDown, kShuffleXor, kBallot, kMatchAny, kMatchAll,
-  kAddUnsigned, kMinUnsigned, kMaxUnsigned, kMinSigned, kMaxSigned, kAnd, kOr, kXor,
+  kSync,
+  kShuffle,
+  kShuffleUp,
+  kShuffleDown,
+  kShuffleXor,
+  kBallot,
+  kMatchAny,
+  kMatchAll,
+  kAddUnsigned,
+  kMinUnsigned,
+  kMaxUnsigned,
+  kMinSigned,
+  kMaxSigned,
+  kAnd,
+  kOr,
+  kXor,
 };
 struct Lane {
-  uint64_t value;                // operand, then result
+  uint64_t value;  // operand, then result
   int argument = 0, width = 32;  // of shuffles
 };
 // The lanes of the mask exchange what they bring.
@@ -144,7 +158,16 @@ uint64_t warp_call(WarpCall call, uint32_t mask, Lane lane, Site site);
 unsigned lane_number();
 
 enum class AtomicCall {
-  kAdd, kExchange, kMin, kMax, kAnd, kOr, kXor, kIncrement, kDecrement, kCompareAndSwap,
+  kAdd,
+  kExchange,
+  kMin,
+  kMax,
+  kAnd,
+  kOr,
+  kXor,
+  kIncrement,
+  kDecrement,
+  kCompareAndSwap,
 };
 template <class T>
 T atomic(AtomicCall call, T* address, T value, T compare = T());

@@ -88,16 +88,12 @@ inline float __saturatef(float a) { return a > 0 ? (a < 1 ? a : 1) : 0; }  // of
 template <class A, class B, class T = std::common_type_t<A, B>>
 inline std::enable_if_t<std::is_arithmetic_v<T>, T> min(A left, B right) {
   const T a = static_cast<T>(left), b = static_cast<T>(right);
-  if constexpr (std::is_floating_point_v<T>)
-    return std::fmin(a, b);
-  else
-    return b < a ? b : a;
+  if constexpr (std::is_floating_point_v<T>) return std::fmin(a, b);
+  else return b < a ? b : a;
 }
 template <class A, class B, class T = std::common_type_t<A, B>>
 inline std::enable_if_t<std::is_arithmetic_v<T>, T> max(A left, B right) {
   const T a = static_cast<T>(left), b = static_cast<T>(right);
-  if constexpr (std::is_floating_point_v<T>)
-    return std::fmax(a, b);
-  else
-    return a < b ? b : a;
+  if constexpr (std::is_floating_point_v<T>) return std::fmax(a, b);
+  else return a < b ? b : a;
 }

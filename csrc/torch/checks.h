@@ -34,8 +34,7 @@ void check(bool ok, const Parts&... parts) {
 template <class Values>
 std::string text(const Values& values) {
   std::string result = "[";
-  for (size_t i = 0; i < values.size(); ++i)
-    result += (i ? ", " : "") + std::to_string(values[i]);
+  for (size_t i = 0; i < values.size(); ++i) result += (i ? ", " : "") + std::to_string(values[i]);
   return result + "]";
 }
 
@@ -106,7 +105,7 @@ CheckedProblem checked_numbers(const Sizes& input_size, const Sizes& weight_size
   for (const auto* pair : {&stride, &padding, &dilation})
     check(pair->size() == 2, "stride, padding, dilation: got ", text(*pair),
           ", accepted are 2 numbers each");
-  const ConvProblem problem = {input_size[0],  input_size[1],  input_size[2], input_size[3],
+  const ConvProblem problem = {input_size[0],  input_size[1],  input_size[2],  input_size[3],
                                weight_size[0], weight_size[2], weight_size[3], stride[0],
                                stride[1],      padding[0],     padding[1],     dilation[0],
                                dilation[1],    groups};
@@ -119,9 +118,8 @@ CheckedProblem checked_numbers(const Sizes& input_size, const Sizes& weight_size
     check(size >= 1, "input_size, weight_size, stride, dilation: got ", text(input_size), ", ",
           text(weight_size), ", ", text(stride), " and ", text(dilation),
           ", accepted are numbers above 0");
-  check(problem.n >= 0 && problem.pad_h >= 0 && problem.pad_w >= 0,
-        "input_size and padding: got ", text(input_size), " and ", text(padding),
-        ", accepted are numbers from 0 on");
+  check(problem.n >= 0 && problem.pad_h >= 0 && problem.pad_w >= 0, "input_size and padding: got ",
+        text(input_size), " and ", text(padding), ", accepted are numbers from 0 on");
   // Before anything is computed from the numbers.
   if (const char* reason = problem_refusal(problem)) return {problem, reason};
   check(problem.h + 2 * problem.pad_h > problem.dil_h * (problem.r - 1) &&

@@ -69,10 +69,8 @@ int pool_threads() {
 void pool_run(int threads, int64_t tasks, sparsebwd::TaskBody body, void* context) {
   PoolRun run = {body, context, tasks};
   const int64_t workers = std::min<int64_t>(tasks, threads);
-  if (workers <= 1)
-    run_worker(0, workers, &run);
-  else
-    TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, workers, 1, run_worker, &run));
+  if (workers <= 1) run_worker(0, workers, &run);
+  else TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, workers, 1, run_worker, &run));
 }
 
 sparsebwd::TaskPool task_pool() { return {pool_threads(), pool_run}; }
@@ -92,7 +90,8 @@ std::string isa() { return sparsebwd::active_kernels().name; }
 
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
-  for (const sparsebwd::IsaKernels* kernels : sparsebwd::supported_kernels()) names.push_back(kernels->name);
+  for (const sparsebwd::IsaKernels* kernels : sparsebwd::supported_kernels())
+    names.push_back(kernels->name);
   return names;
 }
 
@@ -100,8 +99,8 @@ std::vector<std::string> supported_isas() {
 DType checked_run(const Tensor& g) {
   check_on_cpu(g, "g");
   const DType dtype = checked_dtype(g, "g");
-  check(g.is_contiguous() || (g.dim() == 4 && is_dense(g, kChannelsLast)),
-        "g: got strides ", text(g.strides()), " for shape ", text(g.sizes()),
+  check(g.is_contiguous() || (g.dim() == 4 && is_dense(g, kChannelsLast)), "g: got strides ",
+        text(g.strides()), " for shape ", text(g.sizes()),
         ", accepted are contiguous and channels_last tensors");
   return dtype;
 }
@@ -128,8 +127,8 @@ double expected_density(const Tensor& g, double taus_per_mean) {
   const DType dtype = checked_run(g);
   check(std::isfinite(taus_per_mean) && taus_per_mean >= 0.0, "taus_per_mean: got ", taus_per_mean,
         ", accepted are finite numbers >= 0");
-  return sparsebwd::expected_density(sparsebwd::active_kernels().prune, g.const_data_ptr(), dtype, g.numel(),
-                                     taus_per_mean);
+  return sparsebwd::expected_density(sparsebwd::active_kernels().prune, g.const_data_ptr(), dtype,
+                                     g.numel(), taus_per_mean);
 }
 
 void check_tau(double tau, const char* name, DType dtype) {
@@ -137,7 +136,8 @@ void check_tau(double tau, const char* name, DType dtype) {
   check(std::isfinite(tau) && tau >= 0.0 && threshold == tau &&
             (dtype == DType::kFloat32 ||
              sparsebwd::float_of_bfloat16(sparsebwd::bfloat16_of_float(threshold)) == threshold),
-        name, ": got ", tau, ", accepted are finite numbers >= 0 that g's dtype represents exactly");
+        name, ": got ", tau,
+        ", accepted are finite numbers >= 0 that g's dtype represents exactly");
 }
 
 sparsebwd::PruneSpec checked_prune_spec(const Tensor& key, double tau, DType dtype) {
@@ -152,7 +152,8 @@ sparsebwd::PruneSpec checked_prune_spec(const Tensor& key, double tau, DType dty
 const float* checked_taus(const std::optional<Tensor>& taus, int64_t images, DType dtype) {
   if (!taus) return nullptr;
   check_on_cpu(*taus, "taus");
-  check(taus->scalar_type() == ScalarType::Float && taus->is_contiguous() && has_sizes(*taus, {images}),
+  check(taus->scalar_type() == ScalarType::Float && taus->is_contiguous() &&
+            has_sizes(*taus, {images}),
         "taus: got ", toString(taus->scalar_type()), " of shape ", text(taus->sizes()),
         ", accepted is contiguous Float (float32) of shape [", images, "]");
   const auto* values = static_cast<const float*>(taus->const_data_ptr());
@@ -160,7 +161,8 @@ const float* checked_taus(const std::optional<Tensor>& taus, int64_t images, DTy
   return values;
 }
 
-int64_t prune(const Tensor& g, const Tensor& key, double tau, Tensor out, std::optional<Tensor> taus) {
+int64_t prune(const Tensor& g, const Tensor& key, double tau, Tensor out,
+              std::optional<Tensor> taus) {
   check_on_cpu(g, "g");
   check_on_cpu(out, "out");
   const DType dtype = checked_dtype(g, "g");
@@ -198,12 +200,13 @@ void copy_layout(const Tensor& src, Tensor out) {
 bool checked_activation(const Tensor& tensor, const char* name, const Tensor& grad_output,
                         const std::vector<int64_t>& size, bool half_planes = false) {
   check_on_cpu(tensor, name);
-  const bool planes = (half_planes || tensor.scalar_type() == ScalarType::Float) && tensor.dim() == 4 &&
-                      is_dense(tensor, kContiguous);
+  const bool planes = (half_planes || tensor.scalar_type() == ScalarType::Float) &&
+                      tensor.dim() == 4 && is_dense(tensor, kContiguous);
   check(tensor.scalar_type() == grad_output.scalar_type() && has_sizes(tensor, size) &&
             (is_dense(tensor, kChannelsLast) || planes),
         name, ": got ", toString(tensor.scalar_type()), " of shape ", text(tensor.sizes()),
-        " and strides ", text(tensor.strides()), ", accepted is a channels_last tensor, or a contiguous one",
+        " and strides ", text(tensor.strides()),
+        ", accepted is a channels_last tensor, or a contiguous one",
         half_planes ? "" : " of float32", ", of grad_output's dtype and of shape ", text(size));
   return !is_dense(tensor, kChannelsLast);
 }
@@ -225,18 +228,18 @@ std::string refusal(std::vector<int64_t> input_size, std::vector<int64_t> weight
                     std::vector<int64_t> stride, std::vector<int64_t> padding,
                     std::vector<int64_t> dilation, int64_t groups) {
   const char* reason =
-      checked_numbers(input_size, weight_size, stride, padding, dilation, groups, why_refused).refusal;
+      checked_numbers(input_size, weight_size, stride, padding, dilation, groups, why_refused)
+          .refusal;
   return reason ? reason : "";
 }
 
 int64_t conv2d_backward(const Tensor& grad_output, std::optional<Tensor> input,
                         std::optional<Tensor> weight, std::vector<int64_t> input_size,
                         std::vector<int64_t> weight_size, std::vector<int64_t> stride,
-                        std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                        int64_t groups, std::optional<Tensor> key, double tau,
-                        std::optional<Tensor> pruned, std::optional<Tensor> grad_input,
-                        std::optional<Tensor> grad_weight, bool lists_only,
-                        std::optional<Tensor> taus) {
+                        std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+                        std::optional<Tensor> key, double tau, std::optional<Tensor> pruned,
+                        std::optional<Tensor> grad_input, std::optional<Tensor> grad_weight,
+                        bool lists_only, std::optional<Tensor> taus) {
   sparsebwd::ConvBackward call = {};
   const sparsebwd::ConvProblem& problem = call.problem =
       checked_problem(input_size, weight_size, stride, padding, dilation, groups, why_refused);
@@ -300,7 +303,8 @@ void depthwise_backward(const Tensor& grad_output, std::optional<Tensor> input,
   const sparsebwd::ConvProblem& problem = call.problem = checked_problem(
       input_size, weight_size, stride, padding, dilation, groups, why_depthwise_refused);
   call.dtype = checked_dtype(grad_output, "grad_output");
-  const auto activation = [&](const Tensor& tensor, const char* name, const std::vector<int64_t>& size) {
+  const auto activation = [&](const Tensor& tensor, const char* name,
+                              const std::vector<int64_t>& size) {
     const bool planes = checked_activation(tensor, name, grad_output, size, true);
     return sparsebwd::Activation{const_cast<void*>(tensor.const_data_ptr()), planes};
   };
@@ -343,7 +347,8 @@ STABLE_TORCH_LIBRARY(sparsebwd_cpu, m) {
       "float tau, Tensor(a!)? pruned, Tensor(b!)? grad_input, Tensor(c!)? grad_weight, "
       "bool lists_only=False, Tensor? taus=None) -> int");
   m.def(
-      "depthwise_refusal(int[] input_size, int[] weight_size, int[] stride, int[] padding, int[] dilation, "
+      "depthwise_refusal(int[] input_size, int[] weight_size, int[] stride, int[] padding, int[] "
+      "dilation, "
       "int groups) -> str");
   m.def(
       "depthwise_backward(Tensor grad_output, Tensor? input, Tensor? weight, int[] input_size, "

@@ -141,8 +141,8 @@ float* checked_stats(const Tensor& stats, const Tensor& g, const char* g_name) {
 std::optional<cuda::Pruning> checked_pruning(const std::optional<Tensor>& key,
                                              double sigma_coefficient, double quantile,
                                              const std::optional<Tensor>& sigma_history,
-                                             const std::optional<Tensor>& scales,
-                                             const Tensor& g, const char* g_name) {
+                                             const std::optional<Tensor>& scales, const Tensor& g,
+                                             const char* g_name) {
   check(key || !sigma_history, "sigma_history: got a tensor without a key, accepted is None then");
   check(key || !scales, "scales: got a tensor without a key, accepted is None then");
   if (!key) return std::nullopt;
@@ -231,9 +231,8 @@ std::string problem_text(const ConvProblem& problem, DType dtype) {
   std::ostringstream result;
   result << "n" << problem.n << "c" << problem.c << "h" << problem.h << "w" << problem.w << "k"
          << problem.k << "r" << problem.r << "s" << problem.s << "u" << problem.stride_h << "x"
-         << problem.stride_w << "p" << problem.pad_h << "x" << problem.pad_w << "d"
-         << problem.dil_h << "x" << problem.dil_w << "g" << problem.groups << " in "
-         << dtype_name(dtype);
+         << problem.stride_w << "p" << problem.pad_h << "x" << problem.pad_w << "d" << problem.dil_h
+         << "x" << problem.dil_w << "g" << problem.groups << " in " << dtype_name(dtype);
   return result.str();
 }
 
@@ -244,8 +243,8 @@ cuda::Strides strides_of(const Tensor& tensor) {
 // ---- operators
 
 void prune(const Tensor& g, std::optional<Tensor> key, double sigma_coefficient, double quantile,
-           std::optional<Tensor> sigma_history, std::optional<Tensor> scales, std::optional<Tensor> out,
-           Tensor stats) {
+           std::optional<Tensor> sigma_history, std::optional<Tensor> scales,
+           std::optional<Tensor> out, Tensor stats) {
   check_on_device(g, "g");
   cuda::PruneCall call = {};
   call.dtype = checked_dtype(g, "g");
@@ -276,9 +275,8 @@ void conv2d_backward(const Tensor& grad_output, std::optional<Tensor> input,
                      Sizes stride, Sizes padding, Sizes dilation, int64_t groups,
                      std::optional<Tensor> key, double sigma_coefficient, double quantile,
                      std::optional<Tensor> sigma_history, std::optional<Tensor> scales,
-                     std::optional<Tensor> pruned,
-                     std::optional<Tensor> grad_input, std::optional<Tensor> grad_weight,
-                     Tensor stats) {
+                     std::optional<Tensor> pruned, std::optional<Tensor> grad_input,
+                     std::optional<Tensor> grad_weight, Tensor stats) {
   const ConvProblem problem =
       checked_problem(input_size, weight_size, stride, padding, dilation, groups, plain_refusal);
   const Sizes output_size = {problem.n, problem.k, problem.p(), problem.q()};
@@ -290,8 +288,8 @@ void conv2d_backward(const Tensor& grad_output, std::optional<Tensor> input,
   prune_call.dtype = dtype;
   prune_call.shape = checked_prune_shape(grad_output, "grad_output", kMostOfDimension);
   prune_call.g = grad_output.const_data_ptr();
-  const auto pruning = checked_pruning(key, sigma_coefficient, quantile, sigma_history, scales, grad_output,
-                                       "grad_output");
+  const auto pruning = checked_pruning(key, sigma_coefficient, quantile, sigma_history, scales,
+                                       grad_output, "grad_output");
   prune_call.pruning = pruning ? &*pruning : nullptr;
   check(key.has_value() == pruned.has_value(), "pruned: got ", pruned ? "a tensor" : "None",
         ", accepted is a tensor if there is a key, else None");
@@ -331,7 +329,8 @@ void conv2d_backward(const Tensor& grad_output, std::optional<Tensor> input,
   }
 
   const Target target(grad_output);
-  const int64_t words = sparse ? problem.n * problem.p() * problem.q() * ((problem.k + 31) / 32) : 0;
+  const int64_t words =
+      sparse ? problem.n * problem.p() * problem.q() * ((problem.k + 31) / 32) : 0;
   const Memory nonzeros(grad_output, words * sizeof(uint32_t));
   prune_call.nonzeros = static_cast<uint32_t*>(nonzeros.start());
   agb.nonzeros = wgc.nonzeros = prune_call.nonzeros;
@@ -349,10 +348,11 @@ void conv2d_backward(const Tensor& grad_output, std::optional<Tensor> input,
 }
 
 // Why no kernel takes a problem; empty if some do.
-std::string refusal(Sizes input_size, Sizes weight_size, Sizes stride, Sizes padding, Sizes dilation,
-                    int64_t groups) {
+std::string refusal(Sizes input_size, Sizes weight_size, Sizes stride, Sizes padding,
+                    Sizes dilation, int64_t groups) {
   const char* reason =
-      checked_numbers(input_size, weight_size, stride, padding, dilation, groups, plain_refusal).refusal;
+      checked_numbers(input_size, weight_size, stride, padding, dilation, groups, plain_refusal)
+          .refusal;
   return reason ? reason : "";
 }
 

@@ -54,8 +54,10 @@ void expect_sums(const char* what, const Tensor& actual, const Sums& expected, b
   if (!actual.fences_kept()) fail(std::string(what) + ": written beside the tensor");
   const bool single = actual.dtype() == DType::kFloat32;
   for (int64_t i = 0; i < actual.count(); ++i) {
-    const double sum = expected.sum[i], found = actual.get(i), error = exact ? 0 : expected.bound(i);
-    const auto rounded = static_cast<float>(sum);  // once more to bfloat16, which is exact before that if `exact`
+    const double sum = expected.sum[i], found = actual.get(i),
+                 error = exact ? 0 : expected.bound(i);
+    const auto rounded =
+        static_cast<float>(sum);  // once more to bfloat16, which is exact before that if `exact`
     const double nearest = single ? rounded : float_of_bfloat16(bfloat16_of_float(rounded));
     const double half_ulp = (fabs(sum) + error) * (single ? 0x1p-24 : 0x1p-8);
     if (exact ? found == nearest : fabs(found - sum) <= error + half_ulp) continue;
@@ -81,18 +83,18 @@ void counted_agb(List list, const Visit* visits, int64_t count, const float* pan
 }
 
 template <int I>
-void counted_wgc(List lists, int64_t capacity, const uint16_t* counts, const uint16_t* order, int64_t begin,
-                 int64_t end, const float* panel, int64_t row_bytes, float* dw, int64_t dw_stride,
-                 Upcoming upcoming) {
+void counted_wgc(List lists, int64_t capacity, const uint16_t* counts, const uint16_t* order,
+                 int64_t begin, int64_t end, const float* panel, int64_t row_bytes, float* dw,
+                 int64_t dw_stride, Upcoming upcoming) {
   count_call("wgc", I);
-  tested->conv.wgc[I].run(lists, capacity, counts, order, fault == "wgc" ? begin + 1 : begin, end, panel, row_bytes,
-                   dw, dw_stride, upcoming);
+  tested->conv.wgc[I].run(lists, capacity, counts, order, fault == "wgc" ? begin + 1 : begin, end,
+                          panel, row_bytes, dw, dw_stride, upcoming);
 }
 
 template <int Kind, int I>
 void counted_depthwise(const DepthwiseRun& run) {
   const DepthwiseKernel* const kernels[] = {tested->depthwise.both, tested->depthwise.agb,
-                                       tested->depthwise.wgc};
+                                            tested->depthwise.wgc};
   count_call("depthwise", 3 * I + Kind);
   DepthwiseRun changed = run;
   if (fault == "depthwise") --changed.columns;
@@ -100,10 +102,10 @@ void counted_depthwise(const DepthwiseRun& run) {
 }
 
 int64_t wrong_pixels(const void* g, DType dtype, int64_t pixel_stride, void* out, float* out_f32,
-                     int64_t f32_stride, uint32_t n, uint32_t h, uint32_t w, int64_t pixels, int64_t channels,
-                     const PruneSpec& spec) {
-  return tested->prune.prune_pixels_nhwc(g, dtype, pixel_stride, out, out_f32, f32_stride, n, h, w + 1, pixels,
-                                    channels, spec);
+                     int64_t f32_stride, uint32_t n, uint32_t h, uint32_t w, int64_t pixels,
+                     int64_t channels, const PruneSpec& spec) {
+  return tested->prune.prune_pixels_nhwc(g, dtype, pixel_stride, out, out_f32, f32_stride, n, h,
+                                         w + 1, pixels, channels, spec);
 }
 
 double wrong_sum(const void* g, DType dtype, int64_t count, int64_t* nonzeros) {
@@ -130,9 +132,9 @@ Wrapped wrap(const IsaKernels& isa, std::integer_sequence<int, I...>) {
     w.wgc[i] = isa.conv.wgc[i];
     w.wgc[i].run = wgc_runs[i];
   }
-  const DepthwiseKernel by_taps[][kMost] = {
-      {counted_depthwise<0, I % kMostTaps>...}, {counted_depthwise<1, I % kMostTaps>...},
-      {counted_depthwise<2, I % kMostTaps>...}};
+  const DepthwiseKernel by_taps[][kMost] = {{counted_depthwise<0, I % kMostTaps>...},
+                                            {counted_depthwise<1, I % kMostTaps>...},
+                                            {counted_depthwise<2, I % kMostTaps>...}};
   std::copy_n(by_taps[0], kMostTaps, w.depthwise.both);
   std::copy_n(by_taps[1], kMostTaps, w.depthwise.agb);
   std::copy_n(by_taps[2], kMostTaps, w.depthwise.wgc);
@@ -150,16 +152,19 @@ const ConvKernels& wrapped_conv(Wrapped& w) {
 
 // Workers take turns: tasks may run in any order and on any of them.
 void run_in_turns(int threads, int64_t tasks, TaskBody body, void* arguments) {
-  for (int64_t task = tasks - 1; task >= 0; --task) body(arguments, task, static_cast<int>(task % threads));
+  for (int64_t task = tasks - 1; task >= 0; --task)
+    body(arguments, task, static_cast<int>(task % threads));
 }
 
-TaskPool random_pool(Random& random) { return {static_cast<int>(random.pick({1, 2, 5})), run_in_turns}; }
+TaskPool random_pool(Random& random) {
+  return {static_cast<int>(random.pick({1, 2, 5})), run_in_turns};
+}
 
 // ---- inputs
 
 // The last one is a signalling NaN.
-const float kSpecial[] = {0.0f,    -0.0f,  INFINITY, -INFINITY,                NAN,
-                          1e-40f, -1e-40f, 3e38f,    float_of_bits(0xFFA00001u)};
+const float kSpecial[] = {
+    0.0f, -0.0f, INFINITY, -INFINITY, NAN, 1e-40f, -1e-40f, 3e38f, float_of_bits(0xFFA00001u)};
 
 void fill(Tensor& tensor, Random& random, double density, bool integers) {
   for (int64_t i = 0; i < tensor.count(); ++i) {
@@ -182,16 +187,20 @@ std::vector<float> random_taus(Random& random, DType dtype, const PruneSpec& spe
   return taus;
 }
 
-const float* or_null(const std::vector<float>& taus) { return taus.empty() ? nullptr : taus.data(); }
+const float* or_null(const std::vector<float>& taus) {
+  return taus.empty() ? nullptr : taus.data();
+}
 
 // Prunes by the definition. Returns the number of non-zeros.
 int64_t prune_defined(Tensor& g, const PruneSpec& spec, const std::vector<float>& taus) {
   int64_t found = 0;
   for (int64_t i = 0; i < g.count(); ++i) {
-    const int64_t w = i % g.size(3), h = i / g.size(3) % g.size(2), c = i / g.size(3) / g.size(2) % g.size(1);
+    const int64_t w = i % g.size(3), h = i / g.size(3) % g.size(2),
+                  c = i / g.size(3) / g.size(2) % g.size(1);
     const int64_t n = i / g.size(3) / g.size(2) / g.size(1);
-    const PhiloxCounter words = prune_words(spec, static_cast<uint32_t>(n), static_cast<uint32_t>(c / 4),
-                                            static_cast<uint32_t>(h), static_cast<uint32_t>(w));
+    const PhiloxCounter words =
+        prune_words(spec, static_cast<uint32_t>(n), static_cast<uint32_t>(c / 4),
+                    static_cast<uint32_t>(h), static_cast<uint32_t>(w));
     const float value = g.get(i);
     const float tau = taus.empty() ? spec.tau : taus[static_cast<size_t>(n)];
     const float pruned = tau > 0 ? prune_element(value, tau, words.word[c % 4]) : value;
@@ -206,10 +215,13 @@ int64_t prune_defined(Tensor& g, const PruneSpec& spec, const std::vector<float>
 void check_prune(Random& random, const std::vector<const IsaKernels*>& isas) {
   const DType dtype = random.pick({DType::kFloat32, DType::kBFloat16});
   const bool planes = random.chance(0.5);
-  const int64_t size[] = {random.between(1, 3), random.pick({random.size(300), random.size(9) * 32}),
-                          random.size(9), random.size(70)};
-  const float scale = random.pick({1.0f, 1.0f, 1.0f, 1e-30f});  // below the range of the vector kernels
-  const PruneSpec spec = random_spec(random, dtype, random.pick({0.0f, 0.75f, 1.25f, 3e38f}) * scale);
+  const int64_t size[] = {random.between(1, 3),
+                          random.pick({random.size(300), random.size(9) * 32}), random.size(9),
+                          random.size(70)};
+  const float scale =
+      random.pick({1.0f, 1.0f, 1.0f, 1e-30f});  // below the range of the vector kernels
+  const PruneSpec spec =
+      random_spec(random, dtype, random.pick({0.0f, 0.75f, 1.25f, 3e38f}) * scale);
   Tensor g(dtype, size, planes ? kPlanes : kChannelsLast, random);
   fill(g, random, random.pick({0.1, 0.9}), false);
   if (scale != 1.0f)
@@ -231,7 +243,8 @@ void check_prune(Random& random, const std::vector<const IsaKernels*>& isas) {
     Wrapped kernels = wrap(*isa, std::make_integer_sequence<int, kMost>());
     const TaskPool pool = random_pool(random);
     Tensor out(dtype, size, planes ? kPlanes : kChannelsLast, random);
-    if (prune(kernels.prune, pool, g.data(), dtype, shape, spec, or_null(taus), out.data()) != found)
+    if (prune(kernels.prune, pool, g.data(), dtype, shape, spec, or_null(taus), out.data()) !=
+        found)
       fail("number of non-zeros");
     expect_same_bits("pruned", out, expected);
     Tensor in_place = g;
@@ -239,7 +252,8 @@ void check_prune(Random& random, const std::vector<const IsaKernels*>& isas) {
     expect_same_bits("pruned in place", in_place, expected);
     const AbsSum total = abs_sum(kernels.prune, pool, finite.data(), dtype, finite.count());
     if (isa == isas.front()) sum = total.sum;
-    if (total.sum != sum) fail("abs_sum " + std::to_string(total.sum) + " instead of " + std::to_string(sum));
+    if (total.sum != sum)
+      fail("abs_sum " + std::to_string(total.sum) + " instead of " + std::to_string(sum));
   }
   context = case_context;
   double near = 0;
@@ -281,9 +295,9 @@ ConvProblem random_problem(Random& random, bool separable, int64_t most_macs) {
 
 std::string text(const ConvProblem& p) {
   char result[200];
-  snprintf(result, sizeof(result), " n%dc%dh%dw%dk%dr%ds%du%dx%dp%dx%dd%dx%dg%d", int(p.n), int(p.c), int(p.h),
-           int(p.w), int(p.k), int(p.r), int(p.s), int(p.stride_h), int(p.stride_w), int(p.pad_h), int(p.pad_w),
-           int(p.dil_h), int(p.dil_w), int(p.groups));
+  snprintf(result, sizeof(result), " n%dc%dh%dw%dk%dr%ds%du%dx%dp%dx%dd%dx%dg%d", int(p.n),
+           int(p.c), int(p.h), int(p.w), int(p.k), int(p.r), int(p.s), int(p.stride_h),
+           int(p.stride_w), int(p.pad_h), int(p.pad_w), int(p.dil_h), int(p.dil_w), int(p.groups));
   return result;
 }
 
@@ -295,20 +309,24 @@ struct Convolution {
         integers(random.chance(0.5)),
         may_be_planes(any_planes || dtype == DType::kFloat32),
         planes{layout(random), layout(random), layout(random)},
-        x(dtype, {problem.n, problem.c, problem.h, problem.w}, planes[0] ? kPlanes : kChannelsLast, random),
+        x(dtype, {problem.n, problem.c, problem.h, problem.w}, planes[0] ? kPlanes : kChannelsLast,
+          random),
         w(dtype, {problem.k, problem.c / problem.groups, problem.r, problem.s}, kPlanes, random),
-        g(dtype, {problem.n, problem.k, problem.p(), problem.q()}, planes[1] ? kPlanes : kChannelsLast, random),
+        g(dtype, {problem.n, problem.k, problem.p(), problem.q()},
+          planes[1] ? kPlanes : kChannelsLast, random),
         dx(x.count()),
         dw(w.count()) {
     context += text(problem) + (dtype == DType::kFloat32 ? " float32" : " bfloat16");
-    if (random.chance(0.5)) w = Tensor(dtype, {w.size(0), w.size(1), w.size(2), w.size(3)}, {3, 1, 0, 2}, random);
+    if (random.chance(0.5))
+      w = Tensor(dtype, {w.size(0), w.size(1), w.size(2), w.size(3)}, {3, 1, 0, 2}, random);
     fill(x, random, 1.0, integers);
     fill(w, random, 1.0, integers);
     fill(g, random, separable ? 1.0 : random.pick({0.02, 0.1, 0.4, 1.0}), integers);
   }
   bool layout(Random& random) const { return may_be_planes && random.chance(0.5); }
   Tensor grad_input(Random& random) const {
-    return Tensor(dtype, {x.size(0), x.size(1), x.size(2), x.size(3)}, planes[2] ? kPlanes : kChannelsLast, random);
+    return Tensor(dtype, {x.size(0), x.size(1), x.size(2), x.size(3)},
+                  planes[2] ? kPlanes : kChannelsLast, random);
   }
   Tensor grad_weight(Random& random) const {
     return Tensor(dtype, {w.size(0), w.size(1), w.size(2), w.size(3)}, {1, 3, 2, 0}, random);
@@ -322,7 +340,9 @@ struct Convolution {
   Sums dx, dw;
 };
 
-WeightStrides strides(const Tensor& w) { return {w.stride(0), w.stride(1), w.stride(2), w.stride(3)}; }
+WeightStrides strides(const Tensor& w) {
+  return {w.stride(0), w.stride(1), w.stride(2), w.stride(3)};
+}
 
 void check_convolution(Random& random, const std::vector<const IsaKernels*>& isas) {
   Convolution c(random, false, false);
@@ -401,12 +421,15 @@ void check_layout(Random& random, const std::vector<const IsaKernels*>& isas) {
   const std::string case_context = context + " layout";
   for (const IsaKernels* isa : isas) {
     context = case_context + " " + isa->name;
-    Tensor there(DType::kFloat32, size, kChannelsLast, random), back(DType::kFloat32, size, kPlanes, random);
+    Tensor there(DType::kFloat32, size, kChannelsLast, random),
+        back(DType::kFloat32, size, kPlanes, random);
     const int64_t pixels = size[2] * size[3];
     const auto data = [](Tensor& tensor) { return static_cast<float*>(tensor.data()); };
-    transpose_images(isa->conv, random_pool(random), data(source), size[0], size[1], pixels, data(there));
+    transpose_images(isa->conv, random_pool(random), data(source), size[0], size[1], pixels,
+                     data(there));
     expect_same_bits("to channels_last", there, source);
-    transpose_images(isa->conv, random_pool(random), data(there), size[0], pixels, size[1], data(back));
+    transpose_images(isa->conv, random_pool(random), data(there), size[0], pixels, size[1],
+                     data(back));
     expect_same_bits("to planes", back, source);
   }
 }

@@ -36,7 +36,9 @@ class Random {
   T pick(std::initializer_list<T> from) {
     return from.begin()[between(0, static_cast<int64_t>(from.size()) - 1)];
   }
-  bool chance(double probability) { return static_cast<double>(engine_() >> 11) * 0x1p-53 < probability; }
+  bool chance(double probability) {
+    return static_cast<double>(engine_() >> 11) * 0x1p-53 < probability;
+  }
   float normal() { return std::normal_distribution<float>()(engine_); }
   int64_t word() { return static_cast<int64_t>(engine_()); }
 
@@ -124,8 +126,8 @@ struct Sums {
 };
 
 // AGB and WGC as the derivatives of the convolution's definition.
-inline void convolve_backward(const ConvProblem& problem, const Tensor& x, const Tensor& w, const Tensor& g,
-                              Sums& dx, Sums& dw) {
+inline void convolve_backward(const ConvProblem& problem, const Tensor& x, const Tensor& w,
+                              const Tensor& g, Sums& dx, Sums& dw) {
   const int64_t p_end = problem.p(), q_end = problem.q();
   const int64_t channels = problem.c / problem.groups, outputs = problem.k / problem.groups;
   for (int64_t i = 0; i < g.count(); ++i) {

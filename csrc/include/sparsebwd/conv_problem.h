@@ -33,7 +33,8 @@ struct ConvProblem {
 static inline const char* problem_refusal(const ConvProblem& problem) {
   constexpr int64_t kMost = INT32_MAX;
   constexpr double kMostElements = 1LL << 46;  // only tensors without elements have such shapes
-  const int64_t sizes[] = {problem.n, problem.c, problem.h, problem.w, problem.k, problem.r, problem.s};
+  const int64_t sizes[] = {problem.n, problem.c, problem.h, problem.w,
+                           problem.k, problem.r, problem.s};
   for (const int64_t size : sizes)
     if (size > kMost) return "a size is above 2147483647";
   const int64_t settings[] = {problem.stride_h, problem.stride_w, problem.pad_h,
@@ -44,7 +45,8 @@ static inline const char* problem_refusal(const ConvProblem& problem) {
     return "a side of the input with its padding is above 2147483647";
   const auto elements = [&](int64_t channels, int64_t height, int64_t width) {
     const double n = static_cast<double>(problem.n > 0 ? problem.n : 1);
-    return n * static_cast<double>(channels) * static_cast<double>(height) * static_cast<double>(width);
+    return n * static_cast<double>(channels) * static_cast<double>(height) *
+           static_cast<double>(width);
   };
   if (elements(problem.c, problem.h, problem.w) > kMostElements ||
       elements(problem.k, problem.p(), problem.q()) > kMostElements)

@@ -53,7 +53,8 @@ SPARSEBWD_HOST_DEVICE static inline float float_of_float16(uint16_t half) {
 SPARSEBWD_HOST_DEVICE static inline uint16_t float16_of_float(float value) {
   const uint32_t bits = float_bits(value);
   const uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
-  if (magnitude > 0x7F800000u) return static_cast<uint16_t>(sign | 0x7E00u | ((magnitude >> 13) & 1023u));
+  if (magnitude > 0x7F800000u)
+    return static_cast<uint16_t>(sign | 0x7E00u | ((magnitude >> 13) & 1023u));
   if (magnitude >= 0x477FF000u) return static_cast<uint16_t>(sign | 0x7C00u);  // 65520 and more
   if (magnitude < 0x38800000u) {  // below 2^-14: a multiple of 2^-24
     // Adding 0.5 leaves the multiple in the low bits of the fraction, rounded by the addition.

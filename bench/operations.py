@@ -19,7 +19,7 @@ from sparsebwd.testing import assert_bit_equal, assert_error_bounded
 
 from .inputs import Inputs, Operands, key_on, pruned_at
 from .operation import Case, Errors, Operation, check_pruned, geometry, history_of, numel, pruned_by
-from .pruning import Prune, PruneAndList, PrunePredicted, PruneWithTorch
+from .pruning import Prune, PruneAndList, PruneInLaunches, PrunePredicted, PruneWithTorch
 from .suites import Layer
 
 _UNFOLDED = {"cpu": 2**23, "cuda": 2**26}
@@ -179,7 +179,7 @@ class BackwardPredicted(Backward):
 
 
 ALL: tuple[Operation, ...] = (
-    Prune(), PruneWithTorch(), PrunePredicted(), PruneAndList(), Agb(), Wgc(), Both(), Backward(),
+    Prune(), PruneWithTorch(), PrunePredicted(), PruneInLaunches(), PruneAndList(), Agb(), Wgc(), Both(), Backward(),
     BackwardPredicted(),
 )  # fmt: skip
 

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import os
+from unittest.mock import patch
+
 import torch
 from torch import Tensor
 
 from sparsebwd import reference
+from sparsebwd.backends import cuda
 
 from .inputs import KEY, Inputs, Operands
 from .operation import TORCH, Case, Errors, Operation, check_pruned, geometry, history_of, numel, pruned_by
@@ -66,6 +70,16 @@ class PrunePredicted(Pruning):
 
     def elements(self, layer: Layer) -> int:
         return 2 * numel(layer.problem.output_size)
+
+
+class PruneInLaunches(Prune):
+    name = "prune-launches"
+    description = "as prune, in several launches, as it is beside the communication of other processes (device cuda only)"
+    devices = ("cuda",)
+
+    def candidate(self, case: Case, operands: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        with patch.dict(os.environ, {cuda.LAUNCHES: "several"}):
+            return super().candidate(case, operands)
 
 
 class PruneWithTorch(Pruning):

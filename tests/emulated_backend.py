@@ -105,6 +105,7 @@ def raw_arguments(problem, grad_output, input_size=None, weight_size=None, stats
         1.0,
         tensors.get("sigma_history"),
         tensors.get("scales"),
+        True,
         tensors.get("pruned"),
         tensors.get("grad_input"),
         tensors.get("grad_weight"),

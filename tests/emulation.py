@@ -190,6 +190,7 @@ class Device(NamedTuple):
     multiprocessors: int = 4
     shared_per_block: int = 227 * 1024  # bytes
     shared_per_multiprocessor: int = 228 * 1024
+    cooperative: bool = True  # whether K1 is one launch
 
 
 @dataclass

@@ -31,7 +31,7 @@ def test_schemas_say_what_is_written():
     sizes = problem.output_size
     operators, history = torch.ops.sparsebwd_emulated, torch.zeros(5, dtype=torch.int32)
     scales = torch.ones(sizes[0])
-    arguments = (torch.ones(sizes), KEY, 1.0, 1.0, history, scales, torch.empty(sizes), torch.empty(3))
+    arguments = (torch.ones(sizes), KEY, 1.0, 1.0, history, scales, True, torch.empty(sizes), torch.empty(3))
     torch.library.opcheck(operators.prune.default, arguments, test_utils="test_schema")
     tensors = {
         "input": torch.ones(problem.input_size),
@@ -103,7 +103,7 @@ BAD = ConvProblem.parse("n2c6h3w5k4r3s3p1")
 
 
 def _prune(g=G, key=KEY, coefficient=1.0, quantile=1.0, history=None, scales=None, out=None, stats=STATS):
-    torch.ops.sparsebwd_emulated.prune(g, key, coefficient, quantile, history, scales, out, stats)
+    torch.ops.sparsebwd_emulated.prune(g, key, coefficient, quantile, history, scales, True, out, stats)
 
 
 def _convolve(grad_output=G, **tensors):

@@ -31,6 +31,7 @@ LAYOUTS = [torch.contiguous_format, torch.channels_last]
 KIB = 1024
 # Shared memory that parks nothing, one or two packs of each thread, and all that the tests have.
 DEVICES = [Device(1, 300), Device(3, 34 * KIB), Device(2, 200 * KIB), Device(9, 17 * KIB), Device(5, 227 * KIB)]
+DEVICES += [Device(4, 34 * KIB, cooperative=False), Device(3, 200 * KIB, 100 * KIB)]  # the latter has no room for one launch
 SHAPES = [
     (1, 1, 1, 1),
     (2, 3, 5, 7),
@@ -244,7 +245,7 @@ def test_any_bits_and_magnitudes_around_what_is_kept(exponent, dtype, memory_for
 
 @pytest.mark.parametrize("predicts", [False, True], ids=["exact", "predicted"])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=["f32", "bf16"])
-def test_magnitudes_are_added_in_float64(dtype, memory_format, predicts):
+def test_sums_of_magnitudes_are_those_of_float64(dtype, memory_format, predicts):
     """Sums of float32 would lose each 1 that comes after the first 2^24 of a thread."""
     generator = torch.Generator().manual_seed(0)
     large = torch.rand(1, 64, 32, 32, generator=generator) < 0.1
@@ -257,6 +258,24 @@ def test_magnitudes_are_added_in_float64(dtype, memory_format, predicts):
     result = Emulator(device=DEVICES[0]).prune(grad, pruning(history=history), channels_last=channels_last)
     assert_bit_equal(result.stats[1], sigma, "sigma")
     assert history[0] == predicts + 1
+
+
+@pytest.mark.parametrize("predicts", [False, True], ids=["exact", "predicted"])
+@pytest.mark.parametrize("device", DEVICES[:5], ids=lambda d: f"{d[0]}x{d[1]}")
+def test_several_launches_have_the_bits_of_one(device, predicts, dtype, memory_format):
+    grad = gradient((3, 40, 17, 12), dtype, memory_format)
+    channels_last = memory_format is torch.channels_last
+    found = []
+    for shape in (device, device._replace(cooperative=False), device._replace(shared_per_multiprocessor=KIB)):
+        history = torch.zeros(5, dtype=torch.int32)
+        history[0], history[1] = predicts, torch.tensor(0.5).view(torch.int32)
+        result = Emulator(device=shape).prune(grad, pruning(history=history), channels_last=channels_last, nonzeros=channels_last)
+        found.append((result, history))
+    for result, history in found[1:]:
+        for name, one, other in zip(result._fields, found[0][0], result):
+            if one is not None:
+                assert_bit_equal(other, one, name)
+        assert_bit_equal(history, found[0][1], "history")
 
 
 # ---- predicted thresholds
@@ -281,7 +300,7 @@ class History:
             self.recorded.append(sigma)
 
 
-@pytest.mark.parametrize("device", DEVICES[:3], ids=lambda d: f"{d[0]}x{d[1]}")
+@pytest.mark.parametrize("device", DEVICES[:3] + DEVICES[-2:], ids=lambda d: f"{d[0]}x{d[1]}")
 def test_predicted_thresholds_follow_the_history(device, dtype, memory_format):
     channels_last = memory_format is torch.channels_last
     emulator, model = Emulator(device=device), History()
@@ -386,10 +405,10 @@ def cases() -> list[tuple[str, Callable[[], tuple[Tensor, Pruning]]]]:
 
 @pytest.mark.parametrize("make", [make for _, make in cases()], ids=[name for name, _ in cases()])
 def test_order_of_threads_does_not_matter_and_memory_is_used_by_the_rules(make):
-    """Other orders give the same bits; in the checked build each access is seen."""
-    device = Device(3, 20 * KIB)
+    """Other orders give the same bits, in one launch and in several; in the checked build each access is seen."""
     results = []
-    for variant, seed in [("fast", 0), ("fast", 1), ("checked", 2)]:
+    for variant, seed, cooperative in [("fast", 0, True), ("fast", 1, True), ("checked", 2, True), ("checked", 3, False)]:
+        device = Device(3, 20 * KIB, cooperative=cooperative)
         grad, how = make()
         channels_last = reference.memory_format(grad) is torch.channels_last
         emulator = Emulator(variant, seed, device)

@@ -246,7 +246,7 @@ def test_limits_of_launches(kernels):
 
 
 def test_resident_blocks(kernels):
-    kernels.module.set_device(4, 100_000, 100_000)
+    kernels.module.set_device(4, 100_000, 100_000, True)
     assert kernels.module.resident_blocks(1024, 0) == 2
     assert kernels.module.resident_blocks(33, 0) == 32
     assert kernels.module.resident_blocks(256, 24_000) == 3

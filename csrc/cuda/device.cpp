@@ -25,6 +25,7 @@ cudaError_t current_device(Device* device) {
         {&found.multiprocessors, cudaDevAttrMultiProcessorCount},
         {&found.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin},
         {&found.shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor},
+        {&found.cooperative, cudaDevAttrCooperativeLaunch},
     };
     for (const auto& [value, attribute] : wanted) {
       error = cudaDeviceGetAttribute(value, attribute, ordinal);

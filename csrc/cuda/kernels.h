@@ -21,6 +21,9 @@ struct Device {
   int multiprocessors;
   int shared_per_block;  // bytes that a block may have at most, opted in to
   int shared_per_multiprocessor;
+  // Whether K1 may be one cooperative launch, for which all multiprocessors have to be free. Else it
+  // is several, with the same results. At first what the device can do.
+  int cooperative;
 };
 
 // The current device. Asks the driver once for each device.

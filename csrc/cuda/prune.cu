@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// K1: sigma, threshold and stochastic pruning of a gradient in one cooperative launch.
+// K1: sigma, threshold and stochastic pruning of a gradient.
 //
 // Idea. The exact threshold needs sum |g| before the first element can be pruned. So there are two
-// passes with a grid barrier between them. The first reads g, adds magnitudes, and parks what it
+// passes: in one cooperative launch with a grid barrier between them, or, where other kernels need
+// the device too, in launches of their own, which give the same bits. The first reads g, adds magnitudes, and parks what it
 // read in shared memory as far as that goes. The second prunes, going backwards: what was not
 // parked comes first and is read again, the last read of it first, since that may still be in the
 // L2 cache. A predicted threshold needs no first pass: the second adds magnitudes as it prunes.
@@ -17,7 +18,10 @@
 // Positions. A pack's place (n, h, w, c) is the index of its first quad in mixed radix, found once
 // for each thread by division; from row to row a constant is added to it, digit by digit.
 //
-// Cost. Memory is to be the limit. While g can be parked, on an H100 up to 29 MB, it is read once
+// Sums. Few cards have many units for float64. So magnitudes are added as pairs of float32 without
+// loss, and a pair for each 64 bytes or less becomes a float64.
+//
+// Cost. Memory is to be the limit. While g can be parked, on an H100 up to 29 MB, one launch reads it once
 // and the result written once; beyond, g is read again but for what L2 keeps. At 3 TB/s and
 // 1.75 GHz a multiprocessor can move 13 bytes a cycle, a float32 in 0.31 and a bfloat16 in 0.15
 // cycles each way. The random numbers make the second pass heavy. Of its machine code for sm_90a, a
@@ -52,6 +56,21 @@ struct Partial {
   int64_t nonzeros;  // in its share, after pruning
 };
 
+struct Arguments {
+  const void* g;
+  void* out;
+  uint32_t* nonzeros;
+  float* stats;
+  Partial* partials;  // of each block that has rows
+  uint32_t blocks;
+  bool prunes;  // else `pruning` holds nothing
+  Pruning pruning;
+  double count;  // of elements, at least 1
+  int64_t rows;
+  uint32_t parked;  // the first so many rows of a warp are parked
+  Geometry geometry;
+};
+
 // The sum over the block, in all its threads. Anything that threads had written to global or shared
 // memory before is visible to the block after it.
 template <class Value>
@@ -71,10 +90,10 @@ constexpr size_t kSumBytes = kWarps * sizeof(double);
 
 // The sum of a member of all blocks' partials, in all threads.
 template <class Value>
-__device__ Value grid_sum(const Partial* partials, Value Partial::* member) {
+__device__ Value grid_sum(const Arguments& a, Value Partial::* member) {
   Value value = 0;
-  for (unsigned block = threadIdx.x; block < gridDim.x; block += kThreads)
-    value += partials[block].*member;
+  for (unsigned block = threadIdx.x; block < a.blocks; block += kThreads)
+    value += a.partials[block].*member;
   return block_sum(value);
 }
 
@@ -103,22 +122,6 @@ __device__ void record(int32_t* history, float sigma) {
   history[0] = recorded + 1;
 }
 
-// ---- the kernel
-
-struct Arguments {
-  const void* g;
-  void* out;
-  uint32_t* nonzeros;
-  float* stats;
-  Partial* partials;
-  bool prunes;  // else `pruning` holds nothing
-  Pruning pruning;
-  double count;  // of elements, at least 1
-  int64_t rows;
-  uint32_t parked;  // the first so many rows of a warp are parked
-  Geometry geometry;
-};
-
 __device__ float sigma_of(double sum, const Arguments& a) {
   return static_cast<float>(a.pruning.sigma_coefficient * (sum / a.count));
 }
@@ -134,6 +137,8 @@ __device__ Rows rows_of_warp(int64_t rows) {
   const int64_t end = rows * (blockIdx.x + 1) / gridDim.x;
   return {first, first < end ? static_cast<uint32_t>(ceil_div(end - first, kWarps)) : 0u};
 }
+
+// ---- the two passes
 
 // Adds up magnitudes and parks packs, front to back. `position` moves from the first row to behind
 // the last one.
@@ -154,10 +159,9 @@ __device__ __forceinline__ double sum_pass(const Arguments& a, uint32_t rows, Po
       move(position, a.geometry.forward, a.geometry);
     }
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    for (int i = 0; i < kBatch; ++i)
       if (row + i < rows && row + i < a.parked) parking.put(row + i, packs[i]);
-      add_magnitudes<typename View::Element>(sum, packs[i]);
-    }
+    sum += sum_of_magnitudes<typename View::Element>(packs);
   }
   return sum;
 }
@@ -189,7 +193,10 @@ __device__ __forceinline__ Pruned prune_pass(const Arguments& a, Rows rows, Posi
     const bool parked = left < a.parked;
     Pack pack =
         AfterSum && parked ? parking.get(left) : View::load(g + offset, present, a.geometry);
-    if (!AfterSum) add_magnitudes<Element>(result.sum, pack);
+    if (!AfterSum) {
+      const Pack one[] = {pack};
+      result.sum += sum_of_magnitudes<Element>(one);
+    }
     if (a.pruning.scales && present && position.digit[3] != image) {
       image = position.digit[3];
       pruner = Pruner<Element>(threshold<Element>(to_float(tau) * a.pruning.scales[image]));
@@ -205,46 +212,111 @@ __device__ __forceinline__ Pruned prune_pass(const Arguments& a, Rows rows, Posi
   return result;
 }
 
+// ---- the kernels: sums, pruning, and what one block does at the end
+
 template <class View>
-__global__ void __launch_bounds__(kThreads) prune_kernel(const Arguments a) {
-  using Element = typename View::Element;
-  const Rows rows = rows_of_warp(a.rows);
-  const Parking<typename View::Pack, kThreads> parking(dynamic_shared() + kSumBytes);
-  float sigma = a.pruning.sigma_history ? mean_of_history(a.pruning.sigma_history) : 0.0f;
-  const bool exact = a.prunes && !(sigma > 0.0f);
+using ParkingOf = Parking<typename View::Pack, kThreads>;
 
-  const int64_t start = rows.first + (exact ? 0 : static_cast<int64_t>(rows.count) * kWarps);
-  Position position = position_of(start * kWarp + threadIdx.x % kWarp, View::kStep, a.geometry);
-  if (exact) {
-    const double sum = block_sum(sum_pass<View>(a, rows.count, position, parking));
-    if (threadIdx.x == 0) a.partials[blockIdx.x].sum = sum;
-    grid_sync();
-    sigma = sigma_of(grid_sum(a.partials, &Partial::sum), a);
-  }
-  Element tau = {};
+// Sigma that the threshold follows from, as predicted; 0: it is to be that of this very gradient.
+__device__ float predicted_sigma(const Arguments& a) {
+  return a.pruning.sigma_history ? mean_of_history(a.pruning.sigma_history) : 0.0f;
+}
+
+// As the blocks' sums have it, once all are there.
+__device__ float exact_sigma(const Arguments& a) { return sigma_of(grid_sum(a, &Partial::sum), a); }
+
+template <class Element>
+__device__ Element tau_of(const Arguments& a, float sigma) {
+  if (!a.prunes) return {};
+  return threshold<Element>(static_cast<float>(static_cast<double>(sigma) * a.pruning.quantile));
+}
+
+// Of the first row of the warp, or behind its last one.
+template <class View>
+__device__ Position start(const Arguments& a, const Rows& rows, bool behind) {
+  const int64_t row = rows.first + (behind ? static_cast<int64_t>(rows.count) * kWarps : 0);
+  return position_of(row * kWarp + threadIdx.x % kWarp, View::kStep, a.geometry);
+}
+
+template <class View>
+__device__ __forceinline__ void sum_share(const Arguments& a, const Rows& rows, Position& position,
+                                          ParkingOf<View> parking) {
+  const double sum = block_sum(sum_pass<View>(a, rows.count, position, parking));
+  if (threadIdx.x == 0) a.partials[blockIdx.x].sum = sum;
+}
+
+template <class View, bool AfterSum>
+__device__ __forceinline__ void prune_share(const Arguments& a, const Rows& rows,
+                                            const Position& position, ParkingOf<View> parking,
+                                            float sigma) {
+  const auto tau = tau_of<typename View::Element>(a, sigma);
   PruneSpec spec = {};
-  if (a.prunes) {
-    tau = threshold<Element>(static_cast<float>(static_cast<double>(sigma) * a.pruning.quantile));
-    spec = make_prune_spec(to_float(tau), a.pruning.key[0], a.pruning.key[1]);
-  }
-  const Pruned pruned = exact ? prune_pass<View, true>(a, rows, position, parking, tau, spec)
-                              : prune_pass<View, false>(a, rows, position, parking, tau, spec);
-
+  if (a.prunes) spec = make_prune_spec(to_float(tau), a.pruning.key[0], a.pruning.key[1]);
+  const Pruned pruned = prune_pass<View, AfterSum>(a, rows, position, parking, tau, spec);
   const int64_t nonzeros = block_sum(static_cast<int64_t>(pruned.nonzeros));
   if (threadIdx.x == 0) a.partials[blockIdx.x].nonzeros = nonzeros;
-  if (!exact) {
-    const double sum = block_sum(pruned.sum);
-    if (threadIdx.x == 0) a.partials[blockIdx.x].sum = sum;
+  if (AfterSum) return;
+  const double sum = block_sum(pruned.sum);
+  if (threadIdx.x == 0) a.partials[blockIdx.x].sum = sum;
+}
+
+// `sigma`: of the threshold.
+template <class View>
+__device__ __forceinline__ void finish(const Arguments& a, float sigma, bool exact) {
+  const float own = exact ? sigma : exact_sigma(a);
+  const int64_t nonzeros = grid_sum(a, &Partial::nonzeros);
+  if (threadIdx.x > 0) return;
+  a.stats[0] = to_float(tau_of<typename View::Element>(a, sigma));
+  a.stats[1] = a.prunes ? own : 0.0f;
+  a.stats[2] = static_cast<float>(static_cast<double>(nonzeros) / a.count);
+  if (a.pruning.sigma_history) record(a.pruning.sigma_history, own);
+}
+
+// All in one: the blocks wait for each other.
+template <class View>
+__global__ void __launch_bounds__(kThreads) prune_kernel(const Arguments a) {
+  const Rows rows = rows_of_warp(a.rows);
+  const ParkingOf<View> parking(dynamic_shared() + kSumBytes);
+  float sigma = predicted_sigma(a);
+  const bool exact = a.prunes && !(sigma > 0.0f);
+  Position position = start<View>(a, rows, !exact);
+  if (exact) {
+    sum_share<View>(a, rows, position, parking);
+    grid_sync();
+    sigma = exact_sigma(a);
+    prune_share<View, true>(a, rows, position, parking, sigma);
+  } else {
+    prune_share<View, false>(a, rows, position, parking, sigma);
   }
   grid_sync();
-  if (blockIdx.x > 0) return;
-  if (!exact) sigma = sigma_of(grid_sum(a.partials, &Partial::sum), a);
-  const int64_t all = grid_sum(a.partials, &Partial::nonzeros);
-  if (threadIdx.x > 0) return;
-  a.stats[0] = spec.tau;
-  a.stats[1] = a.prunes ? sigma : 0.0f;
-  a.stats[2] = static_cast<float>(static_cast<double>(all) / a.count);
-  if (a.pruning.sigma_history) record(a.pruning.sigma_history, sigma);
+  if (blockIdx.x == 0) finish<View>(a, sigma, exact);
+}
+
+// The same in three, none of which parks anything: those before have ended.
+template <class View>
+__global__ void __launch_bounds__(kThreads) prune_sum_kernel(const Arguments a) {
+  if (predicted_sigma(a) > 0.0f) return;
+  const Rows rows = rows_of_warp(a.rows);
+  Position position = start<View>(a, rows, false);
+  sum_share<View>(a, rows, position, ParkingOf<View>(dynamic_shared() + kSumBytes));
+}
+
+template <class View>
+__global__ void __launch_bounds__(kThreads) prune_rows_kernel(const Arguments a) {
+  const Rows rows = rows_of_warp(a.rows);
+  const ParkingOf<View> parking(dynamic_shared() + kSumBytes);
+  const Position position = start<View>(a, rows, true);
+  const float sigma = predicted_sigma(a);
+  if (a.prunes && !(sigma > 0.0f))
+    prune_share<View, true>(a, rows, position, parking, exact_sigma(a));
+  else prune_share<View, false>(a, rows, position, parking, sigma);
+}
+
+template <class View>
+__global__ void __launch_bounds__(kThreads) prune_stats_kernel(const Arguments a) {
+  const float sigma = predicted_sigma(a);
+  const bool exact = a.prunes && !(sigma > 0.0f);
+  finish<View>(a, exact ? exact_sigma(a) : sigma, exact);
 }
 
 // ---- launch
@@ -322,14 +394,29 @@ cudaError_t launch_view(const PruneCall& call, const Device& device, cudaStream_
   constexpr int64_t kRowBytes = kThreads * sizeof(typename View::Pack);  // of all warps
   const int64_t room =
       std::max<int64_t>(device.shared_per_block - static_cast<int64_t>(kSumBytes), 0) / kRowBytes;
+  a.blocks = static_cast<uint32_t>(blocks);
   // A block has at most one row more than others, so a warp has at most that many.
   a.parked = static_cast<uint32_t>(std::min(room, ceil_div(ceil_div(a.rows, blocks), kWarps)));
   LaunchShape launch_shape;
   launch_shape.grid = dim3(static_cast<unsigned>(blocks));
   launch_shape.block = dim3(kThreads);
-  launch_shape.shared = kSumBytes + static_cast<size_t>(a.parked * kRowBytes);
-  launch_shape.cooperative = true;
-  return launch(prune_kernel<View>, launch_shape, stream, a);
+  if (device.cooperative) {
+    launch_shape.shared = kSumBytes + static_cast<size_t>(a.parked * kRowBytes);
+    launch_shape.cooperative = true;
+    const cudaError_t error = launch(prune_kernel<View>, launch_shape, stream, a);
+    // Else part of the device is reserved for others, and nothing was launched.
+    if (error != cudaErrorCooperativeLaunchTooLarge) return error;
+    cudaGetLastError();
+    launch_shape.cooperative = false;
+  }
+  a.parked = 0;
+  launch_shape.shared = kSumBytes;
+  cudaError_t error = cudaSuccess;
+  if (a.prunes) error = launch(prune_sum_kernel<View>, launch_shape, stream, a);
+  if (error == cudaSuccess) error = launch(prune_rows_kernel<View>, launch_shape, stream, a);
+  launch_shape.grid = dim3(1);
+  if (error == cudaSuccess) error = launch(prune_stats_kernel<View>, launch_shape, stream, a);
+  return error;
 }
 
 }  // namespace

@@ -311,16 +311,35 @@ __device__ __forceinline__ uint32_t bits_of(float value) { return float_bits(val
 __device__ __forceinline__ uint32_t bits_of(BFloat16 value) { return value.bits; }
 __device__ __forceinline__ uint32_t bits_of(Float16 value) { return value.bits; }
 
-template <class T, int Count>
-__device__ __forceinline__ void add_magnitudes(double& sum, const Words<Count>& pack) {
+__device__ __forceinline__ bool is_finite(float value) { return fabsf(value) <= FLT_MAX; }
+
+template <class T, int Packs, int Count, class Body>
+__device__ __forceinline__ void for_magnitudes(const Words<Count> (&packs)[Packs], Body body) {
 #pragma unroll
-  for (int i = 0; i < Count; ++i)
+  for (int pack = 0; pack < Packs; ++pack)
 #pragma unroll
-    for (int part = 0; part < kPerWord<T>; ++part)
-      sum += static_cast<double>(fabsf(value_of<T>(pack.word[i], part)));
+    for (int i = 0; i < Count; ++i)
+#pragma unroll
+      for (int part = 0; part < kPerWord<T>; ++part)
+        body(fabsf(value_of<T>(packs[pack].word[i], part)));
 }
 
-__device__ __forceinline__ bool is_finite(float value) { return fabsf(value) <= FLT_MAX; }
+// Up to 2^-44 of itself. `low` has what `high` loses (Knuth's sum of two), for want of units for float64.
+template <class T, int Packs, int Count>
+__device__ __forceinline__ double sum_of_magnitudes(const Words<Count> (&packs)[Packs]) {
+  float high = 0.0f, low = 0.0f;
+  for_magnitudes<T>(packs, [&](float magnitude) {
+    const float sum = high + magnitude, added = sum - high;
+    low += (high - (sum - added)) + (magnitude - added);
+    high = sum;
+  });
+  double result = static_cast<double>(high) + static_cast<double>(low);
+  if (!is_finite(high)) {  // too large for a float32, or something is not finite
+    result = 0.0;
+    for_magnitudes<T>(packs, [&](float magnitude) { result += static_cast<double>(magnitude); });
+  }
+  return result;
+}
 
 // On the bits of all elements in a word at once: float32 values rounded toward zero, all ones for
 // elements with a sign and zeros for others, and the larger of magnitudes.

@@ -16,7 +16,8 @@ using emulator::Operands;
 
 Device emulated() {
   const emulator::Limits& limits = emulator::device();
-  return {limits.multiprocessors, limits.shared_per_block, limits.shared_per_multiprocessor};
+  return {limits.multiprocessors, limits.shared_per_block, limits.shared_per_multiprocessor,
+          limits.cooperative};
 }
 
 // n, c, h, w, k, r, s, stride, padding, dilation (two each), groups.

@@ -83,13 +83,13 @@ class Operands {
   unsigned char* guard_ = nullptr;
 };
 
-// set_seed(int); set_device(multiprocessors, shared_per_block, shared_per_multiprocessor).
+// set_seed(int); set_device(multiprocessors, shared_per_block, shared_per_multiprocessor, cooperative).
 inline void bind_controls(pybind11::module_& module) {
   module.def("set_seed", &set_seed);
-  module.def("set_device",
-             [](int multiprocessors, int shared_per_block, int shared_per_multiprocessor) {
-               device() = {multiprocessors, shared_per_block, shared_per_multiprocessor};
-             });
+  module.def("set_device", [](int multiprocessors, int shared_per_block,
+                              int shared_per_multiprocessor, bool cooperative) {
+    device() = {multiprocessors, shared_per_block, shared_per_multiprocessor, cooperative};
+  });
 }
 
 }  // namespace sparsebwd::cuda::emulator

@@ -103,6 +103,7 @@ struct Limits {
   int multiprocessors;
   int shared_per_block;
   int shared_per_multiprocessor;
+  int cooperative;  // whether it takes cooperative launches
 };
 Limits& device();
 

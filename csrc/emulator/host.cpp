@@ -44,6 +44,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ord
   const auto& limits = sparsebwd::cuda::emulator::device();
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount: *value = limits.multiprocessors; return cudaSuccess;
+    case cudaDevAttrCooperativeLaunch: *value = limits.cooperative; return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
       *value = limits.shared_per_multiprocessor;
       return cudaSuccess;

@@ -17,7 +17,7 @@ constexpr unsigned kMostThreads = 1024;  // of a block
 
 std::mutex mutex;  // one launch at a time
 uint64_t next_seed = 0;
-Limits limits = {4, 227 * 1024, 228 * 1024};
+Limits limits = {4, 227 * 1024, 228 * 1024, 1};
 
 void check_guards(const Block& block) {
   const unsigned char* begin = block.shared;
@@ -119,6 +119,7 @@ cudaError_t run(const Launch& launch) {
   if (grid.x > 0x7FFFFFFFu || grid.y > 65535 || grid.z > 65535)
     return cudaErrorInvalidConfiguration;
   if (launch.shared > static_cast<size_t>(limits.shared_per_block)) return cudaErrorInvalidValue;
+  if (launch.cooperative && !limits.cooperative) return cudaErrorNotSupported;
   if (launch.cooperative) {
     int resident = 0;
     const cudaError_t error = resident_blocks(static_cast<int>(threads), launch.shared, &resident);

@@ -200,13 +200,15 @@ class Memory {
 };
 
 // Where the kernels of one call run: the device of its tensors, and PyTorch's current stream there.
+// `cooperative`: whether a launch may wait until it has all of the device.
 struct Target {
-  explicit Target(const Tensor& tensor)
+  Target(const Tensor& tensor, bool cooperative)
       : guard(tensor.get_device_index()), stream(current_stream(tensor.get_device_index())) {
     const cudaError_t error = cuda::current_device(&device);
     if (error != cudaSuccess)
       throw std::runtime_error(std::string("the device cannot be used: ") +
                                cudaGetErrorString(error));
+    device.cooperative &= cooperative;
   }
 
   DeviceGuard guard;
@@ -243,7 +245,7 @@ cuda::Strides strides_of(const Tensor& tensor) {
 // ---- operators
 
 void prune(const Tensor& g, std::optional<Tensor> key, double sigma_coefficient, double quantile,
-           std::optional<Tensor> sigma_history, std::optional<Tensor> scales,
+           std::optional<Tensor> sigma_history, std::optional<Tensor> scales, bool cooperative,
            std::optional<Tensor> out, Tensor stats) {
   check_on_device(g, "g");
   cuda::PruneCall call = {};
@@ -260,7 +262,7 @@ void prune(const Tensor& g, std::optional<Tensor> key, double sigma_coefficient,
   }
   call.stats = checked_stats(stats, g, "g");
 
-  const Target target(g);
+  const Target target(g, cooperative);
   const Memory workspace(g, cuda::prune_workspace(call, target.device));
   call.workspace = workspace.start();
   check_launch(cuda::prune(call, target.device, target.stream), "prune",
@@ -275,8 +277,9 @@ void conv2d_backward(const Tensor& grad_output, std::optional<Tensor> input,
                      Sizes stride, Sizes padding, Sizes dilation, int64_t groups,
                      std::optional<Tensor> key, double sigma_coefficient, double quantile,
                      std::optional<Tensor> sigma_history, std::optional<Tensor> scales,
-                     std::optional<Tensor> pruned, std::optional<Tensor> grad_input,
-                     std::optional<Tensor> grad_weight, Tensor stats) {
+                     bool cooperative, std::optional<Tensor> pruned,
+                     std::optional<Tensor> grad_input, std::optional<Tensor> grad_weight,
+                     Tensor stats) {
   const ConvProblem problem =
       checked_problem(input_size, weight_size, stride, padding, dilation, groups, plain_refusal);
   const Sizes output_size = {problem.n, problem.k, problem.p(), problem.q()};
@@ -328,7 +331,7 @@ void conv2d_backward(const Tensor& grad_output, std::optional<Tensor> input,
     sparse |= cuda::wgc_suits(wgc);
   }
 
-  const Target target(grad_output);
+  const Target target(grad_output, cooperative);
   const int64_t words =
       sparse ? problem.n * problem.p() * problem.q() * ((problem.k + 31) / 32) : 0;
   const Memory nonzeros(grad_output, words * sizeof(uint32_t));
@@ -384,12 +387,13 @@ STABLE_TORCH_LIBRARY(SPARSEBWD_OPERATORS, m) {
       "int groups, str dtype) -> (str, str)");
   m.def(
       "prune(Tensor g, Tensor? key, float sigma_coefficient, float quantile, "
-      "Tensor(a!)? sigma_history, Tensor? scales, Tensor(b!)? out, Tensor(c!) stats) -> ()");
+      "Tensor(a!)? sigma_history, Tensor? scales, bool cooperative, Tensor(b!)? out, "
+      "Tensor(c!) stats) -> ()");
   m.def(
       "conv2d_backward(Tensor grad_output, Tensor? input, Tensor? weight, int[] input_size, "
       "int[] weight_size, int[] stride, int[] padding, int[] dilation, int groups, Tensor? key, "
       "float sigma_coefficient, float quantile, Tensor(a!)? sigma_history, Tensor? scales, "
-      "Tensor(b!)? pruned, "
+      "bool cooperative, Tensor(b!)? pruned, "
       "Tensor(c!)? grad_input, Tensor(d!)? grad_weight, Tensor(e!) stats) -> ()");
 }
 

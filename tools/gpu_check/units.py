@@ -85,7 +85,7 @@ class Unit:
 
 
 CONVOLUTIONS, BOTH = ("agb", "wgc"), ("cuda", "auto")
-_PRUNINGS, PASSES = ("prune", "prune-predicted"), ("backward", "backward-predicted")
+_PRUNINGS, PASSES = ("prune", "prune-predicted", "prune-launches"), ("backward", "backward-predicted")
 MODES = ("strict", "tf32", "bfloat16")
 
 ROW_DENSITIES = (0.65, 0.4)

@@ -8,12 +8,14 @@ density remain on the device.
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import importance, reference
@@ -62,13 +64,14 @@ class _RawPruning(NamedTuple):
     quantile: float = 0.0
     sigma_history: Tensor | None = None
     scales: Tensor | None = None
+    cooperative: bool = True
 
 
 def _raw_pruning(
     grad: Tensor, key: Tensor, pruning: Pruning, sigma_history: Tensor | None, scales: Tensor | None = None
 ) -> _RawPruning:
     if _finds_threshold(pruning):
-        return _RawPruning(key, pruning.sigma_coefficient, pruning.quantile, sigma_history, scales)
+        return _RawPruning(key, pruning.sigma_coefficient, pruning.quantile, sigma_history, scales, cooperative())
     # The kernels find no such threshold. They are given this one as what they predict one from: the only value recorded,
     # of a fresh history. A recorded 0 would be none; below the smallest magnitude there are only zeros, which become +0.
     _, tau = reference.find_threshold(grad, pruning, sigma_history, scales)
@@ -77,7 +80,7 @@ def _raw_pruning(
     history[1:2].view(torch.float32).copy_(tau.clamp(min=_SMALLEST))
     if scales is not None:
         scales = torch.where(tau > 0, scales, 1.0)
-    return _RawPruning(key, pruning.sigma_coefficient, 1.0, history, scales)
+    return _RawPruning(key, pruning.sigma_coefficient, 1.0, history, scales, cooperative())
 
 
 _SMALLEST = 2.0**-149
@@ -107,6 +110,24 @@ def _refusals(operators, problem: ConvProblem, dtype: torch.dtype) -> tuple[str,
         if reason:
             logger.debug("%s in %s: no sparse %s, since %s", problem, dtype, name, reason)
     return found
+
+
+LAUNCHES = "SPARSEBWD_PRUNE_LAUNCHES"
+_LAUNCHES = {"auto": None, "one": True, "several": False}
+
+
+def cooperative() -> bool:
+    """Whether pruning may be one cooperative launch, which waits until it has the whole device; else it is several ordinary ones,
+    with the same results. The latter beside the communication of other processes, which it would wait for, unless the environment
+    variable SPARSEBWD_PRUNE_LAUNCHES is "one"; that may be "several" too. Where the device refuses one, it is several in any case.
+
+    Raises ValueError for another value of the variable.
+    """
+    asked = os.environ.get(LAUNCHES, "auto")
+    if asked not in _LAUNCHES:
+        raise ValueError(f"{LAUNCHES}: got {asked!r}; accepted: {', '.join(_LAUNCHES)}")
+    alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+    return alone if _LAUNCHES[asked] is None else _LAUNCHES[asked]
 
 
 _UNPRUNED = Pruning(percentile=None)
@@ -202,7 +223,7 @@ class CudaBackend(Backend):
         sigma = tau = density = grad_input = grad_weight = None
         gradient = grad_output
         prune_output = pruning.prunes_output
-        raw = _RawPruning()
+        raw = _RawPruning(cooperative=cooperative())
         if prune_output:
             raw = _raw_pruning(grad_output, key, pruning, sigma_history, importance.scales(input, pruning))
 
@@ -416,7 +437,7 @@ class AdaptiveCudaBackend(CudaBackend):
         history = layer.history
         if density is None and (history.calls < 2 or history.calls % _CALLS_PER_COUNT == 0):
             stats = _new_stats(grad)
-            self.operators.prune(grad, *_RawPruning(), None, stats)
+            self.operators.prune(grad, *_RawPruning(cooperative=cooperative()), None, stats)
             density = stats[2]
         history.calls += 1
         if density is not None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -63,7 +64,9 @@ def command(
         }
         for dtype, layouts in found.items()
     }
-    _table(in_force, found, chosen, threads).show(Console())
+    typer.echo(f"Up to which densities of the gradient sparse is faster than dense; threads: {threads}")
+    for table in _tables(in_force, found, chosen):
+        table.show(Console())
     if dry_run:
         return
     record = calibration.record(chosen, threads, datetime.now(UTC).isoformat(timespec="seconds"))
@@ -111,39 +114,36 @@ def _choose(in_force: float, found: Found) -> float:
     return in_force if kept or beyond else math.floor(100 * found.density) / 100
 
 
-def _table(
+def _tables(
     in_force: Mapping[torch.dtype, break_even.Table],
     found: Mapping[str, Mapping[str, Mapping[str, tuple[Found, Found]]]],
     chosen: calibration.Densities,
-    threads: int,
-) -> terminal.Table:
-    rows = []
+) -> list[terminal.Table]:
+    """One for each dtype and layout; what holds for all stands below the last."""
+    tables = []
     changes = noisy = 0
     for dtype, layouts in found.items():
         for layout, kinds in layouts.items():
+            rows = []
             for kind, pair in kinds.items():
+                cells = [kind]
                 before, after = getattr(in_force[calibration.DTYPES[dtype]], layout)[kind], chosen[dtype][layout][kind]
-                changed = [
-                    f"{name} {old:.2g} to {new:.2g}" for name, old, new in zip(("AGB", "WGC"), before, after) if old != new
-                ]
-                changes += len(changed)
-                noisy += sum(new.density is None for new in pair)
-                cells = (cell for old, new in zip(before, pair) for cell in (f"{old:.2g}", _text(new)))
-                rows.append((dtype, layout, kind, *cells, ", ".join(changed)))
+                for old, new, measured in zip(before, after, pair):
+                    cells += [f"{old:.2g}", _text(measured), f"{new:.2g}" if new != old else ""]
+                    changes += new != old
+                    noisy += measured.density is None
+                rows.append(cells)
+            headings = ("class", *("AGB", "measured", "change to"), *("WGC", "measured", "change to"))
+            tables.append(terminal.Table(f"{dtype}, {layout}", headings, rows, ("class",)))
     names = " and ".join(dict.fromkeys(f"{table.name!r} ({table.origin})" for table in in_force.values()))
-    return terminal.Table(
-        f"Sparse is faster up to these densities; threads: {threads}",
-        ("dtype", "layout", "class", "AGB in force", "measured", "WGC in force", "measured", "change"),
-        rows,
-        ("dtype", "layout", "class", "change"),
-        (
-            f"in force: {names}",
-            "measured: the lowest of two or three layers of the class, with the standard deviation of medians; "
-            f"sparse and dense in turns at densities from {DENSITIES[0]} to {DENSITIES[-1]}",
-            f"{changes} densities would change; others differ by no more than chance explains",
-            *([f"{noisy} were not measured, as times varied too much: measure on an idle machine"] if noisy else []),
-        ),
+    notes = (
+        f"in force: {names}",
+        "measured: the lowest of two or three layers of the class, with the standard deviation of medians; "
+        f"sparse and dense in turns at densities from {DENSITIES[0]} to {DENSITIES[-1]}",
+        f"{changes} densities would change; others differ by no more than chance explains",
+        *([f"{noisy} were not measured, as times varied too much: measure on an idle machine"] if noisy else []),
     )
+    return [*tables[:-1], replace(tables[-1], notes=notes)]
 
 
 def _text(found: Found) -> str:

@@ -27,6 +27,7 @@ from strategies import problems
 from test_parity import GRID
 
 from sparsebwd import SparseConv2d, backends, grad, importance, prune_gradient, reference
+from sparsebwd.backends import cuda
 from sparsebwd.backends.dense import convolution_backward
 from sparsebwd.problem import ConvProblem
 from sparsebwd.settings import Pruning
@@ -335,3 +336,32 @@ def test_sparse_kernels_need_aligned_tensors(generator, spy):
     assert [x.data_ptr() % 16 for x in spy.activations] == [0, 0, 0]
     for one, two in zip(*results):
         assert_bit_equal(one, two)
+
+
+# ---- launches of pruning
+
+
+@pytest.mark.parametrize("asked, processes, one", [("auto", 1, True), ("auto", 2, False), ("one", 2, True), ("several", 1, False)])
+def test_pruning_is_one_launch_unless_others_need_the_device(asked, processes, one, monkeypatch):
+    monkeypatch.setenv(cuda.LAUNCHES, asked)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: processes)
+    assert cuda.cooperative() is one
+
+
+def test_launches_that_nobody_knows_are_refused(monkeypatch):
+    monkeypatch.setenv(cuda.LAUNCHES, "two")
+    with pytest.raises(ValueError, match="SPARSEBWD_PRUNE_LAUNCHES: got 'two'; accepted: auto, one, several"):
+        prune_gradient(torch.ones(2, 4, 3, 3), backend="emulated")
+
+
+def test_layers_have_the_same_bits_in_several_launches(monkeypatch, generator):
+    problem = ConvProblem.parse(SPARSE)
+    operands = operands_of(problem, generator, memory_format=torch.channels_last, density=1.0)
+    found = []
+    for asked in ("one", "several"):
+        monkeypatch.setenv(cuda.LAUNCHES, asked)
+        torch.manual_seed(0)
+        found.append(layer_backward(problem, operands, percentile=90))
+    for one, other in zip(*found):
+        assert_bit_equal(other, one, str(problem))

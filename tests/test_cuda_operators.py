@@ -83,7 +83,7 @@ def test_what_no_kernel_can_count_is_refused(changes, words):
         operators.refusals(problem.input_size, problem.weight_size, *geometry, "float32")
     with pytest.raises(ValueError, match="which no kernel takes: "):
         operators.conv2d_backward(
-            G, G, G, problem.input_size, problem.weight_size, *geometry, None, 0.0, 0.0, None, None, None, G, None, STATS
+            G, G, G, problem.input_size, problem.weight_size, *geometry, None, 0.0, 0.0, None, None, True, None, G, None, STATS
         )
 
 

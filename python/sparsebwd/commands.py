@@ -14,7 +14,7 @@ import typer
 import typer.core
 
 from . import backends
-from .backends import break_even
+from .backends import break_even, cuda
 
 _MOST_THREADS = 1024
 MOST_SEED = 2**64 - 1
@@ -162,5 +162,6 @@ def check_seed(seed: int) -> int:
 
 def check_environment() -> None:
     """Raises ValueError if a variable of the environment that sparsebwd reads has a value that it does not accept."""
+    cuda.cooperative()
     if backends.get_backend("cpu").available() is None:
         break_even.tables()

@@ -25,7 +25,7 @@ from gpu_check import tests as testing
 from gpu_checking import check_fixture, gpu_that_is_none  # noqa: F401
 from typer.testing import CliRunner
 
-from sparsebwd.bench import cli, devices, suites
+from sparsebwd.bench import cli, devices, pruning, suites
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,6 +49,7 @@ def test_benchmark_understands_the_commands(unit, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(cli, "peaks", lambda plan: {"peak_gflops": {}})
     monkeypatch.setattr(cli, "run", lambda *_: iter(()))
+    monkeypatch.setattr(pruning.PruneInLaunches, "devices", ("cpu",))
     command = [str(word) for word in unit.command(5, 2, 7.5, tmp_path / "rows.json")]
     arguments = [word.replace("cuda", "dense") if word.startswith("cuda,") else word for word in command[3:]]
     arguments = [word if place == 0 or arguments[place - 1] != "--backend" else re.sub("cuda|triton", "dense", word)

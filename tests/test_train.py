@@ -218,7 +218,7 @@ def test_backward_timer_tells_kinds_apart(monkeypatch):
         (["--percentile", "49"], "percentile: got 49"),
         (["--percentile", "100"], "percentile: got 100"),
         (["--percentile", "nan"], "percentile: got nan"),
-        (["--percentile", "much"], "--percentile: got 'much', accepted are numbers in [50, 100) and none"),
+        (["--percentile", "much"], "percentile: got 'much'; accepted: numbers in [50, 100), and none"),
         (["--placement", "middle"], "placement: got 'middle'"),
         (["--backend", "abacus"], "backend: got 'abacus'"),
         (["--sigma-estimator", "guess"], "sigma_estimator: got 'guess'"),

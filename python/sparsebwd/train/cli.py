@@ -154,7 +154,8 @@ def options_of(context: typer.Context) -> dict[str, Any]:
     defaults."""
     given = {name: value for name, value in context.params.items() if context.get_parameter_source(name).name != "DEFAULT"}
     recipe = RECIPES.get(context.params["recipe"], {})
-    return {**context.params, **(_DEMO if context.params["demo"] else {}), **recipe, **given}
+    usual = {**context.params, "percentile": TrainConfig.percentile}  # which gives way to a density, a variance or noise
+    return {**usual, **(_DEMO if context.params["demo"] else {}), **recipe, **given}
 
 
 def config_of(options: Mapping[str, Any]) -> TrainConfig:
@@ -305,7 +306,9 @@ def _prepare(
 
 
 def _percentile(text: str | float | None) -> float | None:
-    if text is None or str(text).lower() == "none":
+    if not isinstance(text, str):
+        return text
+    if text.lower() == "none":
         return None
     try:
         return float(text)

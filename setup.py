@@ -20,7 +20,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
@@ -140,7 +139,7 @@ def kernel_objects(build_dir: Path) -> dict[str, list[str]]:
     objects = {"sparsebwd._C": [], "sparsebwd._C_cuda": []}
 
     def compile(extension: str, source: str, rule: str, flags: list[str]) -> None:
-        output = str(build_dir / f"{source.replace('/', '_')}.o")
+        output = str(build_dir / cpu_kernels.object_name(source))
         rules.append(f"build {output}: {rule} csrc/{source}\n  own_flags = {shlex.join(flags)}\n")
         objects[extension].append(output)
 
@@ -165,8 +164,7 @@ class Build(BuildExtension):
     def finalize_options(self) -> None:
         super().finalize_options()
         # An editable install would use a temporary directory, and compile everything every time.
-        name = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}" + ("-sanitized" if SANITIZED else "")
-        self.build_temp = str(Path("build") / name)
+        self.build_temp = cpu_kernels.build_folder(SANITIZED)
 
     def build_extensions(self) -> None:
         objects = kernel_objects(Path(self.build_temp, "kernels"))

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 
 # Each process of pytest-xdist gets its share of the cores, and so do the programs that tests start; before PyTorch is
 # loaded, which reads it once.
@@ -36,7 +37,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--check",
         action="store_true",
-        help="each test with each value of each parameter once, without those marked slow (make check)",
+        help="each test with each value of each parameter once, without those marked slow, and those marked emulated in "
+        "files that are named only (make check)",
     )
 
 
@@ -48,13 +50,15 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--check"):
         return
+    named = {Path(argument.partition("::")[0]).resolve() for argument in config.args}
     seen, chosen, others = set(), [], []
     for item in items:
+        left_out = item.get_closest_marker("slow") or (item.get_closest_marker("emulated") and item.path not in named)
         function = item.nodeid.partition("[")[0]
         parameters = item.callspec.params if hasattr(item, "callspec") else {"none": None}
         # A value is the same object in all combinations; it may be one that has no hash and no text.
         new = {(function, name, id(value)) for name, value in parameters.items()} - seen
-        if new and not item.get_closest_marker("slow"):
+        if new and not left_out:
             seen |= new
             chosen.append(item)
         else:

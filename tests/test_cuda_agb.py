@@ -17,6 +17,8 @@ from sparsebwd import reference
 from sparsebwd.problem import ConvProblem
 from sparsebwd.testing import assert_bit_equal, assert_error_bounded, fenced, random_tensor
 
+pytestmark = pytest.mark.emulated
+
 # What the sparse kernel runs: widths around its strips, images that share one, tiles of channels and words of k that
 # are not full, one and several of each.
 SPARSE = [

@@ -21,7 +21,7 @@ from sparsebwd.backends import cuda
 from sparsebwd.problem import ConvProblem
 from sparsebwd.testing import assert_bit_equal
 
-pytestmark = [needs_compiler, pytest.mark.usefixtures("emulated")]
+pytestmark = [pytest.mark.emulated, needs_compiler, pytest.mark.usefixtures("emulated")]
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from sparsebwd.problem import ConvProblem
 from sparsebwd.settings import Pruning
 from sparsebwd.testing import assert_bit_equal, assert_error_bounded, fenced, poisoned_memory, random_tensor
 
-pytestmark = [needs_compiler, pytest.mark.usefixtures("emulated")]
+pytestmark = [pytest.mark.emulated, needs_compiler, pytest.mark.usefixtures("emulated")]
 
 
 @pytest.fixture(params=DTYPES, ids=["f32", "bf16", "f16"])

@@ -23,7 +23,7 @@ from sparsebwd.backends import cuda
 from sparsebwd.problem import ConvProblem
 from sparsebwd.settings import Pruning
 
-pytestmark = [needs_compiler, pytest.mark.usefixtures("emulated")]
+pytestmark = [pytest.mark.emulated, needs_compiler, pytest.mark.usefixtures("emulated")]
 
 
 def test_schemas_say_what_is_written():

@@ -24,6 +24,8 @@ from sparsebwd import settings as sparsebwd_settings
 from sparsebwd.backends import available_backends
 from sparsebwd.testing import assert_bit_equal, fenced, random_tensor
 
+pytestmark = pytest.mark.emulated
+
 PERCENTILE = 90.0
 KEY = torch.tensor([0x123456789ABCDEF, -0x76543210FEDCBA98])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

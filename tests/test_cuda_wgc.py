@@ -15,6 +15,8 @@ from sparsebwd import reference
 from sparsebwd.problem import ConvProblem
 from sparsebwd.testing import assert_bit_equal, assert_error_bounded, random_tensor
 
+pytestmark = pytest.mark.emulated
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMATS = [torch.contiguous_format, torch.channels_last]
 GRID = [

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import gpu_workload
@@ -72,6 +73,10 @@ def rows_of(unit, wrong: int = 0, speedup: float = 2.0) -> list[dict]:
     return rows
 
 
+# Of each unit two layers and densities: after each the report of all rows is written.
+UNITS = tuple(replace(unit, layers=unit.layers[:2], densities=unit.densities[:2]) for unit in units.UNITS)
+
+
 @pytest.fixture
 def bench(check, monkeypatch):
     """Runs the part with a benchmark that takes no time; `seconds` of a clock pass with each unit."""
@@ -82,7 +87,7 @@ def bench(check, monkeypatch):
 
     def call(seconds: float, wrong: int = 0, rows: int | None = None, crashing: str = "") -> bool:
         def run(command, log, limit, **_):
-            unit = next(unit for unit in units.UNITS if unit.command(0, 256)[6:13] == command[6:13]
+            unit = next(unit for unit in UNITS if unit.command(0, 256)[6:13] == command[6:13]
                         and unit.command(0, 256)[14:18] == command[14:18] and matches(unit, command))  # fmt: skip
             clock[0] += seconds
             if unit.title != crashing:
@@ -97,21 +102,20 @@ def bench(check, monkeypatch):
                        for name in ("--dtype", "--backend", "--math") if name in wanted)  # fmt: skip
 
         monkeypatch.setattr(benching, "run", run)
-        return check.part("bench", benching.bench)
+        return check.part("bench", functools.partial(benching.bench, units=UNITS))
 
     return call
 
 
-@pytest.mark.slow
 def test_bench_part_fills_the_record(check, bench):
     check.minutes = 60
     assert bench(30.0)
     found = check.record["parts"]["bench"]
-    assert found["left_out"] == [] and [unit["name"] for unit in found["units"]] == [u.title for u in units.UNITS]
-    assert len(check.record["rows"]) == sum(unit.rows for unit in units.UNITS)
+    assert found["left_out"] == [] and [unit["name"] for unit in found["units"]] == [u.title for u in UNITS]
+    assert len(check.record["rows"]) == sum(unit.rows for unit in UNITS)
     assert all(unit["repeats"] == 15 for unit in found["units"])
     # Measured again, rows take the place of the old ones.
-    assert bench(30.0) and len(check.record["rows"]) == sum(unit.rows for unit in units.UNITS)
+    assert bench(30.0) and len(check.record["rows"]) == sum(unit.rows for unit in UNITS)
     assert json.loads(check.path.read_text())["rows"] == check.record["rows"]
 
 
@@ -119,15 +123,14 @@ def test_bench_part_says_what_it_left_out(check, bench, capsys):
     assert bench(70.0, rows=5)
     found = check.record["parts"]["bench"]
     assert len(found["units"]) == 7  # of 480 seconds
-    assert f"{units.UNITS[0].title}: {units.UNITS[0].rows - 5} of {units.UNITS[0].rows} rows: the time was over" in (
+    assert f"{UNITS[0].title}: {UNITS[0].rows - 5} of {UNITS[0].rows} rows: the time was over" in (
         found["left_out"]
     )
-    assert f"{units.UNITS[-1].title}: the time was over" in found["left_out"]
-    assert f"left out: {units.UNITS[-1].title}" in capsys.readouterr().out
-    assert f"- left out of the bench: {units.UNITS[-1].title}" in check.path.with_suffix(".md").read_text()
+    assert f"{UNITS[-1].title}: the time was over" in found["left_out"]
+    assert f"left out: {UNITS[-1].title}" in capsys.readouterr().out
+    assert f"- left out of the bench: {UNITS[-1].title}" in check.path.with_suffix(".md").read_text()
 
 
-@pytest.mark.slow
 def test_slow_units_are_followed_by_fewer_samples(check, bench):
     check.minutes = 14
     assert bench(60.0)
@@ -135,20 +138,18 @@ def test_slow_units_are_followed_by_fewer_samples(check, bench):
     assert repeats[:2] == [units.REPEATS[0], units.REPEATS[-1]]
 
 
-@pytest.mark.slow
 def test_bench_part_fails_with_wrong_rows_and_crashes(check, bench):
-    title = units.UNITS[2].title
+    title = UNITS[2].title
     assert not bench(10.0, wrong=2, crashing=title)
     result = check.record["results"]["bench"]
     assert "2 rows are WRONG" in result and f"{title}: exit status 0 and no results" in result and "some last words" in result
-    assert len(check.record["parts"]["bench"]["units"]) == len(units.UNITS) - 1
-    assert check.path.with_suffix(".md").read_text().count("off by one") == 2 * (len(units.UNITS) - 1)
+    assert len(check.record["parts"]["bench"]["units"]) == len(UNITS) - 1
+    assert check.path.with_suffix(".md").read_text().count("off by one") == 2 * (len(UNITS) - 1)
 
 
 # ---- the report
 
 
-@pytest.mark.slow
 def test_report_answers_the_questions(check):
     rows = [row for unit in units.UNITS for row in rows_of(unit) if row["op"] != "agb+wgc"]
     for row in rows:

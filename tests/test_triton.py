@@ -27,6 +27,8 @@ from sparsebwd.problem import ConvProblem  # noqa: E402
 from sparsebwd.settings import Pruning  # noqa: E402
 from sparsebwd.testing import assert_bit_equal, assert_error_bounded, poisoned_memory, random_tensor  # noqa: E402
 
+pytestmark = pytest.mark.emulated
+
 BACKEND = "interpreted"
 
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import platform
+import sys
+import sysconfig
 
 # Compiled once: the choice of kernels, and drivers that hand tasks to the thread pool.
 PLAIN_SOURCES = [
@@ -52,3 +54,13 @@ def sources(machine: str = platform.machine()) -> dict[str, list[str]]:
     return {f"{name}.cpp": [] for name in PLAIN_SOURCES} | {
         f"{kernel}_{isa}.cpp": own for kernel in KERNELS for isa, own in instruction_sets(machine).items()
     }
+
+
+def build_folder(sanitized: bool = False) -> str:
+    """Where setup.py keeps what it compiled, relative to the root; the kernels, and the rules for ninja, are in kernels/."""
+    return f"build/{sysconfig.get_platform()}-{sys.implementation.cache_tag}" + ("-sanitized" if sanitized else "")
+
+
+def object_name(source: str) -> str:
+    """The object file of a source, relative to csrc."""
+    return f"{source.replace('/', '_')}.o"

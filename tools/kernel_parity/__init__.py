@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -54,13 +56,33 @@ def missing(target: Target) -> str | None:
     return None
 
 
-def build(target: Target, folder: Path, flags: Sequence[str] = ()) -> Path:
-    """Compile the kernels and main.cpp into ``folder``, with ``flags`` behind those of the package. Returns the program.
+def built() -> list[Path]:
+    """The object files of the package's kernels on this machine, as `make build` compiled them and up to date; nothing where
+    it did not."""
+    folder = ROOT / cpu_kernels.build_folder() / "kernels"
+    if not (folder / "kernels.ninja").exists():
+        return []
+    objects = [folder / cpu_kernels.object_name(f"cpu/{name}") for name in cpu_kernels.sources()]
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run([sys.executable, "-m", "ninja", "-f", str(folder / "kernels.ninja"), *(str(path.relative_to(ROOT)) for path in objects)])
+    return objects
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def build(target: Target, folder: Path, flags: Sequence[str] = (), kernels: Sequence[Path] = ()) -> Path:
+    """Compile main.cpp and the kernels, but for object files that are given, into ``folder``, with ``flags`` behind those of
+    the package. Returns the program.
 
     Raises RuntimeError with the compiler's message.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    sources = {f"csrc/cpu/{name}": own for name, own in cpu_kernels.sources(target.machine).items()}
+    sources = {} if kernels else {f"csrc/cpu/{name}": own for name, own in cpu_kernels.sources(target.machine).items()}
     sources["tools/kernel_parity/main.cpp"] = []
     common = [*target.compiler, *cpu_kernels.flags(target.machine)]
 
@@ -69,15 +91,10 @@ def build(target: Target, folder: Path, flags: Sequence[str] = ()) -> Path:
         run([*common, *sources[source], *flags, "-c", source, "-o", output])
         return output
 
-    def run(command: list[str]) -> None:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{shlex.join(command)}\n{done.stderr}")
-
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         objects = list(pool.map(compile, sources))
     program = folder / "kernel_parity"
-    run([*target.compiler, *objects, *(["-static"] if target.runner else []), "-o", str(program)])
+    run([*target.compiler, *objects, *map(str, kernels), *(["-static"] if target.runner else []), "-o", str(program)])
     return program
 
 

@@ -36,8 +36,9 @@ test: $(BUILT) $(CUDA) $(TRITON)  ## run every test that this machine can run (A
 	@echo "Running every test, in a process for each core: about 17 minutes on 2 cores, where nothing else runs"
 	@$(PYTEST) --durations=10 $(ARGS)
 
-check: $(BUILT)  ## the tests that matter, about 5 minutes: one of each kernel, dtype, layer and command (ARGS= for pytest)
-	@echo "Running each test with each value of each parameter once, the slow ones left out: about 5 minutes on 2 cores"
+check: $(BUILT)  ## the tests that matter, 2 minutes: one of each CPU kernel, dtype, layer and command (ARGS= for pytest)
+	@echo "Running each test with each value of each parameter once: about 2 minutes on 2 cores. make test has those that are"
+	@echo "left out: slow ones, and kernels of a GPU run on the CPU, but for files that are named (ARGS=tests/test_cuda_agb.py)"
 	@$(PYTEST) --check $(ARGS)
 
 build: $(BUILT)  ## set up .venv, build and install the package
@@ -51,7 +52,7 @@ fuzz: $(BUILT)  ## random convolutions through the CPU kernels, against the refe
 zoo: $(BUILT) $(ZOO)  ## convert, train and revert networks of torchvision, timm and pytorchcv; writes docs/compatibility.md (ARGS=names)
 	@PYTHONPATH=tests $(BIN)/python -m zoo $(ARGS)
 
-sanitize: $(BUILT)  ## the CPU kernels compiled with AddressSanitizer and UBSan, through their tests and the fuzz (ARGS= for pytest)
+sanitize: $(BUILT)  ## the CPU kernels compiled with AddressSanitizer and UBSan, through their tests and the fuzz, 8 minutes (ARGS= for pytest)
 	@$(BIN)/python tools/sanitize.py $(ARGS)
 
 aarch64:  ## the CPU kernels for aarch64, cross-compiled and run by an emulator, against plain loops (ARGS=)

@@ -44,8 +44,8 @@ FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-strict-alia
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined"
 KERNEL_FLAGS = {
     "fast": "-O2",
-    "checked": "-O1 -g1 -fsanitize=thread,undefined -fno-sanitize=vptr",
-    "sanitized": f"-O1 -g1 {SANITIZERS}",
+    "checked": "-O0 -g1 -fsanitize=thread,undefined -fno-sanitize=vptr",
+    "sanitized": f"-O0 -g1 {SANITIZERS}",
 }
 RUNTIME_FLAGS = {
     "fast": "-O2",

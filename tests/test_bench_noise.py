@@ -19,6 +19,7 @@ def run(*arguments):
     return CliRunner().invoke(cli.app, [*COMMAND, *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_ways_are_compared(tiny, small_bench, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(noise, "WAYS", tuple(way._replace(values=way.values[-1:]) for way in WAYS))
     pytest.importorskip("matplotlib")

@@ -54,6 +54,7 @@ def assert_readable(figure):
             assert all(whole.x0 <= box.x0 and box.x1 <= whole.x1 + 1 for box in boxes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
 def test_committed_results_make_readable_pictures(path, drawn):
     record = json.loads(path.read_text("utf-8"))
@@ -118,6 +119,7 @@ def test_an_overview_is_of_one_setting():
         plot.overview(Path("x.png"), record["environment"], rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("density", [0.2, None])
 @pytest.mark.parametrize("count", [1, 20, 120])
 def test_pictures_of_profiles_are_readable(count, density, monkeypatch, tmp_path):

@@ -277,6 +277,7 @@ def _fails(job: zoo.Job) -> None:
 # ---- networks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks(name, monkeypatch):
     monkeypatch.undo()

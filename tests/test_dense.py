@@ -98,6 +98,7 @@ def test_gradients_of_narrow_rows_are_right(memory_format):
             assert_error_bounded(result, expected, expected.to(torch.bfloat16))
 
 
+@pytest.mark.slow
 def test_limit_of_onednn_counts(monkeypatch):
     program = "import torch; from sparsebwd.backends import dense; print(dense.is_native(torch.bfloat16))"
     for limit, names in (("avx2", "ONEDNN_MAX_CPU_ISA"), ("AVX2_VNNI", "DNNL_MAX_CPU_ISA")):

@@ -55,6 +55,7 @@ def test_no_home(monkeypatch):
     assert str(default_cache_dir()) == "/cache/sparsebwd"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("cpu" not in available_backends(), reason="the cpu backend is not built")
 def test_unknown_instruction_set(tmp_path):
     """It is read once, so by processes of their own."""

@@ -126,6 +126,7 @@ type(get_backend("cuda")).available = lambda self: None  # for collecting only
 """
 
 
+@pytest.mark.slow
 def test_smoke_is_some_sixty_tests_of_all_kernels(tmp_path):
     (tmp_path / "pretended.py").write_text(SMOKE_PLUGIN)
     words = [*map(str, testing.tests_command(tmp_path / "report.xml", testing.SMOKE)), "--collect-only", "-p", "pretended"]
@@ -322,6 +323,7 @@ def test_processes_have_a_limit(tmp_path, show, capfd):
         machine.checked([sys.executable, "-c", "raise SystemExit('no luck')"], log, 60)
 
 
+@pytest.mark.slow
 def test_outcomes_of_tests(tmp_path):
     (tmp_path / "test_some.py").write_text(
         "import pytest\n"

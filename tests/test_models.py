@@ -112,6 +112,7 @@ def test_alexnet_has_the_layers_that_the_paper_names():
     assert shapes == [(2048, 4096), (2048, 2048), (10, 2048)]
 
 
+@pytest.mark.slow
 def test_other_image_sizes():
     with torch.device("meta"):
         for name in models.names():
@@ -145,6 +146,7 @@ def test_bad_arguments():
         models.create("resnet18", 10, "imagenette")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", models.IMAGE_SIZE)
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_width_scales_all_layers(name, form):

@@ -285,6 +285,7 @@ def test_export(training, strict):
     torch.testing.assert_close(program.module()(images()), copy.deepcopy(model)(images()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compile_it", [lambda m: torch.compile(m, backend="aot_eager"), nn.Module.compile])
 def test_a_compiled_model_may_be_converted_later(compile_it):
     model = dense()

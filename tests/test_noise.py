@@ -166,6 +166,7 @@ def test_refusals_of_settings(noise, error, message):
 # ---- measuring
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

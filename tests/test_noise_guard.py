@@ -64,6 +64,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_a_collapse_is_caught(one_thread, caplog):
     """Thresholds of six sigma in all layers: without the guard the loss stays that of guessing, log(8) = 2.08."""
     collapsed, controller = train(120, False, percentile=99.9999999)
@@ -100,6 +101,7 @@ def noisy_layers(controller):
     return [layer for layer in controller._layers.values() if layer.sigma_history[-1] != 0]
 
 
+@pytest.mark.slow
 def test_the_network_is_dense_for_a_while_where_the_loss_runs_away(one_thread, caplog):
     _, controller = train(45, True, noise=0.1, backend="reference")
     assert noisy_layers(controller) and not caplog.records

@@ -247,6 +247,7 @@ def test_checkpointing_predicts_the_same(use_reentrant, placement):
     assert [twin[i].sigma_history[0] for i in (0, 3)] == [6, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("enabled", [False, True], ids=["f32", "bf16"])
 @pytest.mark.parametrize("placement", ["output", "input"])
 def test_compile_predicts_the_same(placement, enabled):

@@ -105,6 +105,7 @@ def test_what_branches_skip():
     assert lengths == [42, 42 - 18 - 1, 42 - 18 - 1, 42 - 2 * 19]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("density", [0.05, 0.3])
 def test_units_and_time_of_a_kernel(density):
     """One scheduler that is never idle takes as many clocks as instructions: those of what is not zero."""
@@ -136,6 +137,7 @@ def test_kernels_without_loops_are_refused():
     assert model.modelled([kernel]) == []
 
 
+@pytest.mark.slow
 def test_the_table_has_a_line_for_each_kernel_of_the_h100():
     kernel = _kernel()
     lines = model.predictions([kernel, replace(kernel, architecture="sm_80")]).splitlines()

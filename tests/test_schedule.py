@@ -140,6 +140,7 @@ def test_arguments(model, arguments, error, message):
         PercentileSchedule(model, 3, changes=0)
 
 
+@pytest.mark.slow
 def test_compiled_models_compile_again_with_each_change(model):
     """And only then."""
     graphs = []

@@ -283,6 +283,7 @@ def test_a_class_that_does_not_convolve_warns():
 # ---- with the rest of PyTorch
 
 
+@pytest.mark.slow
 @kinds
 def test_compile_gives_the_same_gradients(kind):
     layer = layer_of(kind)

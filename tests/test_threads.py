@@ -63,6 +63,7 @@ def test_two_conversions_that_overlap_in_any_order():
     assert {name: getattr(nn.Module, name) for name in unpatched} == unpatched
 
 
+@pytest.mark.slow
 def test_many_conversions_beside_forward_passes():
     """Every one ends as it does alone, and so do the forward and backward passes of other threads."""
     reference = str(conversion_report(convert(models.create("resnet18", num_classes=10), where="everywhere")))

@@ -177,6 +177,7 @@ def test_what_is_ignored_is_said_once(folder, tmp_path, capsys):
 # signals
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("signals")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_to_all_processes(folder, tmp_path, monkeypatch, capsys, number):

@@ -119,6 +119,7 @@ def _forward_ad(function, x):
         return forward_ad.unpack_dual(function(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "transform",
     [

@@ -10,7 +10,7 @@ from .checks import check
 from .table import PAGE, between
 
 
-@pytest.mark.parametrize("architecture", OWN, ids=str)
+@pytest.mark.parametrize("architecture", [OWN[0], *(pytest.param(other, marks=pytest.mark.slow) for other in OWN[1:])], ids=str)
 def test_network(architecture):
     row = check(architecture)
     assert row.converted + sum(count for _, count in row.left) == row.convolutions

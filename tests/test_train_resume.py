@@ -84,7 +84,7 @@ def test_resume_killed(tmp_path):
     (tmp_path / "driver.py").write_text(DRIVER)
     command = [sys.executable, str(tmp_path / "driver.py"), *arguments, "--checkpoint-steps", "1", "--output"]
     file = tmp_path / "killed" / checkpoint.FILE
-    for saves, options in ((1, []), (40, ["--resume"])):
+    for saves, options in ((1, []), (10, ["--resume"])):
         process = subprocess.Popen([*command, str(tmp_path / "killed"), *options], stdout=subprocess.DEVNULL)
         try:
             seen = set()

@@ -91,7 +91,7 @@ def test_plain_narrow_terminals(command, monkeypatch, capsys):
         (["--problem", "n1c2"], "got 'n1c2', which lacks h, w, k, r, s"),
         (["--problem", "n0c1h1w1k1r1s1"], "a batch of 0; accepted: at least 1"),
         (["--problem", PROBLEM, "--batch", "3"], "the batch of a problem is its n"),
-        (["--op", "agb,dgrad"], "op: got 'dgrad'; accepted: prune, prune-predicted, prune+lists, agb, wgc, agb+wgc, backward"),
+        (["--op", "agb,dgrad"], "op: got 'dgrad'; accepted: prune, prune-predicted, prune-launches, prune+lists, agb, wgc, agb+wgc, backward"),
         (["--density", "1.5"], "density: got '1.5'; accepted: 0 <= density <= 1"),
         (["--density", "nan"], "density: got 'nan'"),
         (["--density", "half"], "density: got 'half'; accepted: a number"),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import sparsebwd.nn
-from sparsebwd import Pruning, SparseConv2d, functional, ops
+from sparsebwd import Pruning, SparseConv2d, decision, functional
 from sparsebwd.backends import base, dense
 from sparsebwd.functional import sparse_conv2d
 from sparsebwd.problem import ConvProblem
@@ -183,7 +183,7 @@ def test_what_is_known_to_stay_dense_is_not_asked_again(looked_up, convolved):
 
 def test_what_one_layout_may_gain_by_is_asked_each_time(looked_up, monkeypatch):
     monkeypatch.setattr(
-        ops, "why_not_faster", lambda pruning, problem, device, dtype, channels_last: None if channels_last else "slower"
+        decision, "why_not_faster", lambda pruning, problem, device, dtype, channels_last: None if channels_last else "slower"
     )
     base.forget_choices()
     layer = SparseConv2d(3, 4, 3, where="faster")

@@ -33,7 +33,7 @@ demo: $(BUILT)  ## train a ResNet-18 dense and sparse, and compare time, density
 	@$(BIN)/python -m sparsebwd.train --demo
 
 test: $(BUILT) $(CUDA) $(TRITON)  ## run every test that this machine can run (ARGS= for pytest)
-	@echo "Running every test, in a process for each core: about 17 minutes on 2 cores, where nothing else runs"
+	@echo "Running every test, in a process for each core: about 14 minutes on 2 cores, where nothing else runs"
 	@$(PYTEST) --durations=10 $(ARGS)
 
 check: $(BUILT)  ## the tests that matter, 2 minutes: one of each CPU kernel, dtype, layer and command (ARGS= for pytest)

@@ -11,7 +11,9 @@ import sys
 import tarfile
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
+import conftest
 import pytest
 import site_pages
 from typer.main import get_command
@@ -89,6 +91,33 @@ def test_make_targets_of_the_documentation_exist():
     for page in PAGES:
         for target in re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)`", page.read_text("utf-8"), re.MULTILINE):
             assert "".join(target) in targets
+
+
+def test_durations_of_the_tests_are_the_same_everywhere():
+    for target in ("check", "test"):
+        pages = [(ROOT / name).read_text("utf-8") for name in ("Makefile", "README.md", "CONTRIBUTING.md", "docs/develop.md")]
+        said = re.search(rf"^{target}:.*\n\t@echo \".*about (\d+) minutes", pages[0], re.MULTILINE)[1]
+        for page in pages[1:3]:
+            assert re.search(rf"^make {target} .*about (\d+) minutes", page, re.MULTILINE)[1] == said
+        assert re.search(rf"`make {target}` [\w\s,]*about (\d+) minutes", pages[3])[1] == said
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_kernels_of_a_gpu_are_in_make_check_only_where_their_file_is_named(named):
+    """By what conftest.py makes of made-up items."""
+    file = ROOT / "tests" / "test_cuda_agb.py"
+    marks = {"emulated": [{"emulated"}, set()], "slow": [{"slow"}, set()]}
+    items = [
+        SimpleNamespace(nodeid=f"{name}{i}", path=file, get_closest_marker=own.__contains__)
+        for name, owns in marks.items()
+        for i, own in enumerate(map(frozenset, owns))
+    ]
+    left_out = []
+    hook = SimpleNamespace(pytest_deselected=lambda items: left_out.extend(item.nodeid for item in items))
+    arguments = [f"{file}::test_memory_accesses" if named else str(file.parent)]
+    conftest.pytest_collection_modifyitems(SimpleNamespace(getoption=lambda _: True, args=arguments, hook=hook), items)
+    assert left_out == (["slow0"] if named else ["emulated0", "slow0"])
+    assert [item.nodeid for item in items] == (["emulated0"] if named else []) + ["emulated1", "slow1"]
 
 
 def test_training_commands_of_the_documentation_are_understood():

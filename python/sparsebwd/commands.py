@@ -14,6 +14,7 @@ import typer
 import typer.core
 
 from . import backends
+from .arguments import shown
 from .backends import break_even, cuda
 
 _MOST_THREADS = 1024
@@ -21,9 +22,47 @@ MOST_SEED = 2**64 - 1
 _NO_MEMORY = ("not enough memory", "can't allocate memory", "invalid argument to memory allocation")
 
 
+class _OptionsAreNoValues:
+    """Of a command or a group of them: an option that needs a value does not take the next option for it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        valued = {
+            name
+            for parameter in self.params
+            if parameter.param_type_name == "option" and not (parameter.is_flag or parameter.count)
+            for name in parameter.opts
+        }
+        option = None
+        for word in args:
+            if option and _is_option(word):
+                raise typer.BadParameter(
+                    f"got the option {shown(word)}; accepted: a value, and with = before it where it begins with a hyphen",
+                    ctx,
+                    param_hint=repr(option),
+                )
+            if word == "--" or not (option or _is_option(word) or ctx.allow_interspersed_args):
+                break  # what follows are arguments, or of another command
+            option = word if word in valued and not option else None
+        return super().parse_args(ctx, args)
+
+
+class Command(_OptionsAreNoValues, typer.core.TyperCommand):
+    """A command as all are, see :func:`new_app`."""
+
+
+class _Group(_OptionsAreNoValues, typer.core.TyperGroup):
+    pass
+
+
+class _App(typer.Typer):
+    def command(self, name: str | None = None, *, cls: type[Command] = Command, **settings: Any) -> Any:
+        return super().command(name, cls=cls, **settings)
+
+
 def new_app(**settings: Any) -> typer.Typer:
     """A command, in the style that all have."""
-    return typer.Typer(
+    return _App(
+        cls=_Group,
         add_completion=False,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
@@ -32,7 +71,7 @@ def new_app(**settings: Any) -> typer.Typer:
     )
 
 
-class GroupedCommand(typer.core.TyperCommand):
+class GroupedCommand(Command):
     """One whose help has its options under the names of their `rich_help_panel`, in plain text, and whose options that may be
     repeated take all words up to the next option."""
 
@@ -51,7 +90,7 @@ class GroupedCommand(typer.core.TyperCommand):
         words: list[str] = []
         option = None
         for word in args:
-            if word.startswith("-"):
+            if _is_option(word):
                 option = word if word in several else None
             elif option and words[-1] != option:
                 words.append(option)
@@ -59,16 +98,24 @@ class GroupedCommand(typer.core.TyperCommand):
         return super().parse_args(ctx, words)
 
 
+def _is_option(word: str) -> bool:
+    """Whether it begins with a hyphen and is no number below zero."""
+    with suppress(ValueError):
+        float(word)
+        return False
+    return word.startswith("-") and word != "-"
+
+
 def call(app: typer.Typer, arguments: Sequence[str] | None, prog: str) -> int:
     """Run a command. Returns its exit status.
 
     Raises:
-        SystemExit: with status 2 where an argument is refused.
+        SystemExit: with status 2 where an argument is refused, or if nobody reads what the command prints.
     """
     try:
         app(arguments, prog_name=prog)
     except SystemExit as ended:
-        if ended.code == 2:
+        if ended.code == 2 or isinstance(ended.__context__, BrokenPipeError):
             raise
         return int(ended.code or 0)
     return 0
@@ -76,7 +123,8 @@ def call(app: typer.Typer, arguments: Sequence[str] | None, prog: str) -> int:
 
 def fail(text: str, status: int = 1) -> NoReturn:
     """End the command with a line on stderr."""
-    typer.echo(text, err=True)
+    with suppress(OSError):
+        typer.echo(text, err=True)
     raise typer.Exit(status)
 
 
@@ -108,7 +156,9 @@ def one_line_errors() -> Iterator[None]:
     try:
         try:
             yield
-        except SystemExit:  # after --help, or what was wrong
+        except SystemExit as ended:  # after --help, or what was wrong
+            if isinstance(ended.__context__, BrokenPipeError):  # which typer takes for status 1
+                raise ended.__context__
             _flush()
             raise
         _flush()
@@ -118,8 +168,9 @@ def one_line_errors() -> Iterator[None]:
         _end(None, 141)
     except OSError as error:
         text = describe(error)
-        # Only what is printed has no name: files are written by `atomic_write`.
-        _end(f"error: {text}" if error.filename else f"error: standard output: {text}", 1)
+        # Only what is printed has no name: files are written by `atomic_write`. What was wrong could not be said: its status holds.
+        status = getattr(error.__context__, "exit_code", 1)
+        _end(f"error: {text}" if error.filename else f"error: standard output: {text}", status)
     except Exception as error:
         if not is_out_of_memory(error):
             raise

@@ -158,7 +158,7 @@ def one_line_errors() -> Iterator[None]:
             yield
         except SystemExit as ended:  # after --help, or what was wrong
             if isinstance(ended.__context__, BrokenPipeError):  # which typer takes for status 1
-                raise ended.__context__
+                raise ended.__context__ from None
             _flush()
             raise
         _flush()

@@ -13,6 +13,7 @@ import sys
 from typing import Annotated
 
 import typer
+import typer.core
 
 COMMANDS = {
     "train": ("sparsebwd.train.cli", "Train a network with pruned gradients."),
@@ -51,10 +52,14 @@ def _command(
     """
 
 
-def _add(name: str, module: str, text: str) -> None:
-    unparsed = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+class _Unparsed(typer.core.TyperCommand):
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        ctx.args = list(args)  # all of them: the parser would take "--" out
+        return ctx.args
 
-    @app.command(name, help=text, context_settings=unparsed)
+
+def _add(name: str, module: str, text: str) -> None:
+    @app.command(name, cls=_Unparsed, help=text)
     def command(context: typer.Context) -> None:
         raise typer.Exit(importlib.import_module(module).main(context.args, context.command_path))
 

@@ -80,6 +80,7 @@ def test_help_lists_all_commands_whole():
         (["train", "--momentum", "-1"], "momentum: got -1.0"),
         (["train", "--percentile", "30"], "percentile: got 30.0; accepted: 50 <= percentile < 100"),
         (["reproduce"], "Missing argument 'WHAT'"),
+        (["reproduce", "table1", "--output", "--", "x"], "Invalid value for '--output': got the option '--'"),
         (["bench", "--density", "2"], "density: got '2'; accepted: 0 <= density <= 1"),
         (["bench", "step", "--percentile", "3"], "percentile: got 3.0"),
         (["info", "--jason"], "No such option: --jason"),
@@ -103,7 +104,7 @@ def test_arguments_arrive_as_they_are(monkeypatch):
         return 5
 
     monkeypatch.setattr(importlib.import_module("sparsebwd.train.cli"), "main", main)
-    words = ["--model", "vgg16", "-x", "--flag=a b", "--help", "rest", "--version"]
+    words = ["--model", "vgg16", "-x", "--flag=a b", "--", "--help", "rest", "--", "--version", ""]
     assert invoke("train", *words).exit_code == 5
     assert got == [(words, "sparsebwd train")]
 
@@ -134,6 +135,26 @@ def test_output_that_cannot_be_written(arguments):
     with open("/dev/full", "w") as full:
         done = subprocess.run([SCRIPT, *arguments], stdout=full, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (1, "error: standard output: No space left on device\n")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [["train", "--epochs", "x"], ["train", "--percentile", "30"], ["reproduce"]], ids=" ".join)
+def test_what_is_wrong_has_status_2_where_it_cannot_be_said(arguments):
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([SCRIPT, *arguments], stdout=subprocess.DEVNULL, stderr=full).returncode == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [["info"], ["bench", "--help"], ["train", "--help"], ["reproduce", "-h"]], ids=" ".join)
+def test_a_closed_pipe_ends_it_as_in_shells(arguments):
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run([SCRIPT, *arguments], stdout=writing, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_python_m_runs_each_command():

@@ -111,6 +111,8 @@ def test_wrong_arguments_are_refused(tmp_path, capsys):
         (["--stale", "nan"], "'--stale': got 'nan'; accepted: seconds from 1"),
         (["--timing-steps", "-1"], "'--timing-steps': got '-1'; accepted: integers from 0"),
         (["--epochs", "9" * 30], "'--epochs': got '999999999999999999999999999999'; accepted: integers from 1"),
+        (["--seeds", "0", "-1"], "'--seeds': got '-1'; accepted: integers from 0 to 2**64 - 1"),
+        (["--seeds", str(2**64)], "'--seeds': got '18446744073709551616'; accepted: integers from 0 to 2**64 - 1"),
         (["--also", "noise"], "KEY=VALUE"),
         (["--also", "batch_size=many"], "a number"),
         (["--also", "augment=1"], "true or false"),
@@ -119,6 +121,22 @@ def test_wrong_arguments_are_refused(tmp_path, capsys):
         (["--models", "vgg"], "vgg"),
     ):
         assert text in refused(capsys, "table1", "--dry-run", "--output", str(tmp_path), *arguments)
+
+
+def test_several_values_of_an_option(tmp_path, capsys):
+    """Between spaces or commas, or by the option repeated; seeds as large as PyTorch's generators take."""
+    command = ["table1", "--dry-run", "--output", str(tmp_path), "--models", "resnet18"]
+    shown = []
+    for words in (
+        "--percentiles 90 dense --seeds 0 18446744073709551615",
+        "--percentiles 90,dense --seeds=0,18446744073709551615",
+        "--percentiles 90 --seeds 0 --percentiles=dense --seeds 18446744073709551615",
+    ):
+        assert cli.main([*command, *words.split()]) == 0
+        shown.append(capsys.readouterr().out)
+    assert len(set(shown)) == 1
+    for name in ("p90-s0", "dense-s0", "p90-s18446744073709551615", "dense-s18446744073709551615"):
+        assert f"resnet18-cifar10-paper-{name}" in shown[0]
 
 
 # claims

@@ -19,7 +19,7 @@ from rich.table import Table as RichTable
 
 from .. import data, models
 from ..arguments import shown
-from ..commands import GroupedCommand, call, check_environment, describe, fail, new_app, one_line_errors
+from ..commands import GroupedCommand, call, check_environment, check_seed, describe, fail, new_app, one_line_errors
 from ..settings import check_percentile
 from ..train.recipes import RECIPES
 from ..train.stop import Signals
@@ -51,6 +51,13 @@ def _integer(text: str | int, least: int) -> int:
     if not text.isdecimal() or len(text) > _DIGITS or int(text) < least:
         raise typer.BadParameter(f"got {shown(text)}; accepted: integers from {least}")
     return int(text)
+
+
+def _seed(text: str) -> int:
+    try:
+        return check_seed(int(text))
+    except ValueError:
+        raise typer.BadParameter(f"got {shown(text)}; accepted: integers from 0 to 2**64 - 1") from None
 
 
 def _seconds(text: str | float) -> float:
@@ -92,13 +99,13 @@ def command(
     what: Annotated[str, typer.Argument(metavar="WHAT", help=", ".join(_WHATS) + ".", callback=lambda text: _among(text, _WHATS))],
     models: Annotated[list[str] | None, _runs("NAME ...", "Default: all of the table.", _each(partial(_among, accepted=models.names())))] = None,
     percentiles: Annotated[list[str] | None, _runs("P ...", f"Numbers, dense, and none: only exact zeros are skipped. Default: {' '.join(_KINDS)}.", _each(_kind))] = None,
-    seeds: Annotated[list[str] | None, _runs("SEED ...", "Default: 0 1 2; of figure3: 0.", _each(partial(_integer, least=0)))] = None,
+    seeds: Annotated[list[str] | None, _runs("SEED ...", "Default: 0 1 2; of figure3: 0.", _each(_seed))] = None,
     sigma_estimator: Annotated[str, _runs("NAME", "corrected, as_printed in the paper, or both.", partial(_among, accepted=_ESTIMATORS))] = "corrected",
     recipe: Annotated[str | None, _runs("NAME", f"{', '.join(RECIPES)}. Default: the paper's.", partial(_among, accepted=RECIPES))] = None,
     epochs: Annotated[str | None, _runs("N", "Default: the recipe's.", _positive)] = None,
     width: Annotated[str | None, _runs("N", "Channels of the first layer. Default: as published.", _positive)] = None,
     subset: Annotated[str | None, _runs("N", "Train and test on N images only.", _positive)] = None,
-    also: Annotated[list[str] | None, _runs("KEY=VALUE ...", "Other options of sparsebwd.train.")] = None,
+    also: Annotated[list[str] | None, _runs("KEY=VALUE ...", "Other options of sparsebwd.train, with spaces between several, as values may hold commas.")] = None,
     data: Annotated[str | None, _data("NAME", f"{', '.join(data.names())}; the last for images of the table's data set in folders.", partial(_among, accepted=data.names()))] = None,
     data_dir: Annotated[str | None, _data("DIR", "Where the data set's files are.")] = None,
     cache_dir: Annotated[str | None, _data("DIR", "Where decoded images are kept.")] = None,
@@ -115,7 +122,7 @@ def command(
     """Repeat a table or the figure of Ye et al. (2019).
 
     Runs what is missing, keeps what is done, and shows all beside the paper's figures. Any number of processes may do this
-    with one output folder; each may be ended at any time. Of several values, spaces or commas stand between them.
+    with one output folder; each may be ended at any time. Between several values of an option stand spaces or commas.
     """
     with one_line_errors():
         raise typer.Exit(_reproduce(SimpleNamespace(**context.params)))

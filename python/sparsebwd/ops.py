@@ -47,6 +47,7 @@ _HISTORY = "Tensor(a!)? sigma_history=None"
 
 begin()
 
+
 def _unversioned(sigma_history: Tensor | None) -> Tensor | None:
     """The same memory, whose changes autograd does not see. It would call what compiled code saved for backward
     outdated where a layer is used twice before backward; any contents will do."""

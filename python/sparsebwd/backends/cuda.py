@@ -57,14 +57,18 @@ def covers(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
 
 
 class _RawPruning(NamedTuple):
-    """How the raw operators are to prune; nothing, as it is."""
+    """How the raw operators are to prune."""
 
-    key: Tensor | None = None
-    sigma_coefficient: float = 0.0
-    quantile: float = 0.0
-    sigma_history: Tensor | None = None
-    scales: Tensor | None = None
-    cooperative: bool = True
+    key: Tensor | None
+    sigma_coefficient: float
+    quantile: float
+    sigma_history: Tensor | None
+    scales: Tensor | None
+    cooperative: bool
+
+
+def _not_pruned() -> _RawPruning:
+    return _RawPruning(None, 0.0, 0.0, None, None, cooperative())
 
 
 def _raw_pruning(
@@ -126,8 +130,9 @@ def cooperative() -> bool:
     asked = os.environ.get(LAUNCHES, "auto")
     if asked not in _LAUNCHES:
         raise ValueError(f"{LAUNCHES}: got {asked!r}; accepted: {', '.join(_LAUNCHES)}")
-    alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
-    return alone if _LAUNCHES[asked] is None else _LAUNCHES[asked]
+    if _LAUNCHES[asked] is not None:
+        return _LAUNCHES[asked]
+    return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
 
 
 _UNPRUNED = Pruning(percentile=None)
@@ -223,9 +228,10 @@ class CudaBackend(Backend):
         sigma = tau = density = grad_input = grad_weight = None
         gradient = grad_output
         prune_output = pruning.prunes_output
-        raw = _RawPruning(cooperative=cooperative())
         if prune_output:
             raw = _raw_pruning(grad_output, key, pruning, sigma_history, importance.scales(input, pruning))
+        else:
+            raw = _not_pruned()
 
         pays = self.sparse_pays(problem, grad_output, layer_id)
         sparse = (output_mask[0] and pays[0], output_mask[1] and pays[1])
@@ -437,7 +443,7 @@ class AdaptiveCudaBackend(CudaBackend):
         history = layer.history
         if density is None and (history.calls < 2 or history.calls % _CALLS_PER_COUNT == 0):
             stats = _new_stats(grad)
-            self.operators.prune(grad, *_RawPruning(cooperative=cooperative()), None, stats)
+            self.operators.prune(grad, *_not_pruned(), None, stats)
             density = stats[2]
         history.calls += 1
         if density is not None:

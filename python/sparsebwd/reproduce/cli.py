@@ -31,8 +31,6 @@ _WIDTH = 200  # of tables in a file or pipe
 _FIGURE = "figure3"
 _FIGURE_MODELS = ("alexnet", "resnet18")
 _ESTIMATORS = {"corrected": ("corrected",), "as_printed": ("as_printed",), "both": ("corrected", "as_printed")}
-
-
 _DIGITS = 18  # of numbers that have 64 bits
 
 app = new_app()

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
+
+from sparsebwd.opening import read_json
 
 from .results import SETTING, Row
 from .terminal import Table
@@ -64,7 +65,7 @@ class Comparison:
 def load(path: Path, option: str = "compare") -> dict[str, Any]:
     """The record that ``--json`` wrote: environment and rows. Raises ValueError for anything else."""
     try:
-        record = json.loads(path.read_text("utf-8"))
+        record = read_json(path)
     except OSError as error:
         raise ValueError(f"{option}: {path}: {error.strerror}") from error
     except ValueError as error:

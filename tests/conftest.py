@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from pathlib import Path
 
 # Each process of pytest-xdist gets its share of the cores, and so do the programs that tests start; before PyTorch is
@@ -136,3 +137,17 @@ def _logging_kept():
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def deadline():
+    """Ends a test that hangs."""
+
+    def end(*_):
+        raise AssertionError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)

@@ -156,7 +156,7 @@ def test_what_is_no_calibration_of_this_machine_is_refused(make, words, tmp_path
 
 
 @pytest.mark.parametrize(
-    "content, words", [(None, "No such file"), (b"{", "Expecting property name"), (b"\xff", "decode"), (b"[" * 100_000, "recursion")]
+    "content, words", [(None, "No such file"), (b"{", "Expecting property name"), (b"\xff", "decode"), (b"[" * 100_000, "nested too deeply")]
 )
 def test_what_is_no_json_is_refused(content, words, tmp_path):
     file = tmp_path / "bad.json"
@@ -164,7 +164,7 @@ def test_what_is_no_json_is_refused(content, words, tmp_path):
         file.write_bytes(content)
     with pytest.raises(ValueError, match=words):
         sparsebwd.use_calibration(file)
-    with pytest.raises(ValueError, match="Is a directory"):
+    with pytest.raises(ValueError, match="not a regular file but a directory"):
         sparsebwd.use_calibration(tmp_path)
 
 

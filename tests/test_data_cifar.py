@@ -166,10 +166,10 @@ def test_broken_files(archive, tmp_path):
         with pytest.raises(DataError, match=f"{path.name}: .*again"):
             data.load(name, data_dir=path.parent)
     path.unlink()
-    with pytest.raises(DataError, match=f"{path.name}: missing, or not a regular file"):
+    with pytest.raises(DataError, match=f"{path.name}: .*No such file or directory; unpack"):
         data.load(name, data_dir=path.parent)
     os.mkfifo(path)
-    with pytest.raises(DataError, match=f"{path.name}: missing, or not a regular file"):
+    with pytest.raises(DataError, match=f"{path.name}: .*not a regular file but a FIFO; unpack"):
         data.load(name, data_dir=path.parent)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import signal
 import struct
 
 import numpy as np
@@ -154,20 +153,6 @@ def test_other_formats_are_no_images(tmp_path, format):
         pytest.skip(f"this Pillow does not write {format}")
     with pytest.raises(ImageError, match="no image"):
         decode(tmp_path / "image.png")
-
-
-@pytest.fixture
-def deadline():
-    """Ends a test that hangs."""
-
-    def end(*_):
-        raise AssertionError("it hangs")
-
-    before = signal.signal(signal.SIGALRM, end)
-    signal.alarm(20)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize("kind", ["fifo", "link to a fifo", "device", "folder", "socket"])

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from ..opening import read_json
 from . import dense, machine
 from .break_even_tables import CLASSES, BreakEven, Table
 
@@ -63,13 +63,12 @@ def read(path: str | os.PathLike) -> dict[torch.dtype, Table]:
     here = identity()
     name = os.fsdecode(path)
     try:
-        with open(path, encoding="utf-8") as file:
-            found = json.load(file)
+        found = read_json(path)
         _check(found)
         for what, value in here.items():
             if found["machine"][what] != value:
                 raise ValueError(f"measured with {what} {found['machine'][what]!r}, but here it is {value!r}")
-    except (OSError, RecursionError, ValueError) as error:
+    except (OSError, ValueError) as error:
         what = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ValueError(
             f"calibration: got {name}: {what}; accepted: a file that `python -m sparsebwd.calibrate` wrote on this machine with "

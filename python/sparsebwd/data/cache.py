@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import secrets
-import stat
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from ..opening import open_regular
 from .dataset import DataError
 from .decode import ImageError, shown
 from .files import NO_LOCKS
@@ -107,10 +107,10 @@ def cached(
 def _open(path: Path, expected: dict) -> Decoded | None:
     """None where there is no such file, or one of other images. Raises _Damaged where the file is not what was written."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise _Damaged("not a regular file")
-        file = open(path, "rb")  # noqa: SIM115
-    except OSError:
+        file = open_regular(path)
+    except OSError as error:
+        if error.errno in (errno.EISDIR, errno.EINVAL):
+            raise _Damaged(error.strerror) from error
         return None
     with file:
         try:

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ..opening import open_regular, read_bytes
 from .dataset import DataError, ImageData
 from .decode import shown
 from .pickled import read_pickle
@@ -106,10 +108,11 @@ def _find(archive: Archive, data_dir: Path) -> tuple[Path, bool]:
 def _read(path: Path, archive: Archive, records: int) -> tuple[np.ndarray, np.ndarray]:
     size = records * (archive.label_bytes + _PIXELS)
     try:
-        found = path.stat().st_size
-        if found != size:
-            raise DataError(f"{shown(path)}: got {found} bytes, a whole file has {size}; unpack {archive.url} again")
-        data = np.fromfile(path, np.uint8).reshape(records, -1)
+        with open_regular(path) as file:
+            found = os.fstat(file.fileno()).st_size
+            if found != size:
+                raise DataError(f"{shown(path)}: got {found} bytes, a whole file has {size}; unpack {archive.url} again")
+            data = np.fromfile(file, np.uint8, size).reshape(records, -1)
     except OSError as error:
         raise DataError(f"{shown(path)}: {error.strerror}; unpack {archive.url} again") from error
     labels = data[:, archive.label_bytes - 1].astype(np.int64)
@@ -120,12 +123,7 @@ def _read_pickled(path: Path, archive: Archive, records: int) -> tuple[np.ndarra
     path = path.with_suffix("")
     again = "unpack the archive again"
     try:
-        if not path.is_file():  # a FIFO would never end
-            raise DataError(f"{shown(path)}: missing, or not a regular file; {again}")
-        size, limit = path.stat().st_size, 2 * records * _PIXELS + (1 << 20)
-        if size > limit:
-            raise DataError(f"{shown(path)}: got {size} bytes, a whole file has less than {limit}; {again}")
-        content = read_pickle(path)
+        content = read_pickle(path, 2 * records * _PIXELS + (1 << 20))
         planes, labels = content[b"data"], content[archive.labels_key]
         if not isinstance(planes, np.ndarray) or planes.shape != (records, _PIXELS):
             raise ValueError(f"data is {getattr(planes, 'shape', type(planes).__name__)}, not {(records, _PIXELS)}")
@@ -138,6 +136,8 @@ def _read_pickled(path: Path, archive: Archive, records: int) -> tuple[np.ndarra
         raise DataError(f"{shown(path)}: {error.strerror}; {again}") from error
     except KeyError as error:
         raise DataError(f"{shown(path)}: corrupt or another file, it has no {error}; {again}") from error
+    except OSError as error:
+        raise DataError(f"{shown(path)}: {error.strerror or error}; {again}") from error
     except Exception as error:  # whatever a pickle's opcodes run into
         raise DataError(f"{shown(path)}: truncated, corrupt or another file: {error}; {again}") from error
     return _checked(path, archive, planes, labels)
@@ -158,9 +158,8 @@ def _class_names(folder: Path, archive: Archive, pickled: bool) -> tuple[str, ..
     """The names are for display only, so a folder without them is read all the same."""
     file, key = archive.pickled_names if pickled else (archive.names_file, b"")
     try:
-        if not (folder / file).is_file() or (folder / file).stat().st_size > 1 << 20:
-            raise ValueError
-        lines = read_pickle(folder / file)[key] if pickled else (folder / file).read_bytes().splitlines()
+        most = 1 << 20
+        lines = read_pickle(folder / file, most)[key] if pickled else read_bytes(folder / file, most).splitlines()
         names = tuple(line.decode("utf-8", "replace").strip() for line in lines)
     except Exception:
         names = ()

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..opening import open_regular
 from .dataset import DataError
 
 if TYPE_CHECKING:
@@ -23,7 +23,10 @@ VERSION = 2
 
 _FORMATS = ("JPEG", "PNG")
 # What happens to a single file. Other errors, of a failing disk or too many open files, are not the image's.
-_OF_THE_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENXIO, errno.ENODEV)
+_OF_THE_FILE = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENXIO, errno.ENODEV),
+    *(errno.EISDIR, errno.EINVAL),  # of `open_regular`
+)
 # Greys of fewer than 8 bits are scaled when they are decoded, the one that means transparent is not.
 _GREY_SCALES = {"1": 255, "L;2": 85, "L;4": 17}
 
@@ -67,7 +70,7 @@ def decode(path: str | bytes | Path) -> Image.Image:
 
     name = shown(path)
     try:
-        with _open_regular(path) as file, Image.open(file, formats=_FORMATS) as image:
+        with open_regular(path) as file, Image.open(file, formats=_FORMATS) as image:
             limit = Image.MAX_IMAGE_PIXELS
             if limit and image.width * image.height > limit:
                 raise ValueError(f"got {image.width}x{image.height} pixels, accepted are up to {limit} in all")
@@ -96,17 +99,6 @@ def fit(image: Image.Image, size: int, border: float = 0.0) -> Image.Image:
     if image.size == (size, size) and not border:
         return image
     return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR, bleed=border)
-
-
-def _open_regular(path: str | bytes | Path) -> BinaryIO:
-    """Opens without waiting for a writer, as a FIFO would, and without waking a device."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("not a regular file")
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # exchanged in between
-        os.close(descriptor)
-        raise ValueError("not a regular file")
-    return os.fdopen(descriptor, "rb")
 
 
 def _scale_transparency(image: Image.Image, raw_mode: str | None) -> None:

@@ -9,18 +9,23 @@ from typing import Any
 
 import numpy as np
 
+from ..opening import open_regular
 
-def read_pickle(path: Path) -> dict[bytes, Any]:
+
+def read_pickle(path: Path, most: int) -> dict[bytes, Any]:
     """The dictionary in a pickle file: numbers, bytes, lists, and NumPy arrays of uint8.
 
     A pickle may name any function of any module and have it called. Here the few names that an array needs stand for
     parts of this module, which keep their arguments, and all others are refused.
 
+    Args:
+        most: bytes that the file may have.
+
     Raises:
         ValueError: not such a pickle. Other exceptions where it is corrupt, of whatever kind pickle raises.
-        OSError: the file cannot be read.
+        OSError: the file cannot be read, or has more bytes.
     """
-    with open(path, "rb") as file:
+    with open_regular(path, most) as file:
         content = _Unpickler(file, encoding="bytes").load()
     if type(content) is not dict:
         raise ValueError(f"got a {type(content).__name__}, accepted is a dict")

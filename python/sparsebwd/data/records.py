@@ -14,10 +14,12 @@ from typing import Any, BinaryIO
 
 import torch
 
+from ..opening import open_regular
 from .files import atomic_write
 
 _LINE = b"\nsha256 %s\n"
 _LINE_BYTES = len(_LINE % (b"0" * 64))
+_MARK = _LINE[: _LINE.index(b"%")]
 _CHUNK = 2**20
 
 
@@ -46,17 +48,20 @@ def load_record(path: Path) -> Any:
         RecordError: the digest is missing or is not that of the file, or the file holds something else.
         OSError: the file cannot be read.
     """
-    with open(path, "rb") as file:
-        line, expected = _digests(file)
-        if line is not None and line != expected:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size - _LINE_BYTES
+        if size < 0 or not _last(file, size).startswith(_MARK):
+            raise RecordError(
+                "truncated or corrupt, a file of another kind or written by an earlier version: it does not end in its digest"
+            )
+        if _last(file, size) != _digest_line(file, size):
             raise RecordError("truncated or corrupt: its contents do not have the digest that it was written with")
+        file.seek(0)
         try:
             record = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # zip, pickle and key errors alike: what is read is not what was written
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise RecordError(f"truncated or corrupt, or a file of another kind ({reason})") from error
-    if line is None:
-        raise RecordError("truncated or corrupt, or written by an earlier version: it does not end in its digest")
     return record
 
 
@@ -81,14 +86,17 @@ class _Writer:
         pass
 
 
-def _digests(file: BinaryIO) -> tuple[bytes | None, bytes]:
-    """The last line, None if it is none of ours, and what it has to be. Leaves the file at its start."""
-    size = os.fstat(file.fileno()).st_size - _LINE_BYTES
-    digest, left = hashlib.sha256(), max(size, 0)
-    while left and (chunk := file.read(min(left, _CHUNK))):
-        digest.update(chunk)
-        left -= len(chunk)
-    line = file.read()
+def _last(file: BinaryIO, size: int) -> bytes:
+    """What is behind the first `size` bytes."""
+    file.seek(size)
+    return file.read(_LINE_BYTES)
+
+
+def _digest_line(file: BinaryIO, size: int) -> bytes:
+    """What the line behind the first `size` bytes has to be."""
+    digest = hashlib.sha256()
     file.seek(0)
-    ours = size >= 0 and line.startswith(_LINE[: _LINE.index(b"%")])
-    return line if ours else None, _LINE % digest.hexdigest().encode()
+    while size and (chunk := file.read(min(size, _CHUNK))):
+        digest.update(chunk)
+        size -= len(chunk)
+    return _LINE % digest.hexdigest().encode()

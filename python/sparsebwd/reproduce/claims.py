@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..opening import read_text
+
 FILE = ".sparsebwd.claim"
 
 STALE = 180.0
@@ -32,7 +34,7 @@ class Claim:
     def beat(self) -> bool:
         """Show that the holder lives. False where the claim was taken over."""
         try:
-            if self.path.read_text() != self.text:
+            if read_text(self.path, errors="replace") != self.text:
                 return False
             os.utime(self.path)
         except FileNotFoundError:
@@ -43,7 +45,7 @@ class Claim:
 
     def release(self) -> None:
         with suppress(OSError):
-            if self.path.read_text() == self.text:
+            if read_text(self.path, errors="replace") == self.text:
                 self.path.unlink()
 
 
@@ -72,7 +74,7 @@ def holder(folder: Path, stale: float = STALE) -> str | None:
     """Who holds the directory, in words; None where nobody does."""
     path = folder / FILE
     try:
-        text = path.read_text("utf-8", "replace")
+        text = read_text(path, errors="replace")
         if _is_stale(path, text, stale):
             return None
     except FileNotFoundError:
@@ -105,7 +107,7 @@ def kept(claim: Claim, lost: Callable[[], None], stale: float = STALE) -> Iterat
 def _removed_stale(path: Path, stale: float) -> bool:
     """Remove the claim if it is stale, or gone."""
     try:
-        text = path.read_text("utf-8", "replace")
+        text = read_text(path, errors="replace")
         if not _is_stale(path, text, stale):
             return False
         aside = path.with_name(f"{FILE}.{secrets.token_hex(8)}")
@@ -113,7 +115,7 @@ def _removed_stale(path: Path, stale: float) -> bool:
     except FileNotFoundError:
         return True
     try:
-        if aside.read_text() == text:
+        if read_text(aside, errors="replace") == text:
             return True
         # Another process was faster, and this is its claim: give it back.
         with suppress(OSError):

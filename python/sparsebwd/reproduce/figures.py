@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..data import atomic_write
+from ..opening import read_rows
 from ..train import log
 from .paper import DENSE
 from .results import Result, dense_step_ms, place, step_ms, varying
@@ -114,12 +115,11 @@ def _lines(group: Sequence[Result]) -> dict[str, list[Result]]:
 def _loss(run: Result) -> tuple[np.ndarray, np.ndarray] | None:
     variant = DENSE if run.kind == DENSE else "sparse"
     try:
-        with open(run.folder / log.STEPS_FILE, newline="", encoding="utf-8") as file:
-            pairs = [
-                (int(row["global_step"]), float(row["loss"]))
-                for row in csv.DictReader(file)
-                if row["variant"] == variant
-            ]
+        pairs = [
+            (int(row["global_step"]), float(row["loss"]))
+            for row in csv.DictReader(read_rows(run.folder / log.STEPS_FILE))
+            if row["variant"] == variant
+        ]
     except (OSError, KeyError, TypeError, ValueError):
         return None
     pairs = [pair for pair in pairs if np.isfinite(pair[1])]

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -13,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from .. import opening
 from ..arguments import shown
 from ..commands import describe
 from ..settings import KNOBS, Pruning
@@ -104,7 +104,7 @@ class Run:
     def steps_done(self) -> int:
         """By the last line of the file of all steps."""
         try:
-            with open(self.folder / log.STEPS_FILE, "rb") as file:
+            with opening.open_regular(self.folder / log.STEPS_FILE) as file:
                 file.seek(max(0, file.seek(0, 2) - 200))
                 lines = file.read().splitlines()
         except OSError:
@@ -289,7 +289,7 @@ def read_log(folder: Path) -> dict[str, Any] | None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """None where it is not there, or is no such file."""
     try:
-        record = json.loads(path.read_text("utf-8"))
+        record = opening.read_json(path)
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) else None

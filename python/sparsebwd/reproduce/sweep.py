@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -19,6 +20,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.text import Text
 
 from ..data import write_text
+from ..data.files import check_replaceable
+from ..opening import open_regular
 from ..train.lock import LockedError, locked
 from . import claims, estimate, timing
 from .runs import FAILED_FILE, OUTPUT_FILE, Run
@@ -28,6 +31,8 @@ _POLL, _WAIT, _REFRESH = 2.0, 10.0, 60.0
 """Seconds between looks at the child, at what others have, and at all runs."""
 _PATIENCE = 300.0
 """Seconds that an ended child gets for its checkpoint."""
+_LAST_BYTES = 2**16
+"""Of what a child printed, where its last line is looked for."""
 
 
 @dataclass
@@ -165,6 +170,7 @@ class Sweep:
     def _child(self, arguments: Sequence[str], run: Run, lost: threading.Event) -> int:
         """Run a command to its end, or to that of the claim, and return its exit status."""
         command = [sys.executable, "-m", "sparsebwd.reproduce.child", *arguments]
+        check_replaceable(run.folder / OUTPUT_FILE)
         with open(run.folder / OUTPUT_FILE, "ab") as output:
             # In a session of its own: a signal from the terminal reaches it once, by way of this process.
             child = subprocess.Popen(
@@ -222,5 +228,7 @@ def _failure(status: int, last: str) -> str:
 
 
 def _last_line(path: Path) -> str:
-    lines = path.read_text("utf-8", "replace").splitlines()
+    with open_regular(path) as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _LAST_BYTES))
+        lines = file.read(_LAST_BYTES).decode("utf-8", "replace").splitlines()
     return next((line.strip() for line in reversed(lines) if line.strip()), "")

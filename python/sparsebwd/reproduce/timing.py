@@ -20,6 +20,7 @@ from rich.console import Console
 from ..commands import describe, one_line_errors
 from ..data import write_text
 from ..memory import keep_memory
+from ..opening import read_json
 from ..train import log
 from ..train.config import TrainConfig
 from ..train.measure import EpochTally, speedups
@@ -58,7 +59,7 @@ def measure(folder: Path, steps: int = STEPS) -> dict[str, Any]:
         ValueError: the directory holds no run, or none that its checkpoint belongs to.
         OSError: a file cannot be read.
     """
-    record = json.loads((folder / log.JSON_FILE).read_text("utf-8"))
+    record = read_json(folder / log.JSON_FILE)
     config = TrainConfig(**record["config"])
     with join(config.device) as world:
         if world.device.type == "cpu":

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data import atomic_write, write_json, write_text
+from ..opening import read_rows
 
 CSV_FILE, JSON_FILE, STEPS_FILE = "epochs.csv", "log.json", "steps.csv"
 
@@ -87,13 +88,11 @@ class StepLog:
         """
         kept: dict[tuple[int, str], str] = {}
         if step and self.path.is_file():
-            with open(self.path, encoding="utf-8", errors="replace") as file:
-                next(file, None)
-                for line in file:
-                    number, _, rest = line.partition(",")
-                    key = int(number) if number.isdecimal() and len(number) < 20 else 0, rest.partition(",")[0]
-                    if 0 < key[0] <= step and key[1] in variants and line.count(",") == len(STEP_COLUMNS) - 1:
-                        kept[key] = line
+            for line in read_rows(self.path):
+                number, _, rest = line.partition(",")
+                key = int(number) if number.isdecimal() and len(number) < 20 else 0, rest.partition(",")[0]
+                if 0 < key[0] <= step and key[1] in variants and line.count(",") == len(STEP_COLUMNS) - 1:
+                    kept[key] = line
         write_text(self.path, "".join([",".join(STEP_COLUMNS) + "\n", *kept.values()]))
         with self._naming():
             self._file = open(self.path, "a", encoding="utf-8")  # until `close`

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sparsebwd import backends
-from sparsebwd.backends import cuda
+from sparsebwd.backends import cuda, cuda_auto
 from sparsebwd.problem import ConvProblem
 from sparsebwd.settings import Pruning
 from sparsebwd.testing import fenced, poisoned_memory, random_tensor
@@ -47,7 +47,7 @@ def emulated():
         def for_auto(self):
             return adaptive
 
-    class AdaptiveEmulated(Emulated, cuda.AdaptiveCudaBackend):
+    class AdaptiveEmulated(Emulated, cuda_auto.AdaptiveCudaBackend):
         pass
 
     adaptive = AdaptiveEmulated()

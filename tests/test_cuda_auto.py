@@ -17,7 +17,7 @@ from emulated_backend import (
 )
 
 from sparsebwd import backends
-from sparsebwd.backends import cuda
+from sparsebwd.backends import cuda_auto
 from sparsebwd.problem import ConvProblem
 from sparsebwd.testing import assert_bit_equal
 
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.emulated, needs_compiler, pytest.mark.usefixtures("emu
 
 
 @pytest.fixture
-def fresh() -> cuda.AdaptiveCudaBackend:
+def fresh() -> cuda_auto.AdaptiveCudaBackend:
     """What "auto" uses, with nothing remembered."""
     adaptive = backends.get_backend("emulated").for_auto()
     adaptive._layers.clear()
@@ -87,14 +87,14 @@ def test_auto_counts_what_is_not_pruned(fresh, ieee, generator, stats):
 
 def test_auto_counts_seldom_while_it_is_dense(fresh, ieee, generator, stats, monkeypatch):
     recorded = []
-    record = cuda._DensityHistory.record
+    record = cuda_auto.DensityHistory.record
 
     def noting(self, density):
         recorded.append(self.calls)
         record(self, density)
 
-    monkeypatch.setattr(cuda._DensityHistory, "record", noting)
-    monkeypatch.setattr(cuda, "_CALLS_PER_COUNT", 4)
+    monkeypatch.setattr(cuda_auto.DensityHistory, "record", noting)
+    monkeypatch.setattr(cuda_auto, "_CALLS_PER_COUNT", 4)
     _implementations("n1c16h3w3k16r3s3p1", [0.9] * 10, generator, stats)
     assert recorded == [1, 2, 5, 9]
 
@@ -130,7 +130,7 @@ def test_auto_while_a_graph_is_captured(fresh, ieee, generator, stats, monkeypat
     """The choice is the last one made, and nothing is waited for or recorded."""
     _implementations(LARGE, [0.1] * 4, generator, stats, 51.0)
     with monkeypatch.context() as capture:
-        capture.setattr(cuda, "_capturing", lambda device: True)
+        capture.setattr(cuda_auto, "_capturing", lambda device: True)
         assert _implementations(LARGE, [0.9] * 4, generator, stats, 51.0) == ["emulated"] * 4
         assert _implementations(LARGE, [0.1] * 2, generator, stats, 51.0, layer_id=2) == ["dense"] * 2
         (first, second) = (layer.history._values for layer in fresh._layers.values())
@@ -151,7 +151,7 @@ def test_auto_prunes_and_convolves_as_dense_or_sparse(fresh, ieee, generator, st
 
 
 def test_number_of_layers_remembered_is_bounded(fresh, ieee, generator, stats, monkeypatch):
-    monkeypatch.setattr(cuda, "_MOST_LAYERS", 3)
+    monkeypatch.setattr(cuda_auto, "_MOST_LAYERS", 3)
     for layer_id in range(5):
         _implementations("n1c16h3w3k16r3s3p1", [0.1], generator, stats, layer_id=layer_id)
     assert [key[0] for key in fresh._layers] == [2, 3, 4]

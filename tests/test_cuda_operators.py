@@ -89,9 +89,9 @@ def test_what_no_kernel_can_count_is_refused(changes, words):
 
 def test_refusals_are_logged(caplog):
     problem = ConvProblem.parse("n2c6h7w8k6r3s3p1g6")
-    cuda._refusals.cache_clear()
+    cuda.refusals_of.cache_clear()
     with caplog.at_level(logging.DEBUG, "sparsebwd"):
-        agb, wgc = cuda._refusals(torch.ops.sparsebwd_emulated, problem, torch.float32)
+        agb, wgc = cuda.refusals_of(torch.ops.sparsebwd_emulated, problem, torch.float32)
     for name, refusal in (("AGB", agb), ("WGC", wgc)):
         assert f"{problem} in torch.float32: no sparse {name}, since {refusal}" in caplog.text
 

@@ -133,11 +133,9 @@ def _read_pickled(path: Path, archive: Archive, records: int) -> tuple[np.ndarra
     except DataError:
         raise
     except OSError as error:
-        raise DataError(f"{shown(path)}: {error.strerror}; {again}") from error
+        raise DataError(f"{shown(path)}: {error.strerror or error}; {again}") from error
     except KeyError as error:
         raise DataError(f"{shown(path)}: corrupt or another file, it has no {error}; {again}") from error
-    except OSError as error:
-        raise DataError(f"{shown(path)}: {error.strerror or error}; {again}") from error
     except Exception as error:  # whatever a pickle's opcodes run into
         raise DataError(f"{shown(path)}: truncated, corrupt or another file: {error}; {again}") from error
     return _checked(path, archive, planes, labels)

@@ -10,23 +10,34 @@ large part of it (rectifiers, max-pooling): then the convolution is given a grad
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd
 
-from .rectifiers import ABOVE_ZERO, ITSELF, Affine, Bounds, bounds_of, complement, passed_by, rectifies
+from .rectifiers import (
+    ABOVE_ZERO,
+    ITSELF,
+    LARGE_PART,
+    Affine,
+    Bounds,
+    bounds_of,
+    complement,
+    passed_by,
+    rectifies,
+    shrinks,
+)
 from .tracing import Tracer
+from .values import after, argument, constant, mask_of, name_of, note_constant, others
 
 # Names of functions and methods, wherever they are defined, without the last "_" of those that work in place.
 _ZEROING = set(
     "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices adaptive_max_pool2d adaptive_max_pool2d_with_indices "
-    "fractional_max_pool2d fractional_max_pool2d_with_indices hardshrink softshrink max min amax amin topk fmax fmin "
-    "where masked_fill masked_scatter".split()
+    "fractional_max_pool2d fractional_max_pool2d_with_indices max min amax amin topk fmax fmin "
+    "median nanmedian kthvalue mode tril triu".split()
 )
 _PASSING = set(
     # views and rearrangements
@@ -34,7 +45,7 @@ _PASSING = set(
     "squeeze unsqueeze getitem select narrow index_select gather take_along_dim chunk split tensor_split hsplit vsplit "
     "unbind cat concat concatenate stack hstack vstack dstack expand expand_as broadcast_to repeat repeat_interleave "
     "tile roll flip fliplr flipud rot90 pad pixel_shuffle pixel_unshuffle channel_shuffle unfold fold contiguous clone "
-    "diagonal column_stack "
+    "diagonal column_stack sort msort "
     # other types, places, and what does nothing
     "to type type_as float double half bfloat16 cpu cuda dropout dropout1d dropout2d dropout3d alpha_dropout "
     "feature_alpha_dropout feature_dropout requires_grad identity "
@@ -54,8 +65,9 @@ _QUERIES = set(
     "item tolist bool int long zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full "
     "new_empty new_tensor round floor ceil trunc sign sgn heaviside".split()
 )
-_POSITIVE = set("abs exp square sqrt rsqrt sigmoid softplus hardsigmoid".split())  # whatever of
-_COMPARISONS = {"gt", "ge", "lt", "le", "greater", "greater_equal", "less", "less_equal"}
+_SELECTIONS = {"where", "masked_fill", "masked_scatter"}
+_MASKED = {"mul", "imul", "multiply", "getitem", "masked_select"}
+_SHRINKS = {"hardshrink", "softshrink"}
 _PASSING_MODULES = (
     nn.Identity, _DropoutNd, nn.Flatten, nn.Unflatten, _AvgPoolNd, _AdaptiveAvgPoolNd, nn.Upsample, nn.PixelShuffle,
     nn.PixelUnshuffle, nn.ChannelShuffle, nn.modules.padding._ConstantPadNd, nn.modules.padding._ReflectionPadNd,
@@ -63,7 +75,8 @@ _PASSING_MODULES = (
     nn.LeakyReLU, nn.RReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.LogSigmoid,
     nn.Tanh, nn.Softplus, nn.Softsign, nn.Tanhshrink, nn.Hardsigmoid, nn.Hardswish,
 )  # fmt: skip
-_ZEROING_MODULES = (_MaxPoolNd, _AdaptiveMaxPoolNd, nn.FractionalMaxPool2d, nn.Hardshrink, nn.Softshrink)
+_ZEROING_MODULES = (_MaxPoolNd, _AdaptiveMaxPoolNd, nn.FractionalMaxPool2d)
+_POSITIVE_MODULES = (nn.Sigmoid, nn.Softplus, nn.Hardsigmoid)
 
 _CAUSES = 3
 
@@ -112,8 +125,6 @@ def _decide(causes: set[_Cause], guessed: bool) -> Placement:
     if len(called) > _CAUSES:
         called[_CAUSES:] = [f"{len(called) - _CAUSES} more"]
     reason = "followed by " + (", ".join(called) or "nothing")
-    if sparse and complement([cause.passed for cause in causes]):
-        sparse, reason = False, f"{reason}, which pass the gradient of different elements"
     return Placement("input" if sparse else "output", f"{reason}, by order of registration" if guessed else reason)
 
 
@@ -133,7 +144,7 @@ def _trace_causes(root: nn.Module, prefix: str, causes: dict[nn.Module, set[_Cau
         graph = _Graph(modules, prefix, tracer.opaque)
         for node in tracer.graph.nodes:
             if node.op == "get_attr":
-                _note_constant(node, tracer.root)
+                note_constant(node, tracer.root, root)
         for node in tracer.graph.nodes:
             if node.op == "call_module" and isinstance(modules[node.target], nn.Conv2d):
                 if node.target in tracer.untraced and next(_parts(modules[node.target]), None):
@@ -145,97 +156,129 @@ def _trace_causes(root: nn.Module, prefix: str, causes: dict[nn.Module, set[_Cau
                 _trace_causes(child, _join(prefix, _join(name, child_name)), causes)
 
 
-def _note_constant(node: fx.Node, owner: nn.Module) -> None:
-    """Keep the value of a tensor that forward() made, if it is one number."""
-    tensor = getattr(owner, node.target, None)
-    if isinstance(tensor, torch.Tensor) and not tensor.is_meta and tensor.numel() == 1:
-        node.meta["constant"] = float(tensor)
-
-
 class _Graph:
     def __init__(self, modules: dict[str, nn.Module], prefix: str, opaque: set[str]) -> None:
         self.modules, self.prefix, self.opaque = modules, prefix, opaque
 
-    def causes(self, conv: fx.Node) -> Iterator[_Cause]:
-        """What comes first on each path from ``conv`` among all that does not pass the gradient on."""
-        seen, queue = set(), [(user, conv, Affine()) for user in conv.users]
+    def causes(self, conv: fx.Node) -> list[_Cause]:
+        """What comes first on each path from ``conv`` among all that does not pass the gradient on.
+
+        Rectifiers that together pass the whole gradient pass it on.
+        """
+        joined: dict[fx.Node, Bounds] = {}
+        while True:
+            found = self._first(conv, joined)
+            passed = {node: cause.passed for node, cause in found.items() if cause.kind == "zeroing" and cause.passed}
+            if not complement(list(passed.values())):
+                return list(found.values())
+            joined |= passed
+
+    def _first(self, conv: fx.Node, joined: Container[fx.Node]) -> dict[fx.Node, _Cause]:
+        """What comes first behind ``conv`` and those of ``joined``."""
+        found: dict[fx.Node, _Cause] = {}
+        seen, queue = set(), [(user, conv, ITSELF) for user in conv.users]
         while queue:
             node, source, value = queue.pop()
             if node in seen:
                 continue
             seen.add(node)
-            kind, called = self._kind(node, source, value)
-            if kind == "passing" or kind == "zeroing" and _selects(node, conv):
-                value = _after(node, source, value)
-                queue.extend((user, node, value) for user in node.users)
-            elif kind != "none":
-                yield _Cause(kind, called, self._passed_by(node, source, value) if kind == "zeroing" else None)
+            cause = self._effect(node, source, value)
+            if node in joined:
+                value = ABOVE_ZERO if self._is_positive(node, source) else ITSELF
+            elif cause.kind == "passing" or cause.kind == "zeroing" and _selects(node, conv):
+                value = self._after(node, source, value)
+            else:
+                if cause.kind != "none":
+                    found[node] = cause
+                continue
+            queue.extend((user, node, value) for user in node.users)
+        return found
 
-    def _passed_by(self, node: fx.Node, source: fx.Node, value: Affine) -> Bounds | None:
-        """Between which values of the output of the convolution ``node`` passes the gradient, if it is a rectifier."""
-        called = node.op == "call_module"
-        bounds = bounds_of(self.modules[node.target]) if called else _bounds(node, _name(node), source)
-        return bounds and passed_by(bounds, value)
-
-    def _kind(self, node: fx.Node, source: fx.Node, value: Affine) -> tuple[str, str]:
-        """(kind, what to call it) of ``node``, which uses ``source``, which has ``value``. Kinds are those of causes,
-        "passing", and "none" if no gradient comes back."""
+    def _effect(self, node: fx.Node, source: fx.Node, value: Affine) -> _Cause:
+        """What ``node`` does to the gradient of ``source``, which has ``value``. Kinds are those of causes, "passing", and "none"
+        if no gradient comes back."""
         if node.op == "output":
-            return ("end", self.prefix) if self.prefix else ("other", "the output of the model")
+            return _Cause("end", self.prefix) if self.prefix else _Cause("other", "the output of the model")
         if node.op == "call_module":
             name = _join(self.prefix, node.target)
             if node.target in self.opaque:
-                return "opaque", name
+                return _Cause("opaque", name)
             module = self.modules[node.target]
-            return _module_kind(module, value), _named(module, name)
-        name = _name(node)
+            bounds = bounds_of(module)
+            passed = bounds and passed_by(bounds, value)
+            return _Cause(_module_kind(module, value), _named(module, name), passed)
+        name = name_of(node)
         called = f"{name}()"
-        if name in _QUERIES or node.target is getattr and _argument(node, 1, "name", "") in _QUERIES:
-            return "none", called
-        if node.target is getattr and _argument(node, 1, "name", "") in ("T", "mT", "H", "mH"):
-            return "passing", called
-        if name in ("where", "masked_fill", "masked_scatter") and source in _masks(node, name):
-            return "none", called
-        if name in ("mul", "imul", "multiply", "getitem", "masked_select") and any(
-            _is_comparison(other) for other in _others(node, source)
-        ):
-            return "zeroing", called
+        if name in _QUERIES or node.target is getattr and argument(node, 1, "name", "") in _QUERIES:
+            return _Cause("none", called)
+        if node.target is getattr and argument(node, 1, "name", "") in ("T", "mT", "H", "mH"):
+            return _Cause("passing", called)
+        if name in _SELECTIONS and source in _masks(node, name):
+            return _Cause("none", called)
+        if name in _SELECTIONS or name in _MASKED:
+            return _selection(node, name, source, value)
         bounds = _bounds(node, name, source)
         if bounds is not None:
-            return "zeroing" if rectifies(bounds, value) else "passing", called
-        if name == "einsum" and "," not in _argument(node, 0, "equation", ","):
-            return "passing", called
+            return _Cause("zeroing" if rectifies(bounds, value) else "passing", called, passed_by(bounds, value))
+        if name in _SHRINKS:
+            size = constant(argument(node, 1, "lambd", 0.5))
+            return _Cause("zeroing" if size is None or shrinks(size, value) else "passing", called)
+        if name.startswith("max_pool") and _keeps_all(argument(node, 1, "kernel_size", 2), argument(node, 2, "stride", None)):
+            return _Cause("passing", called)
+        if name == "einsum" and "," not in argument(node, 0, "equation", ","):
+            return _Cause("passing", called)
         if name in _ZEROING:
-            return "zeroing", called
-        return "passing" if name in _PASSING else "other", called
+            return _Cause("zeroing", called)
+        return _Cause("passing" if name in _PASSING else "other", called)
+
+    def _is_positive(self, node: fx.Node, source: fx.Node) -> bool:
+        """Whether the rectifier gives no numbers below zero."""
+        bounds = bounds_of(self.modules[node.target]) if node.op == "call_module" else _bounds(node, name_of(node), source)
+        return bounds is not None and bounds[0] >= 0
+
+    def _after(self, node: fx.Node, source: fx.Node, value: Affine) -> Affine:
+        if node.op == "call_module":
+            return ABOVE_ZERO if isinstance(self.modules[node.target], _POSITIVE_MODULES) else value
+        return after(node, source, value)
 
 
-def _name(node: fx.Node) -> str:
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
-    # relu.default is an overload, _threshold what torch.nn.functional.threshold is called.
-    return name.partition(".")[0].strip("_") if not name.startswith("__") else name
+def _selection(node: fx.Node, name: str, source: fx.Node, value: Affine) -> _Cause:
+    """Of what passes the gradient where a mask is true, or false, or multiplies by it. A mask that nothing is known of passes it."""
+    called = f"{name}()"
+    if name in _SELECTIONS:
+        (condition,) = _masks(node, name)
+        taken = argument(node, 1 if node.op == "call_function" else 0, "input", None)
+        mask = mask_of(condition, source)
+        if mask is not None and (name != "where" or taken is not source):
+            mask = mask.inverted()
+    else:
+        operands = [part for other in others(node, source) for part in (other if isinstance(other, tuple) else (other,))]
+        mask = next((mask for operand in operands if (mask := mask_of(operand, source))), None)
+    if mask is None:
+        return _Cause("passing", called)
+    if mask.bounds is not None:
+        return _Cause("zeroing" if rectifies(mask.bounds, value) else "passing", called, passed_by(mask.bounds, value))
+    zeroing = mask.share is None or 1 - mask.share >= LARGE_PART
+    return _Cause("zeroing" if zeroing else "passing", called)
 
 
-def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+def _keeps_all(kernel_size: Any, stride: Any) -> bool:
+    """Whether max-pooling takes each element by itself."""
+    return all(part in (1, (1,), (1, 1), (1, 1, 1), [1], [1, 1], [1, 1, 1]) for part in (kernel_size, stride or kernel_size))
 
 
 def _masks(node: fx.Node, name: str) -> tuple[Any, ...]:
     """What a selection is made by; no gradient comes back to that."""
     if name != "where" or node.op != "call_method":
-        return (_argument(node, 0 if name == "where" else 1, "condition" if name == "where" else "mask", None),)
-    return (_argument(node, 1, "condition", None),)
-
-
-def _others(node: fx.Node, source: fx.Node) -> list[Any]:
-    return [value for value in (*node.args, *node.kwargs.values()) if value is not source]
+        return (argument(node, 0 if name == "where" else 1, "condition" if name == "where" else "mask", None),)
+    return (argument(node, 1, "condition", None),)
 
 
 def _selects(node: fx.Node, conv: fx.Node) -> bool:
     """Whether ``node`` passes the gradient of each element to one of two values that both come from ``conv``."""
-    if _name(node) not in ("where", "maximum", "minimum", "fmax", "fmin"):
+    if name_of(node) not in ("where", "maximum", "minimum", "fmax", "fmin"):
         return False
-    masks = _masks(node, "where") if _name(node) == "where" else ()
+    masks = _masks(node, "where") if name_of(node) == "where" else ()
     return sum(value not in masks and _comes_from(value, conv) for value in (*node.args, *node.kwargs.values())) > 1
 
 
@@ -245,46 +288,10 @@ def _comes_from(value: Any, conv: fx.Node) -> bool:
         node = queue.pop()
         if node is conv:
             return True
-        if isinstance(node, fx.Node) and node not in seen and _name(node) not in _QUERIES:
+        if isinstance(node, fx.Node) and node not in seen and name_of(node) not in _QUERIES:
             seen.add(node)
             queue.extend(node.all_input_nodes)
     return False
-
-
-def _is_comparison(value: Any) -> bool:
-    while isinstance(value, fx.Node) and _name(value) in ("to", "float", "type_as", "type", "half", "bfloat16"):
-        value = value.args[0]
-    return isinstance(value, fx.Node) and _name(value) in _COMPARISONS
-
-
-def _after(node: fx.Node, source: fx.Node, value: Affine) -> Affine:
-    """What ``node`` makes of ``value``, where it adds or multiplies constants."""
-    if node.op == "call_module":
-        return value
-    name, others = _name(node), _others(node, source)
-    scale, shift = value
-    squares = not others if name in ("mul", "imul", "multiply") else name in ("pow", "ipow") and others in ([2], [4])
-    if name in _POSITIVE or squares:
-        return ABOVE_ZERO
-    if name in ("add", "sub", "subtract") and "alpha" in node.kwargs:
-        others = [_argument(node, 1, "other", None)] if node.args and node.args[0] is source else []
-    if name in ("neg", "negative"):
-        return Affine(-scale, -shift)
-    number = _constant(others[0]) if len(others) == 1 else None
-    if number is None:
-        return value
-    number *= _constant(node.kwargs.get("alpha", 1)) or 1.0
-    first = bool(node.args) and node.args[0] is source
-    if name in ("add", "iadd"):
-        return Affine(scale, shift + number)
-    if name in ("sub", "isub", "subtract", "rsub"):
-        from_it = first != (name == "rsub")
-        return Affine(scale, shift - number) if from_it else Affine(-scale, number - shift)
-    if number and name in ("mul", "imul", "multiply"):
-        return Affine(scale * number, shift * number)
-    if number and first and name in ("div", "divide", "truediv", "itruediv", "true_divide"):
-        return Affine(scale / number, shift / number)
-    return value
 
 
 def _bounds(node: fx.Node, name: str, source: fx.Node) -> Bounds | None:
@@ -299,36 +306,33 @@ def _bounds(node: fx.Node, name: str, source: fx.Node) -> Bounds | None:
     if name == "threshold":
         return _number(node, 1, "threshold", 0.0), above
     if name == "leaky_relu":
-        return (0.0, above) if _argument(node, 1, "negative_slope", 0.01) == 0 else None
+        return (0.0, above) if argument(node, 1, "negative_slope", 0.01) == 0 else None
     if name in ("clamp", "clip"):
         return _number(node, 1, "min", below), _number(node, 2, "max", above)
     if name == "clamp_min":
         return _number(node, 1, "min", 0.0), above
     if name == "clamp_max":
         return below, _number(node, 1, "max", 0.0)
-    if name in ("maximum", "fmax") and len(_others(node, source)) == 1:
-        return _constant(_others(node, source)[0]) or 0.0, above
-    if name in ("minimum", "fmin") and len(_others(node, source)) == 1:
-        return below, _constant(_others(node, source)[0]) or 0.0
+    if name in ("maximum", "fmax") and len(others(node, source)) == 1:
+        return constant(others(node, source)[0]) or 0.0, above
+    if name in ("minimum", "fmin") and len(others(node, source)) == 1:
+        return below, constant(others(node, source)[0]) or 0.0
     return None
 
 
 def _number(node: fx.Node, position: int, name: str, default: float) -> float:
-    value = _argument(node, position, name, default)
-    return default if value is None else _constant(value) or 0.0
-
-
-def _constant(value: Any) -> float | None:
-    """A constant as a number; None where it is not known."""
-    if isinstance(value, (int, float)):
-        return float(value)
-    return value.meta.get("constant") if isinstance(value, fx.Node) else None
+    value = argument(node, position, name, default)
+    return default if value is None else constant(value) or 0.0
 
 
 def _module_kind(module: nn.Module, value: Affine = ITSELF) -> str:
     bounds = bounds_of(module)
     if bounds is not None:
         return "zeroing" if rectifies(bounds, value) else "passing"
+    if isinstance(module, nn.Hardshrink | nn.Softshrink):
+        return "zeroing" if shrinks(module.lambd, value) else "passing"
+    if isinstance(module, _MaxPoolNd) and _keeps_all(module.kernel_size, module.stride):
+        return "passing"
     if isinstance(module, _ZEROING_MODULES):
         return "zeroing"
     return "passing" if isinstance(module, _PASSING_MODULES) else "other"

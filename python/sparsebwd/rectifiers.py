@@ -10,8 +10,8 @@ from torch import nn
 
 Bounds = tuple[float, float]
 
-# A rectifier zeroes at least this part of a gradient, if the output of the convolution is standard normal.
-_LARGE_PART = 0.125
+LARGE_PART = 0.125
+"""A rectifier zeroes at least this part of a gradient, if the output of the convolution is standard normal."""
 
 
 class Affine(NamedTuple):
@@ -37,16 +37,14 @@ def _share(bounds: Bounds) -> float:
     return 0.5 * (math.erf(bounds[1] / math.sqrt(2)) - math.erf(bounds[0] / math.sqrt(2)))
 
 
-def complement(passed: list[Bounds | None]) -> bool:
+def complement(passed: list[Bounds]) -> bool:
     """Whether several rectifiers together pass too much of a gradient to leave a large part zero, as relu(x) and relu(-x)."""
-    if len(passed) < 2 or None in passed:
-        return False
     share, reached = 0.0, -math.inf
     for low, high in sorted(passed):
         if high > reached:
             share += _share((max(low, reached), high))
             reached = high
-    return 1 - share < _LARGE_PART
+    return len(passed) > 1 and 1 - share < LARGE_PART
 
 
 def rectifies(bounds: Bounds, value: Affine = ITSELF) -> bool:
@@ -56,7 +54,12 @@ def rectifies(bounds: Bounds, value: Affine = ITSELF) -> bool:
     """
     if bounds[0] < 0 < bounds[1]:
         return False
-    return 1 - _share(passed_by(bounds, value)) >= _LARGE_PART
+    return 1 - _share(passed_by(bounds, value)) >= LARGE_PART
+
+
+def shrinks(size: float, value: Affine = ITSELF) -> bool:
+    """Whether a function that zeroes what is between -size and size zeroes a large part of the gradient."""
+    return _share(passed_by((-size, size), value)) >= LARGE_PART
 
 
 def bounds_of(module: nn.Module) -> Bounds | None:

@@ -130,8 +130,6 @@ def _read_pickled(path: Path, archive: Archive, records: int) -> tuple[np.ndarra
         if not isinstance(labels, list) or len(labels) != records or {type(label) for label in labels} != {int}:
             raise ValueError(f"{archive.labels_key.decode()} is not a list of {records} integers")
         labels = np.array(labels, np.int64)
-    except DataError:
-        raise
     except OSError as error:
         raise DataError(f"{shown(path)}: {error.strerror or error}; {again}") from error
     except KeyError as error:

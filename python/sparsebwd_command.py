@@ -9,11 +9,43 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import os
+import signal
 import sys
-from typing import Annotated
+import threading
+from typing import Annotated, Any
 
-import typer
-import typer.core
+
+def _end(*_: Any) -> None:
+    os.write(2, b"interrupted\n")
+    os._exit(130)
+
+
+def interrupts_end() -> None:
+    """From now on SIGINT ends the process at once: while modules load there is nothing to save, and a traceback says nothing."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def interrupts_raise() -> None:
+    """From now on SIGINT raises KeyboardInterrupt again."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def is_a_command() -> bool:
+    """Whether this process was started as the command, or as python -m sparsebwd or a module of it."""
+    if os.path.basename(sys.argv[0]) == "sparsebwd":
+        return True
+    words = iter(sys.orig_argv[1:])
+    option = next((word for word in words if word.startswith("-") and not word.startswith("--") and word.endswith("m")), None)
+    return sys.argv[0] == "-m" and option is not None and next(words, "").partition(".")[0] == "sparsebwd"
+
+
+if is_a_command():
+    interrupts_end()
+
+import typer  # noqa: E402
+import typer.core  # noqa: E402
 
 COMMANDS = {
     "train": ("sparsebwd.train.cli", "Train a network with pruned gradients."),
@@ -61,7 +93,12 @@ class _Unparsed(typer.core.TyperCommand):
 def _add(name: str, module: str, text: str) -> None:
     @app.command(name, cls=_Unparsed, help=text)
     def command(context: typer.Context) -> None:
-        raise typer.Exit(importlib.import_module(module).main(context.args, context.command_path))
+        interrupts_end()
+        try:
+            found = importlib.import_module(module)
+        finally:
+            interrupts_raise()
+        raise typer.Exit(found.main(context.args, context.command_path))
 
 
 for _name, (_module, _text) in COMMANDS.items():

@@ -3,6 +3,9 @@
 
 __version__ = "0.1.0"
 
+from . import loading  # noqa: F401  before all others
+
+# isort: split
 from . import functional, fusion, grad, nn  # noqa: F401  fusion registers itself
 from .backends.break_even import use_calibration
 from .conversion import ConversionReport, LayerReport, conversion_report, convert, revert

@@ -13,6 +13,8 @@ import torch
 import typer
 import typer.core
 
+import sparsebwd_command
+
 from . import backends
 from .arguments import shown
 from .backends import break_even, cuda
@@ -150,6 +152,7 @@ def one_line_errors() -> Iterator[None]:
         SystemExit: 1 for an error of the system or too little memory; 130 if interrupted; 141, as shells have it, if
             nobody reads what it prints.
     """
+    sparsebwd_command.interrupts_raise()
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):  # a replaced stream
             stream.reconfigure(errors="backslashreplace")

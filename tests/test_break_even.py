@@ -75,7 +75,7 @@ def test_bfloat16_at_percentile_90_is_dense_where_dense_is_much_faster(name):
         ("avx2", False, False, False, "avx2", "avx2, dense through float32"),
         ("avx2", True, True, False, "avx2 against avx512", "avx2 against avx512"),
         ("avx512", True, False, False, "avx512", "avx512_bf16"),
-        ("avx512", True, False, True, "avx512, 256-bit units", "avx512_bf16"),
+        ("avx512", True, False, True, "avx512, 256-bit units", "avx512_bf16, 256-bit units"),
         ("avx512", True, True, False, "avx512", "amx"),
         ("avx512", False, False, False, "avx512", "avx2, dense through float32"),
     ],

@@ -28,19 +28,17 @@ def mobile(blocks=5, width=16) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, CLASSES))
 
 
-PROTOTYPES = torch.randn(CLASSES, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-def batch(step, images=32):
+def batch(step, size=8, noise=1.5, images=32):
     generator = torch.Generator().manual_seed(step)
     labels = torch.randint(CLASSES, (images,), generator=generator)
-    return PROTOTYPES[labels] + 1.5 * torch.randn(images, 3, 8, 8, generator=generator), labels
+    prototypes = torch.randn(CLASSES, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return prototypes[labels] + noise * torch.randn(images, 3, size, size, generator=generator), labels
 
 
-def train(steps, guarded, **pruning):
-    """The mean loss of the last 20 steps, and the controller."""
-    torch.manual_seed(1)
-    model = mobile()
+def train(steps, guarded, seed=1, blocks=5, task=(), **pruning):
+    """The mean loss of the last 20 steps, and the controller. task: size and noise of images."""
+    torch.manual_seed(seed)
+    model = mobile(blocks)
     with pytest.warns(UserWarning, match="depthwise"):
         sparsebwd.convert(model, where="everywhere", **pruning)
     controller = NoiseController(model, lambda images, labels: F.cross_entropy(model(images), labels), guard=guarded)
@@ -48,7 +46,7 @@ def train(steps, guarded, **pruning):
     losses = []
     for step in range(steps):
         optimiser.zero_grad()
-        loss = controller(*batch(step))
+        loss = controller(*batch(step, *task))
         loss.backward()
         optimiser.step()
         losses.append(loss.item())
@@ -66,16 +64,18 @@ def one_thread():
 
 @pytest.mark.slow
 def test_a_collapse_is_caught(one_thread, caplog):
-    """Thresholds of six sigma in all layers: without the guard the loss stays that of guessing, log(8) = 2.08."""
-    collapsed, controller = train(120, False, percentile=99.9999999)
-    assert collapsed > 1.8
-    assert controller.noise > 10  # times that of minibatches
+    """At percentile 99.5 in 33 layers, means of two seeds: without the guard the loss stays near that of guessing, log(8) = 2.08,
+    where it is .7 after dense steps."""
+    task = dict(blocks=16, task=(4, 0.5), percentile=99.5)
+    alone = [train(120, False, seed, **task) for seed in (1, 2)]
+    assert all(controller.noise > 10 for _, controller in alone)  # times that of minibatches
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
-    kept, controller = train(120, True, percentile=99.9999999)
-    assert kept < 1.3
+    guarded = [train(120, True, seed, **task) for seed in (1, 2)]
     said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert len(said) == 1 and "of the noise of minibatches; dense until it is less: 0, 3" in said[0]
-    assert controller.noise <= 1
+    assert len(said) == 2 and all("of the noise of minibatches; dense until it is less: 0, 3" in message for message in said)
+    assert all(controller.noise <= 1 for _, controller in guarded)
+    collapsed, kept = (sum(loss for loss, _ in runs) / 2 for runs in (alone, guarded))
+    assert collapsed > 1.8 and kept < collapsed - 0.3
 
 
 def test_little_noise_makes_nothing_dense(one_thread, caplog):

@@ -116,10 +116,9 @@ def _kinds(isa: str, native: bool, amx: bool, units_256_bits: bool) -> tuple[str
     """Names of the tables for float32 and for bfloat16. isa: of our kernels. native: whether oneDNN has kernels for
     bfloat16, on x86 where it may use AVX-512, on aarch64 where the CPU has instructions for it."""
     if isa == "avx512":
-        return (
-            "avx512, 256-bit units" if units_256_bits else isa,
-            "avx2, dense through float32" if not native else "amx" if amx else "avx512_bf16",
-        )
+        units = ", 256-bit units" if units_256_bits else ""
+        bfloat16 = "avx2, dense through float32" if not native else "amx" if amx else "avx512_bf16" + units
+        return isa + units, bfloat16
     if isa == "neon":
         return isa, "neon against bf16" if native else "neon, dense through float32"
     if isa == "avx2" and native:

@@ -25,8 +25,8 @@ class BreakEven(NamedTuple):
 class Table:
     """Break-even densities of one dtype on one kind of CPU.
 
-    name: of the kind. origin: where the numbers of channels_last come from, in words; those of contiguous are estimated from
-        them, unless they are measured here (:mod:`.calibration`).
+    name: of the kind. origin: where the numbers of channels_last come from, in words; those of contiguous are measured with
+        them on the Zen 4 and by :mod:`.calibration`, and estimated from them elsewhere.
     channels_last, contiguous: by the class of a problem, see :func:`.break_even.classify`; of tensors in that layout against dense
         convolutions in the same. What a table does not have never runs sparse.
     """
@@ -56,13 +56,17 @@ def _classes(*limits: tuple[float, float]) -> dict[str, BreakEven]:
 
 
 _ZEN5 = "measured on a Zen 5 with AVX-512 (2026-11-23), one and two threads, on the cautious side"
+_ZEN4 = "measured on a Zen 4 with AVX-512 (2026-11-30), one and two threads, twice each, on the cautious side"
 _ZEN3 = "measured on a Zen 3 with AVX2 (2026-11-28), two threads, on the cautious side"
 
 
-def _table(name: str, origin: str, channels_last: dict[str, BreakEven], contiguous: float = 0.85) -> Table:
-    """contiguous: what is assumed to be left of a break-even density where tensors are contiguous."""
-    scaled = {kind: BreakEven(*(contiguous * limit for limit in limits)) for kind, limits in channels_last.items()}
-    return Table(name, origin, channels_last, scaled)
+def _table(
+    name: str, origin: str, channels_last: dict[str, BreakEven], contiguous: float | dict[str, BreakEven] = 0.85
+) -> Table:
+    """contiguous: measured too, or what is assumed to be left of a break-even density where tensors are contiguous."""
+    if not isinstance(contiguous, dict):
+        contiguous = {kind: BreakEven(*(contiguous * limit for limit in limits)) for kind, limits in channels_last.items()}
+    return Table(name, origin, channels_last, contiguous)
 
 
 _HALF = _classes((0, 0), (0, 0.20), (0.25, 0.35), (0.25, 0.30), (0, 0), (0.20, 0.20), (0.30, 0.20), (0.20, 0.20))
@@ -82,10 +86,9 @@ FLOAT32 = {
         ),
         _table(
             "avx512, 256-bit units",
-            "estimated: dense loses more than the sparse kernels by narrower units (a trial on a Zen 4)",
-            _classes(
-                (0, 0.20), (0.15, 0.50), (0.56, 0.68), (0.56, 0.65), (0.10, 0.20), (0.48, 0.50), (0.60, 0.50), (0.50, 0.50)
-            ),
+            _ZEN4,
+            _classes((0, 0), (0.19, 0.52), (0.72, 0.85), (0.33, 0.36), (0.14, 0.05), (0.50, 0.52), (0.78, 0.40), (0.58, 0.46)),
+            _classes((0, 0), (0.12, 0.56), (0.65, 0.84), (0.31, 0), (0.30, 0.45), (0.75, 0.42), (0.85, 0.70), (0.67, 0.36)),
         ),
         _table(
             "avx2",
@@ -116,6 +119,12 @@ BFLOAT16 = {
             "avx512_bf16",
             _ZEN5 + "; without AVX512_BF16 estimated to be the same",
             _classes((0, 0), (0, 0.20), (0.25, 0.38), (0.25, 0.35), (0, 0), (0, 0), (0.18, 0.10), (0.08, 0.17)),
+        ),
+        _table(
+            "avx512_bf16, 256-bit units",
+            _ZEN4 + "; without AVX512_BF16 estimated to be the same",
+            _classes((0, 0), (0, 0.37), (0.30, 0.40), (0.12, 0), (0, 0), (0.18, 0.05), (0.30, 0.11), (0.16, 0.05)),
+            _classes((0, 0), (0, 0.15), (0.11, 0.15), (0.12, 0.06), (0, 0), (0, 0), (0.29, 0), (0.11, 0)),
         ),
         _table(
             "amx",

@@ -29,6 +29,12 @@ _LOOKS = 5
 _CLOSE = 1.15
 # Of the ratios that fit the noise of a dense pass.
 _FIRST = 0.65
+# The variance that two halves of one batch have, and the thresholds that follow, differ from batch to batch by some 40 %. So the
+# first measurement is of so many batches, and later ones move thresholds by this part of the way, in the logarithm; unless noise
+# is further from the budget than chance explains: then training has changed, and it begins anew.
+_BATCHES = 4
+_LEAST_PART = 1 / 3
+_CHANCE = 2.0
 # Where there is a budget: how many times it noise has to be for the network to become dense.
 _RUNAWAY = 5.0
 
@@ -58,7 +64,8 @@ class NoiseController:
     Now and then, on a batch of the training itself, it measures the variance that weight gradients have between minibatches,
     and what pruning adds to it as a function of the threshold of each layer (:mod:`sparsebwd.noise.measure`); it sets the
     thresholds, as tau / sigma, so that what is added to the weight gradients of all layers together is the budget, and that the
-    backward pass takes the least time. Training starts dense. Parameters, their gradients, buffers and the generators of the
+    backward pass takes the least time. Thresholds are means over batches, as one says little: the first measurement is of four
+    batches in a row. Training starts dense. Parameters, their gradients, buffers and the generators of the
     process (PyTorch's, NumPy's, Python's) are left as they are; a measurement takes as long as 2 to 2.5 steps, dense ones, and no more memory.
 
     The guard makes the network dense where the loss, or the measured noise, runs away, says so once in the log, and comes back
@@ -78,7 +85,7 @@ class NoiseController:
 
     Attributes:
         budget: what ``noise=`` of the layers says, or None where none has it.
-        noise: as measured last, in the whole network, at the thresholds of that time; None before.
+        noise: in the whole network, as the last measurements had it, each at the thresholds that it left; None before.
         density: of the gradients, weighted by multiply-adds, and
         speedup: of the backward passes of the convolutions, dense time / sparse time, both as expected at the thresholds set last,
             by the break-even densities; None before.
@@ -123,6 +130,7 @@ class NoiseController:
         # Layers with a threshold of their own that are dense now, and what they had.
         self._off: dict[str, Pruning] = {}
         self._rests, self._resting = 0, False
+        self._known = 0  # batches that went into the ratios
         self._loaded = self._warned = False
         self._seen = self._states()
 
@@ -140,7 +148,7 @@ class NoiseController:
             self._loaded = False
         elif self._forgotten():
             log.info("noise: the parameters were replaced, which makes layers dense: measuring again")
-            self._ratios = dict.fromkeys(self._ratios, 0.0)
+            self._forget()
             self._next = self._step
         if self._step >= self._next and self._may_measure(batch):
             start = time.perf_counter()
@@ -199,7 +207,7 @@ class NoiseController:
     def _measure(self, batch: tuple) -> None:
         for name, pruning in self._off.items():
             self._layers[name].pruning = pruning
-        dense, noisiest = self._off, 0.0
+        dense, found, settled = self._off, [], self._ratios
         seed = hash((self._seed, self._step, this_process())) % 2**31
         measurement = Measurement(self._model, list(self._layers.values()), self._loss, batch, seed)
         with measurement.opened() as measured:
@@ -207,34 +215,58 @@ class NoiseController:
                 off = set(self._off)
                 measurement.look({self._layers[name] for name in off})
                 curves = {self._name_of(curve.layer): curve for curve in allocate.curves_of(measured.calls)}
-                self.noise = self._noise(curves, off, measured)
-                noisiest = max(noisiest, self.noise)
+                found.append(self._noise(curves, off, measured))
                 self._share(curves, measured)
                 # What is to prune again is looked at before it does; within a measurement layers only become dense then.
                 self._look_after(curves, measured, off if look else set())
                 self._write_ratios()
-                if off == set(self._off) and (self.budget is None or 1 / _CLOSE < self.noise / self.budget < _CLOSE):
+                if off == set(self._off) and (self.budget is None or _near(found[-1], self.budget, _CLOSE)):
                     break
         if self._resting:
             self._resting = False
             if self._guard is not None:
                 self._guard.forget()
         self._next = self._step + min(self._every, max(self._start, self._step))
-        if self._guard is not None and self.budget is not None and not self.noise <= _RUNAWAY * self.budget:
+        if self._guard is not None and self.budget is not None and not found[-1] <= _RUNAWAY * self.budget:
+            self.noise = found[-1]
             self._rest(f"noise is {100 * self.noise:.3g} % of that of minibatches, the budget {100 * self.budget:.3g} %")
             return
+        if self.budget is None:
+            self.noise = found[-1]
+        else:
+            if self._known == _BATCHES and not _near(found[0], self.budget, _CHANCE):
+                self._known = 0
+            self._average(settled)
+            noise = self._noise(curves, set(self._off), measured)
+            self.noise = _mean(self.noise or 0.0, noise, self._part) if self._known > 1 else noise
         if self._off.keys() - dense.keys():
             log.warning(
                 "noise: pruning adds %.3g %% of the noise of minibatches; dense until it is less: %s",
-                100 * noisiest,
+                100 * max(found),
                 ", ".join(self._off),
             )
         self._write()  # as measuring leaves buffers as they were
         self._expect(curves, measured)
-        log.info("step %d: %s", self._step, self)
+        if self._next > self._step + 1:
+            log.info("step %d: %s", self._step, self)
+
+    @property
+    def _part(self) -> float:
+        """What the batch that was measured last counts, in means over all."""
+        return max(1 / self._known, _LEAST_PART)
+
+    def _average(self, before: dict[str, float]) -> None:
+        """Make the ratios, which fit one batch, means of what they were before and of that."""
+        self._known = min(self._known + 1, _BATCHES)
+        if self._known < _BATCHES:
+            self._next = self._step + 1
+        self._ratios = {name: _mean(before[name], ratio, self._part) for name, ratio in self._ratios.items()}
+
+    def _forget(self) -> None:
+        self._ratios, self._known = dict.fromkeys(self._ratios, 0.0), 0
 
     def _noise(self, curves: dict[str, allocate.Curves], off: set[str], measured: Measured) -> float:
-        """At the thresholds of the last look."""
+        """Of this batch, by the last look at it."""
         total = sum(
             curve.at(self._ratios.get(name, curve.fixed))[0] for name, curve in curves.items() if name not in off
         )
@@ -272,7 +304,7 @@ class NoiseController:
         log.warning("noise: %s: the network is dense for %d steps", reason, steps)
         self._rests, self._resting = self._rests + 1, True
         self._next = self._step + steps
-        self._ratios = dict.fromkeys(self._ratios, 0.0)
+        self._forget()
         self._off = {
             name: self._off.get(name, layer.pruning) for name, layer in self._layers.items() if name not in self._ratios
         }
@@ -313,6 +345,7 @@ class NoiseController:
             "ratios": dict(self._ratios),
             "off": {name: pruning.text for name, pruning in self._off.items()},
             "rests": self._rests,
+            "known": self._known,
             "resting": self._resting,
             "noise": self.noise,
             "density": self.density,
@@ -335,9 +368,19 @@ class NoiseController:
         self._step, self._next = state["step"], state["next"]
         self._ratios = {name: state["ratios"][name] for name in self._ratios}
         self._off = {name: Pruning.parse(text) for name, text in state["off"].items()}
-        self._rests, self._resting = state["rests"], state["resting"]
+        self._rests, self._resting, self._known = state["rests"], state["resting"], state["known"]
         self.noise, self.density, self.speedup = state["noise"], state["density"], state["speedup"]
         if self._guard is not None:
             self._guard.load_state_dict(state["guard"], next(self._model.parameters()).device)
         self._write()
         self._loaded = True
+
+
+def _near(value: float, to: float, factor: float) -> bool:
+    return to / factor < value < to * factor
+
+
+def _mean(before: float, now: float, part: float) -> float:
+    """In the logarithm. The new value where there was none, or where it has none: 0, infinite or no number."""
+    known = all(0 < value < math.inf for value in (before, now))
+    return before ** (1 - part) * now**part if known else now

@@ -20,7 +20,7 @@ def check(state: Any, like: dict[str, Any], layers: Collection[str]) -> None:
     is to take it up. layers: the names of all that are sparse."""
     if not isinstance(state, dict) or state.keys() != like.keys():
         raise ValueError("state: accepted: what state_dict() of a NoiseController has returned")
-    for name in ("step", "next", "rests"):
+    for name in ("step", "next", "rests", "known"):
         as_int(state[name], name, least=0, most=_MOST_STEPS)
     _check_bool("resting", state["resting"])
     _check_keys("ratios", state["ratios"], like["ratios"])

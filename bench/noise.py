@@ -54,6 +54,12 @@ WAYS = (
 )
 _NAMES = tuple(way.name for way in WAYS)
 
+_SEEN = 4
+"""Batches that a controller measures on, as it does at first in a run."""
+
+_TESTED = 8
+"""Other batches, whose weight gradients are compared."""
+
 
 def command(
     model: training.Model = "resnet18",
@@ -71,7 +77,7 @@ def command(
     layout: training.Layout = "channels_last",
     threads: training.Threads = None,
     seed: training.Seed = 0,
-    draws: Annotated[int, typer.Option(min=2, help="Of pruned gradients, over two batches, for each mean.")] = 8,
+    draws: Annotated[int, typer.Option(min=2, help="Of pruned gradients, over eight batches, for each mean.")] = 8,
     repeats: Annotated[
         int, typer.Option(min=0, help=f"Timed steps of each, after {WARMUP} for warm-up; 0: none is timed.")
     ] = 7,
@@ -94,7 +100,7 @@ def command(
         check_writable(plot=path)
     if batch_size < 4:
         raise typer.BadParameter(
-            f"batch_size: got {batch_size}; accepted: 4 and more, as noise is measured between halves", param_hint="--batch-size"
+            f"batch_size: got {batch_size}; accepted: 4 and more, as controllers measure halves", param_hint="--batch-size"
         )
     when = training.parse_steps(steps)
     check_writable(json=json, markdown=markdown)
@@ -150,19 +156,20 @@ def measure(trainer: Trainer, ways: Sequence[Way], where: str, draws: int, repea
     """One point of the result: the model as trained so far, on the batches that come next in training."""
     step = trainer.steps_done
     # What a controller measures on is none of those that tell whether it was right.
-    first, *tested = (trainer.batch(step + turn) for turn in range(3))
+    batches = [trainer.batch(step + turn) for turn in range(_SEEN + _TESTED)]
+    seen, tested = batches[:_SEEN], batches[_SEEN:]
     model = copy.deepcopy(training.model_of(trainer)).train()
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.eval()  # or gradients would differ by what is dropped
-    exact = [_Exact(trainer, model, batch) for batch in tested]
+    exact = _Exact(trainer, model, tested)
     macs = {found.name: found.problem.macs * (1 + found.needs_grad_input) for found in training.convolutions(trainer)}
     sides = {"dense": _side(trainer, "dense", model)}
     rows = []
     for way, value in itertools.chain(*(zip(itertools.repeat(way), way.values) for way in ways)):
-        pruned, said = _pruned(trainer, model, way, value, where, first)
+        pruned, said = _pruned(trainer, model, way, value, where, seen)
         with DensityMonitor(pruned) as monitor:
-            noises = [sample for reference in exact for sample in reference.noises(pruned, -(-draws // 2))]
+            noises = list(exact.noises(pruned, -(-draws // _TESTED)))
         recorded = monitor.as_dict()["layers"]
         densities = {name: recorded[name]["density"] if name in recorded else None for name in macs}
         layers = [{"macs": macs[name], "density": 1.0 if found is None else found} for name, found in densities.items()]
@@ -189,7 +196,8 @@ def take_times(
         row["speedup"] = None
     if not repeats:
         return None
-    batches = [trainer.batch(trainer.steps_done + 3 + turn) for turn in range(WARMUP + repeats)]
+    first = trainer.steps_done + _SEEN + _TESTED
+    batches = [trainer.batch(first + turn) for turn in range(WARMUP + repeats)]
     take_turns(sides, (Side.step,), batches, trainer.config.seed)
     dense, *others = (side.phases.times() for side in sides.values())
     for row, spent in zip(rows, others):
@@ -199,24 +207,23 @@ def take_times(
 
 
 class _Exact:
-    """A batch, its weight gradients with nothing pruned, and their variance between minibatches of its size, by its halves."""
+    """Batches, their weight gradients with nothing pruned, and the variance of these between batches."""
 
-    def __init__(self, trainer: Trainer, model: nn.Module, batch: Batch) -> None:
-        self._trainer, self._batch = trainer, batch
-        self._gradients = self._of(model, batch)
-        half = len(batch[1]) // 2
-        parts = [self._of(model, (batch[0][part], batch[1][part])) for part in (slice(half), slice(half, 2 * half))]
-        self._variance = _square_distance(*parts) / 4
+    def __init__(self, trainer: Trainer, model: nn.Module, batches: Sequence[Batch]) -> None:
+        self._trainer, self._batches = trainer, batches
+        self._gradients = [self._of(model, batch) for batch in batches]
+        mean = [sum(parts) / len(batches) for parts in zip(*self._gradients)]
+        self._variance = sum(_square_distance(found, mean) for found in self._gradients) / (len(batches) - 1)
 
     def _of(self, model: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
         loss = cross_entropy(self._trainer.forward(model, batch[0]), batch[1])
         return torch.autograd.grad(loss, weights_of(model))
 
     def noises(self, model: nn.Module, draws: int) -> Iterator[float]:
-        """||dW - dW without pruning||² / variance of as many draws."""
-        for draw in range(draws):
+        """||dW - dW without pruning||² / variance of as many draws for each batch."""
+        for draw, (batch, exact) in itertools.product(range(draws), zip(self._batches, self._gradients)):
             torch.manual_seed(draw)
-            yield _square_distance(self._of(model, self._batch), self._gradients) / self._variance
+            yield _square_distance(self._of(model, batch), exact) / self._variance
 
 
 def _square_distance(ones: Sequence[Tensor], others: Sequence[Tensor]) -> float:
@@ -224,7 +231,7 @@ def _square_distance(ones: Sequence[Tensor], others: Sequence[Tensor]) -> float:
 
 
 def _pruned(
-    trainer: Trainer, model: nn.Module, way: Way, value: float, where: str, batch: Batch
+    trainer: Trainer, model: nn.Module, way: Way, value: float, where: str, batches: Sequence[Batch]
 ) -> tuple[nn.Module, str | None]:
     """A copy that prunes, and what its controller says, if it has one."""
     pruned = convert(copy.deepcopy(model), where=where, **{way.knob: value}, **way.options)
@@ -233,7 +240,7 @@ def _pruned(
     controller = NoiseController(
         pruned, lambda images, labels: cross_entropy(trainer.forward(pruned, images), labels), start=1
     )
-    for _ in range(2):
+    for batch in (batches[0], *batches):  # it does not measure before the first step
         controller.step(*batch)
     return pruned, str(controller)
 

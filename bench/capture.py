@@ -43,7 +43,7 @@ def command(
     layout: training.Layout = "channels_last",
     threads: training.Threads = None,
     seed: training.Seed = 0,
-    max_size: Annotated[float, typer.Option(help="MB that the file may take.")] = 2000,
+    max_size: Annotated[float, typer.Option(min=0, help="MB that the file may take.")] = 2000,
 ) -> None:
     """Train a model, and store the gradients that reach its convolutions in some of the steps.
 

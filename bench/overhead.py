@@ -38,7 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def command(
-    layers: Annotated[int, typer.Option(min=1, help="Convolutions in the chain, each of another geometry.")] = 20,
+    layers: Annotated[int, typer.Option(min=1, max=1000, help="Convolutions in the chain, each of another geometry.")] = 20,
     image_size: Annotated[int, typer.Option(min=1, help="Height and width of the tensors, in pixels.")] = 4,
     batch_size: Annotated[int, typer.Option(*BATCH_SIZE, min=1, help="Images.")] = 1,
     dtype: training.Dtype = "float32",

@@ -59,7 +59,7 @@ def command(
     ] = None,
     cache_dir: training.CacheDir = None,
     steps: Annotated[int, typer.Option(min=0, help="Training steps before, with pruned gradients.")] = 30,
-    learning_rate: Annotated[float, typer.Option(help="Of these.")] = 0.02,
+    learning_rate: Annotated[float, typer.Option(min=0, help="Of these.")] = 0.02,
     repeats: Annotated[int, typer.Option(min=2, help=f"Steps of each side, after {WARMUP} more.")] = 9,
     quick: Annotated[
         bool, typer.Option("--quick", help=" ".join(f"--{n.replace('_', '-')} {v}" for n, v in _QUICK.items()) + ".")

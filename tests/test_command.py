@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import re
 import subprocess
@@ -11,10 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import sparsebwd
 import sparsebwd_command
+from sparsebwd import commands
 from sparsebwd_command import COMMANDS, app
 
 SCRIPT = Path(sys.executable).with_name("sparsebwd")
@@ -160,3 +163,44 @@ def test_a_closed_pipe_ends_it_as_in_shells(arguments):
 def test_python_m_runs_each_command():
     for module, _ in sparsebwd_command.COMMANDS.values():
         assert callable(importlib.import_module(module).main), module
+
+
+def _numbers():
+    """(command, option) of all options that take one number."""
+    for words in PAGES + [("calibrate",)]:
+        module = importlib.import_module(COMMANDS[words[0]][0])
+        command = typer.main.get_command(module.app)
+        for word in words[1:]:
+            command = command.commands[word]
+        for parameter in command.params:
+            if parameter.param_type_name == "option" and commands._accepted(parameter):
+                yield words, parameter.opts[0]
+
+
+def test_numbers_that_are_none_are_said_with_what_is_accepted():
+    found = list(_numbers())
+    assert len({words for words, _ in found}) > 8 and len(found) > 40
+    values = itertools.cycle(("x", "1e", "", "2 3", "0x"))
+    for (words, option), value in zip(found, values, strict=False):
+        result = invoke(*words, option, value)
+        line = result.stderr.splitlines()[-1]
+        assert result.exit_code == 2 and re.search(f"got {value!r}; accepted: (integers|numbers)", line), (words, option, line)
+
+
+@pytest.mark.parametrize(
+    "words, option, value, message",
+    [
+        (("bench",), "--repeats", "2", "'--repeats': got '2'; accepted: integers from 3 to 2**63 - 1"),
+        (("bench", "overhead"), "--layers", "-3", "'--layers': got '-3'; accepted: integers from 1 to 1000"),
+        (("bench",), "--tolerance", "nan", "'--tolerance': got 'nan'; accepted: numbers from 0 to 2**63 - 1"),
+        (("bench", "zoo"), "--learning-rate", "inf", "'--learning-rate': got 'inf'; accepted: numbers from 0 to 2**63 - 1"),
+        (("bench", "capture"), "--max-size", "nan", "'--max-size': got 'nan'; accepted: numbers from 0 to 2**63 - 1"),
+        (("profile", "resnet18"), "--batch-size", "9" * 20, "got '99999999999999999999'; accepted: integers from 1 to 2**63 - 1"),
+        (("train",), "--epochs", "1.5", "'--epochs': got '1.5'; accepted: integers"),
+        (("train",), "--epochs", "1e999", "'--epochs': got '1e999'; accepted: integers"),
+    ],
+)
+def test_numbers_out_of_range(words, option, value, message):
+    for arguments in ((option, value), (f"{option}={value}",)):
+        result = invoke(*words, *arguments)
+        assert result.exit_code == 2 and message in result.stderr

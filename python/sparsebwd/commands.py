@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import typer
@@ -21,11 +21,13 @@ from .backends import break_even, cuda
 
 _MOST_THREADS = 1024
 MOST_SEED = 2**64 - 1
-_NO_MEMORY = ("not enough memory", "can't allocate memory", "invalid argument to memory allocation")
+_LARGEST = 2**63 - 1
+_NO_MEMORY = ("not enough memory", "can't allocate memory", "storage size calculation overflowed", "invalid argument to memory allocation")
 
 
 class _OptionsAreNoValues:
-    """Of a command or a group of them: an option that needs a value does not take the next option for it."""
+    """Of a command or a group of them: an option that needs a value does not take the next option for it, and of a number that
+    is refused it says what was got and what is accepted."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         valued = {
@@ -45,7 +47,62 @@ class _OptionsAreNoValues:
             if word == "--" or not (option or _is_option(word) or ctx.allow_interspersed_args):
                 break  # what follows are arguments, or of another command
             option = word if word in valued and not option else None
-        return super().parse_args(ctx, args)
+        words = list(args)  # the parser takes them out
+        try:
+            rest = super().parse_args(ctx, args)
+            for parameter in self.params:
+                _check_finite(parameter, ctx.params.get(parameter.name))
+            return rest
+        except typer.BadParameter as error:
+            accepted = error.param and _accepted(error.param)
+            if accepted and "accepted:" not in error.message:
+                error.message = f"got {shown(_given(error.param.opts, words))}; accepted: {accepted}"
+            raise
+
+
+def _check_finite(parameter: Any, value: Any) -> None:
+    """Raises BadParameter for what nothing can be made of, where the limits of a number are said by its option, not elsewhere."""
+    if isinstance(value, int | float) and _limits(parameter).min is not None and not value <= _LARGEST:
+        raise typer.BadParameter("it is too large", param=parameter)
+
+
+def _accepted(parameter: Any) -> str | None:
+    """The numbers that an option takes, in words; None where it takes something else."""
+    kind, low, high = _limits(parameter)
+    if kind is None:
+        return None
+    text = "integers" if kind is int else "numbers"
+    if low is None:
+        return text
+    return f"{text} from {low:g} to {f'{high:g}' if high is not None else '2**63 - 1'}"
+
+
+class _Limits(NamedTuple):
+    """Of an option: its type, None if that is no number, and what it says of its range."""
+
+    kind: type | None
+    min: float | None
+    max: float | None
+
+
+def _limits(parameter: Any) -> _Limits:
+    descriptor = getattr(parameter, "type_descriptor", None)
+    if descriptor is not None:
+        kind, limits = descriptor.annotation, descriptor.parameter_info
+    else:  # earlier versions of typer
+        limits = parameter.type
+        kind = {"integer": int, "float": float}.get(limits.name.partition(" ")[0])
+    return _Limits(kind if kind in (int, float) else None, *(getattr(limits, name, None) for name in ("min", "max")))
+
+
+def _given(names: Sequence[str], words: Sequence[str]) -> str | None:
+    """The last value of an option."""
+    found = None
+    for word, following in zip(words, [*words[1:], None], strict=True):
+        name, equals, value = word.partition("=")
+        if name in names:
+            found = value if equals else following
+    return found
 
 
 class Command(_OptionsAreNoValues, typer.core.TyperCommand):
@@ -141,7 +198,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, of Python, on a CPU or on a GPU."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _NO_MEMORY)
 
 
 @contextmanager

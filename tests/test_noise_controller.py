@@ -92,6 +92,29 @@ def test_noise_comes_to_the_budget():
     assert 0.5 * 0.2 < sum(ratios) / 4 < 1.6 * 0.2
 
 
+def test_thresholds_are_means_over_batches():
+    """Of four batches in a row at first, and again where noise is further from the budget than chance explains."""
+    model = convert(network(), noise=0.1, where="everywhere")
+    controller = NoiseController(model, loss_of(model), start=3, every=4)
+
+    def batches(steps):
+        seen = []
+        for _ in range(steps):
+            train(model, controller, 1)
+            seen.append(controller.state_dict())
+        return [(state["step"], state["known"], state["next"]) for state in seen]
+
+    assert batches(7) == [(1, 0, 3), (2, 0, 3), (3, 0, 3), (4, 1, 4), (5, 2, 5), (6, 3, 6), (7, 4, 10)]
+    before = controller.ratios
+    train(model, controller, 4)  # the one at step 10 is one more
+    after = controller.ratios
+    assert controller.state_dict()["known"] == 4 and after != before
+    state = controller.state_dict()
+    state["ratios"] = {name: 5 * ratio for name, ratio in after.items()}
+    controller.load_state_dict(state)
+    assert [known for _, known, _ in batches(4)][-1] == 1
+
+
 def test_a_run_that_is_resumed_has_the_same_bits():
     def begin():
         torch.manual_seed(0)

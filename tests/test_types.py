@@ -25,7 +25,7 @@ def test_types_of_what_users_call() -> None:
     layer.percentile = 95
 
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
-    assert_type(sparsebwd.convert(model, where="everywhere", exclude=["1"]), nn.Module)
+    assert_type(sparsebwd.convert(model, where="everywhere", exclude=["1"]), nn.Sequential)
     report = sparsebwd.conversion_report(model)
     assert_type(report, sparsebwd.ConversionReport)
     assert_type(report.layers, tuple[sparsebwd.LayerReport, ...])
@@ -39,7 +39,8 @@ def test_types_of_what_users_call() -> None:
     found = sparsebwd.profile(model, torch.randn(1, 3, 5, 5), loss=lambda output, _: output.sum(), steps=2, alternatives=False)
     assert_type(found, sparsebwd.Profile)
     assert_type(found.speedup, float)
-    assert_type(sparsebwd.revert(model), nn.Module)
+    assert_type(sparsebwd.revert(model), nn.Sequential)
+    assert_type(sparsebwd.revert(layer), nn.Conv2d)
 
     pruned = sparsebwd.prune_gradient(torch.randn(2, 3, 4, 4))
     assert_type(pruned, sparsebwd.PrunedGradient)

@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar, overload
 
 import torch
 from torch import nn
@@ -25,6 +26,8 @@ from .settings import DEFAULT, KNOBS, PLACEMENTS, Granularity, Pruning
 from .subclasses import is_registered, original_class, own_class, rebased, shadowed, sparse_class
 
 log = logging.getLogger("sparsebwd")
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def _excluded(model: nn.Module, exclude: str | Iterable[str]) -> set[str]:
 
 
 def convert(
-    model: nn.Module,
+    model: _Model,
     percentile: float | None = DEFAULT,
     placement: str = "auto",
     backend: str = "auto",
@@ -151,7 +154,7 @@ def convert(
     granularity: Granularity = "element",
     importance: str = "auto",
     exclude: str | Iterable[str] = (),
-) -> nn.Module:
+) -> _Model:
     """Make every eligible ``nn.Conv2d`` of ``model`` a :class:`sparsebwd.SparseConv2d`, in place.
 
     Parameters stay the same objects and modules too, so optimisers, hooks and references to layers remain valid.
@@ -298,6 +301,10 @@ def _warn_of_few(left: Counter[str], share: float, where: str) -> None:
     warnings.warn(f"{converted} converted. Left as they are: {reasons}{more}{remedy}", stacklevel=3)
 
 
+@overload
+def revert(model: SparseConv2d) -> nn.Conv2d: ...
+@overload
+def revert(model: _Model) -> _Model: ...
 def revert(model: nn.Module) -> nn.Module:
     """Make every :class:`sparsebwd.SparseConv2d` of ``model`` a plain ``nn.Conv2d`` again, or what else it was, in place.
 

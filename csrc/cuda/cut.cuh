@@ -32,11 +32,9 @@ __device__ __forceinline__ Scan scan_block(int64_t value) {
   return {(warp == 0 ? 0 : before_warp) + inclusive - value, __shfl_sync(~0u, of_warps, 31)};
 }
 
-// For each block a sequence of `steps` costs; `parts` + 1 cuts of it: range i is from cut i to cut i + 1.
+// `parts` + 1 cuts of a sequence of `steps` costs: range i is from cut i to cut i + 1. One block.
 static __global__ void __launch_bounds__(kCutThreads)
     cut_kernel(const int32_t* costs, int steps, int parts, int32_t* cuts) {
-  costs += int64_t(blockIdx.x) * steps;
-  cuts += int64_t(blockIdx.x) * (parts + 1);
   const int first = static_cast<int>(int64_t(steps) * threadIdx.x / kCutThreads);
   const int end = static_cast<int>(int64_t(steps) * (threadIdx.x + 1) / kCutThreads);
   int64_t sum = 0;

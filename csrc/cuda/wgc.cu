@@ -3,8 +3,9 @@
 // float32, by multiplying for the non-zeros of g only.
 //
 // As loops, outermost first:
-//   ranges of rows n, p, of equal cost, of a strip of q        block
-//     tiles of k and c                                         block; a part of k each warp, sums stay in registers
+//   parts of equal cost of all rows n, p, of all strips of q   block; for a tile of c
+//   and tiles of k
+//     pieces: rows of one strip and one tile of k              block; some k each warp, sums stay in registers
 //       steps of a few rows, double-buffered                   staged in shared memory by cp.async
 //         rows n, p of a step, then pixels q                   the window of x that a pixel sees: registers
 //           channels k of the warp                             unrolled: a branch passes by those of which g is zero
@@ -16,9 +17,9 @@
 //   3x3   32 k and 64 c, two for each lane, where c is few, or with a stride, which sees more columns
 //   1x1   32 k and 256 c, eight for each lane
 // 32 or 16 k are a word of the mask of a pixel, or half of one. A block walks along `strip` pixels of a
-// row of grad_output, then the same columns of the next row, through a range of rows that may span
-// images. Blocks of one range lie next to each other in the grid, so that they read the same input
-// at the same time.
+// row of grad_output, then the same columns of the next row, through a piece of rows that may span
+// images, and on to the next strip or tile of k until its part is done. Blocks of one part, for all
+// tiles of c, lie next to each other in the grid: they read the same gradient at the same time.
 //
 // How. The value of g is the same for all lanes, the input differs. For each pixel with a non-zero
 // among its bits of the mask, a warp holds the window of the input that the pixel sees in registers;
@@ -32,12 +33,13 @@
 // barrier a step. Values are fetched by groups of a few channels, those without a non-zero never.
 //
 // Sums. When a warp has multiplied kChain values of any channel, it adds its registers to its own
-// sums in the workspace. wgc_reduce adds those of all ranges in double precision. Nothing depends on
+// sums in the workspace. wgc_reduce adds those of all pieces in double precision. Nothing depends on
 // the order in which threads run.
 //
 // Load balance. Warps of a block may differ in density; two blocks share a multiprocessor, therefore:
-// while one waits at a barrier the other computes. Images differ too: count_kernel counts what each row
-// costs in each tile of k, and cut_kernel cuts rows into ranges of equal cost, tile by tile.
+// while one waits at a barrier the other computes. Images and tiles of k differ too: count_kernel counts
+// what each row costs in each of them, and cut_kernel cuts all of these rows, one tile after the other,
+// into parts of equal cost. So a tile of k has as many blocks as its non-zeros need, not a whole number.
 //
 // Cost: `make sass` predicts it from the machine code; docs/gpu.md has the figures. Not measured on a GPU.
 #include <algorithm>
@@ -56,27 +58,36 @@
 namespace sparsebwd::cuda {
 namespace {
 
-// partials: kBlockSums for each block.
+// partials: kBlockSums for each piece and tile of c.
 template <class K>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     wgc_kernel(const Plan plan, const typename K::T* g, const uint32_t* nonzeros,
                const typename K::T* x, const int32_t* cuts, float* partials) {
-  Walk<K>(plan, g, nonzeros, x, cuts).run(partials);
+  const int c_tile = blockIdx.x % plan.c_tiles, part = blockIdx.x / plan.c_tiles;
+  const int begin = cuts[part], end = cuts[part + 1];
+  int sequence = min(begin / plan.rows, plan.sequences() - 1);
+  int row = begin - sequence * plan.rows;
+  do {
+    const int rows = min(end - sequence * plan.rows, plan.rows) - row;
+    Walk<K>(plan, g, nonzeros, x, c_tile, sequence, row, rows)
+        .run(partials + (plan.piece(part, sequence) * plan.c_tiles + c_tile) * K::kBlockSums);
+    row = 0;
+  } while (++sequence < plan.sequences() && sequence * plan.rows <= end);
 }
 
 // Fills as many waves of blocks as is best by this model, in units of the time for a pixel: writing
-// and adding up its sums costs a range 256, and ranges, although cut by what they cost, may differ so
-// much that the last ones make the rest of the device wait for an eighth of a range.
-int64_t choose_row_ranges(int64_t rows, int64_t strip, int64_t tiles, int64_t slots) {
+// and adding up its sums costs a part 256, and parts, although cut by what they cost, may differ so
+// much that the last ones make the rest of the device wait for an eighth of a part.
+int64_t choose_parts(int64_t steps, int64_t strip, int64_t c_tiles, int64_t slots) {
   int64_t best = 1;
   double best_cost = 0;
   for (int64_t waves = 1; waves <= 8; ++waves) {
-    const int64_t ranges = std::max<int64_t>(1, std::min(rows, waves * slots / tiles));
-    const double length = static_cast<double>(ceil_div(rows, ranges) * strip);
+    const int64_t parts = std::max<int64_t>(1, std::min(steps, waves * slots / c_tiles));
+    const double length = static_cast<double>(ceil_div(steps, parts) * strip);
     const double cost =
-        static_cast<double>(ceil_div(ranges * tiles, slots)) * (length + 256) + length / 8;
+        static_cast<double>(ceil_div(parts * c_tiles, slots)) * (length + 256) + length / 8;
     if (waves == 1 || cost < best_cost) {
-      best = ranges;
+      best = parts;
       best_cost = cost;
     }
   }
@@ -99,7 +110,7 @@ Plan make_plan(const ConvProblem& problem, const Device& device) {
   plan.column_step = pointwise ? static_cast<int>(problem.stride_w) : 1;
   plan.pad_h = static_cast<int>(problem.pad_h);
   plan.pad_w = static_cast<int>(problem.pad_w);
-  plan.rows = problem.n * plan.p;
+  plan.rows = static_cast<int>(problem.n * plan.p);
   plan.c_tiles = static_cast<int>(ceil_div(plan.c, K::kTileC));
   plan.k_tiles = static_cast<int>(ceil_div(plan.k, K::kTileK));
   plan.tile_k = K::kTileK;
@@ -133,17 +144,17 @@ Plan make_plan(const ConvProblem& problem, const Device& device) {
   plan.strips = static_cast<int>(ceil_div(plan.q, plan.strip));
   fits(best_rows);
 
-  const int64_t tiles = static_cast<int64_t>(plan.c_tiles) * plan.k_tiles * plan.strips;
-  plan.row_ranges = choose_row_ranges(plan.rows, plan.strip, std::max<int64_t>(tiles, 1),
-                                      static_cast<int64_t>(device.multiprocessors) * kBlocks);
+  plan.parts = static_cast<int>(choose_parts(plan.steps(), plan.strip, plan.c_tiles,
+                                             int64_t(device.multiprocessors) * kBlocks));
   return plan;
 }
 
-// The workspace: sums of all blocks, then as many words for costs and for cuts.
-int64_t costs(const Plan& plan) { return plan.rows * plan.strips * plan.k_tiles; }
-int64_t cuts(const Plan& plan) {
-  return int64_t(plan.k_tiles) * plan.strips * (plan.row_ranges + 1);
+// The workspace: these sums, then a word for the cost of each step, then cuts.
+template <class K>
+int64_t sums(const Plan& plan) {
+  return plan.pieces() * plan.c_tiles * K::kBlockSums;
 }
+int64_t cuts(const Plan& plan) { return int64_t(plan.parts) + 1; }
 
 // Calls f(K()) for the kernel that runs the problem.
 template <class F>
@@ -181,11 +192,11 @@ const char* wgc_refusal(const ConvProblem& problem, DType dtype) {
     if (size > kMost) return "a size is above 16777216";
   // A block counts its rows of grad_output in 32 bits. The grid has blocks for each strip and tile at
   // least, with sums of their own.
-  if (problem.n * problem.p() > INT32_MAX) return "grad_output has more than 2^31 rows";
-  if (ceil_div(problem.c, pointwise ? 256 : 64) * ceil_div(problem.k, 32) *
-          ceil_div(problem.q(), kRun) >
-      1 << 20)
+  const int64_t sequences = ceil_div(problem.k, 16) * ceil_div(problem.q(), kRun);
+  if (sequences * ceil_div(problem.c, pointwise ? 256 : 64) > 1 << 21)
     return "rows are too long for so many channels";
+  if (problem.n * problem.p() > INT32_MAX / std::max<int64_t>(sequences, 1))
+    return "grad_output has too many rows for so many channels";
   return nullptr;
 }
 
@@ -194,7 +205,7 @@ size_t wgc_workspace(const ConvCall& call, const Device& device) {
   return with_kernel(call.problem, call.dtype, device, [&](auto kernel) {
     using K = decltype(kernel);
     const Plan plan = make_plan<K>(call.problem, device);
-    return (plan.blocks() * K::kBlockSums + costs(plan) + cuts(plan)) * sizeof(float);
+    return (sums<K>(plan) + plan.steps() + cuts(plan)) * sizeof(float);
   });
 }
 
@@ -205,18 +216,17 @@ cudaError_t wgc(const ConvCall& call, const Device& device, cudaStream_t stream)
     using T = typename K::T;
     const Plan plan = make_plan<K>(call.problem, device);
     float* const partials = static_cast<float*>(call.workspace);
-    int32_t* const costs_at = reinterpret_cast<int32_t*>(partials + plan.blocks() * K::kBlockSums);
-    int32_t* const cuts_at = costs_at + costs(plan);
-    const auto counting = static_cast<unsigned>(ceil_div(costs(plan), kRowsOfBlock));
+    int32_t* const costs_at = reinterpret_cast<int32_t*>(partials + sums<K>(plan));
+    int32_t* const cuts_at = costs_at + plan.steps();
+    const auto counting = static_cast<unsigned>(ceil_div(plan.steps(), kRowsOfBlock));
     cudaError_t error = launch(count_kernel, LaunchShape{dim3(counting), dim3(kCountThreads)},
                                stream, plan, call.nonzeros, costs_at);
     if (error != cudaSuccess) return error;
-    error = launch(
-        cut_kernel, LaunchShape{dim3(plan.k_tiles * plan.strips), dim3(kCutThreads), kCutShared},
-        stream, costs_at, static_cast<int>(plan.rows), static_cast<int>(plan.row_ranges), cuts_at);
+    error = launch(cut_kernel, LaunchShape{dim3(1), dim3(kCutThreads), kCutShared}, stream,
+                   costs_at, plan.steps(), plan.parts, cuts_at);
     if (error != cudaSuccess) return error;
     LaunchShape shape = {};
-    shape.grid = dim3(static_cast<unsigned>(plan.blocks()));
+    shape.grid = dim3(static_cast<unsigned>(int64_t(plan.parts) * plan.c_tiles));
     shape.block = dim3(kThreads);
     shape.shared = K::shared(plan).bytes;
     shape.prefers =
@@ -224,13 +234,13 @@ cudaError_t wgc(const ConvCall& call, const Device& device, cudaStream_t stream)
     error = launch(wgc_kernel<K>, shape, stream, plan, static_cast<const T*>(call.grad_output),
                    call.nonzeros, static_cast<const T*>(call.operand), cuts_at, partials);
     if (error != cudaSuccess) return error;
-    const int slices = plan.ranges() < 32 ? 1 : 8;
+    const int slices = plan.pieces() / plan.k_tiles < 32 ? 1 : 8;
+    const int64_t tiles = int64_t(plan.c_tiles) * plan.k_tiles;
     LaunchShape reduction = {};
-    reduction.grid = dim3(static_cast<unsigned>(plan.blocks() / plan.ranges() * K::kBlockSums /
-                                                (kReduceThreads / slices)));
+    reduction.grid = dim3(static_cast<unsigned>(tiles * K::kBlockSums / (kReduceThreads / slices)));
     reduction.block = dim3(kReduceThreads);
     reduction.shared = kReduceThreads * sizeof(double);
-    return launch(wgc_reduce<K>, reduction, stream, plan, slices, partials,
+    return launch(wgc_reduce<K>, reduction, stream, plan, slices, cuts_at, partials,
                   static_cast<T*>(call.result), call.result_strides);
   });
 }

@@ -37,9 +37,9 @@ struct Plan {
   int columns;  // staged in a row
   int step_rows;  // rows of grad_output in a step
   int ring_rows;  // staged rows that shared memory holds
-  int64_t rows;  // of grad_output: n * p
-  int64_t row_ranges;
+  int rows;  // of grad_output: n * p
   int c_tiles, k_tiles, tile_k;  // tile_k: output channels of a tile, 32 or 16
+  int parts;  // that the steps of all sequences are cut into
 
   // Of the mask of a pixel, the bits of a tile, where its word is loaded by `load(index)`.
   template <class Load>
@@ -48,8 +48,15 @@ struct Plan {
     return load(first / 32) >> first % 32 & ~0u >> (32 - tile_k);
   }
   __host__ __device__ int words() const { return (k + 31) / 32; }
-  __host__ __device__ int64_t ranges() const { return row_ranges * strips; }
-  int64_t blocks() const { return ranges() * c_tiles * k_tiles; }
+  // A sequence is a strip of all rows, for a tile of k; a step is one of its rows.
+  __host__ __device__ int sequences() const { return k_tiles * strips; }
+  __host__ __device__ int steps() const { return rows * sequences(); }
+  // What a part has of a sequence is a piece: a part has one of each sequence from that of its first
+  // step to that of the first step after it, without rows perhaps. Numbers have no gaps:
+  __host__ __device__ int64_t piece(int part, int sequence) const {
+    return int64_t(part) + sequence;
+  }
+  __host__ __device__ int64_t pieces() const { return int64_t(parts) + sequences() - 1; }
 };
 
 // One instance of the kernel: Taps x Taps filters that move on by Stride columns; Lane input channels of a lane.

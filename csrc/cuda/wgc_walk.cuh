@@ -36,7 +36,7 @@ __device__ __forceinline__ void load_values(float (&values)[K::kGroup], const un
   }
 }
 
-// What a block of the grid does: a part of the result, from a range of rows of a strip.
+// What a block of the grid does with a piece: `rows` of a sequence from `row` on, of a tile of c.
 template <class K>
 class Walk {
   using T = typename K::T;
@@ -44,32 +44,24 @@ class Walk {
   static constexpr int kGroup = K::kGroup, kTileK = K::kTileK;
 
  public:
-  __device__ Walk(const Plan& plan, const T* g, const uint32_t* nonzeros, const T* x,
-                  const int32_t* cuts)
-      : plan_(plan), shared_(K::shared(plan)) {
-    const unsigned tiles = plan.c_tiles * plan.k_tiles;
-    const int k_tile = blockIdx.x % plan.k_tiles;
-    const int k0 = k_tile * kTileK;
-    const int c0 = blockIdx.x % tiles / plan.k_tiles * K::kTileC;
-    const int range = blockIdx.x / tiles;
-    cuts += (int64_t(k_tile) * plan.strips + range % plan.strips) * (plan.row_ranges + 1) +
-            range / plan.strips;
-    const int64_t row = cuts[0];
-    rows_ = static_cast<int>(cuts[1] - row);
-
-    const int q0 = range % plan.strips * plan.strip;
+  __device__ Walk(const Plan& plan, const T* g, const uint32_t* nonzeros, const T* x, int c_tile,
+                  int sequence, int row, int rows)
+      : plan_(plan), shared_(K::shared(plan)), rows_(rows) {
+    const int k_tile = sequence / plan.strips;
+    const int k0 = k_tile * kTileK, c0 = c_tile * K::kTileC;
+    const int q0 = sequence % plan.strips * plan.strip;
     const int width = plan.q - q0 < plan.strip ? plan.q - q0 : plan.strip;
     const int pixel = threadIdx.x % plan.strip;
     pixel_row_ = threadIdx.x / plan.strip;
     pixel_offset_ = pixel_row_ * plan.q + pixel;
-    const int64_t first_pixel = row * plan.q + q0;
+    const int64_t first_pixel = int64_t(row) * plan.q + q0;
     k_tile_ = k_tile;
     mask_ = nonzeros + (first_pixel + pixel_offset_) * plan.words();
     has_pixel_ = pixel_row_ < plan.step_rows && pixel < width;
     // Of a group that only half exists, as with float32 it may, the other half is not to be read.
     g_ = g + first_pixel * plan.k + min(k0 + lane() % kValueChunks * K::kChunk, plan.k - K::kChunk);
 
-    p_ = static_cast<int>(row % plan.p);
+    p_ = row % plan.p;
     stage_row_ = p_ * plan.stage_stride;
     stage_end_ = stage_row_ + K::kTaps;
     const int c = c0 + static_cast<int>(threadIdx.x) % kInputChunks * K::kChunk;
@@ -80,14 +72,16 @@ class Walk {
       if (at >= 0 && at < plan.w && c < plan.c) inside_ |= 1u << pass;
     }
     pass_bytes_ = kInputColumns * plan.column_step * plan.c * kBytes;
-    const int64_t input_row = row / plan.p * plan.h + stage_row_ * plan.row_step - plan.pad_h;
+    const int64_t input_row =
+        int64_t(row / plan.p) * plan.h + stage_row_ * plan.row_step - plan.pad_h;
     input_ = reinterpret_cast<const unsigned char*>(x) +
              ((input_row * plan.w + input_column) * plan.c + c) * kBytes;
   }
 
-  // All steps, one barrier each. While one is computed, the input and the values of the next are on
+  // All of its steps, one barrier each; `memory` is where its sums go. While one is computed, the input and the values of the next are on
   // their way to shared memory, and the masks of the one after that to registers.
-  __device__ __forceinline__ void run(float* partials) {
+  __device__ __forceinline__ void run(float* memory) {
+    __syncthreads();  // all are done with the piece before
     clear(0, shared_.values);
     clear(shared_.masks, shared_.bytes);
     __syncthreads();
@@ -95,8 +89,7 @@ class Walk {
     stage(rows_, 0, load_mask(rows_));
     uint32_t mask = load_mask(rows_ - step);
     typename K::Sums sums = {};
-    float* const memory = partials + static_cast<int64_t>(blockIdx.x) * K::kBlockSums +
-                          (warp() * K::kSums * 32 + lane() * K::kStore);
+    memory += warp() * K::kSums * 32 + lane() * K::kStore;
     bool first = true;
     int left = rows_, buffer = 0;
     do {  // once at least: sums are written even if there is no row

@@ -264,24 +264,21 @@ class WgcWalk(Walk):
                 summed = [0] * self.channels_of_warp
 
     def _runs(self, pixels: list[list[bool]]) -> Iterator[Step]:
-        before = False
-        for first in range(0, self.strip, self.run):
-            run = pixels[first : first + self.run]
-            if any(map(any, run)):
-                yield from self.walk(self.code.inner, self._skips(run, before))
-            before = any(run[-1])
+        runs = [pixels[first : first + self.run] for first in range(0, self.strip, self.run)]
+        there = [False, *(any(map(any, run)) for run in runs), False]
+        for run, before, present, after in zip(runs, there, there[1:], there[2:]):
+            if present:
+                yield from self.walk(self.code.inner, self._skips(run, before, after))
             self.units += self.run
 
-    def _skips(self, run: list[list[bool]], before: bool) -> Skips:
+    def _skips(self, run: list[list[bool]], before: bool, after: bool) -> Skips:
         by_products = self.skips_products([bit for pixel in run for bit in pixel])
-        present = [before, *map(any, run)]
 
         def skips(at: int, target: int) -> bool:
             if any(at < product < target for product in self.code.products):
                 return by_products(at, target)
-            # Loads of what the pixel before has loaded, if it was not empty.
-            pixel = sum(product < at for product in self.code.products) // self.channels_of_warp
-            return present[pixel]
+            # Loads of what the run before has loaded, or of what the one after will not use.
+            return before if at < self.code.products[0] else not after
 
         return skips
 

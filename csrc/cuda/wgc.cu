@@ -114,6 +114,7 @@ Plan make_plan(const ConvProblem& problem, const Device& device) {
   plan.c_tiles = static_cast<int>(ceil_div(plan.c, K::kTileC));
   plan.k_tiles = static_cast<int>(ceil_div(plan.k, K::kTileK));
   plan.tile_k = K::kTileK;
+  plan.pixel_bytes = K::kStride * K::kPixelBytes;
 
   const int most =
       std::min(device.shared_per_block, device.shared_per_multiprocessor / kBlocks - 1024);

@@ -38,6 +38,7 @@ struct Plan {
   int step_rows;  // rows of grad_output in a step
   int ring_rows;  // staged rows that shared memory holds
   int rows;  // of grad_output: n * p
+  int pixel_bytes;  // staged, from what a pixel sees first to what the next one does
   int c_tiles, k_tiles, tile_k;  // tile_k: output channels of a tile, 32 or 16
   int parts;  // that the steps of all sequences are cut into
 

@@ -82,8 +82,7 @@ class Walk {
   // their way to shared memory, and the masks of the one after that to registers.
   __device__ __forceinline__ void run(float* memory) {
     __syncthreads();  // all are done with the piece before
-    clear(0, shared_.values);
-    clear(shared_.masks, shared_.bytes);
+    clear(0, shared_.bytes);
     __syncthreads();
     const int step = plan_.step_rows;
     stage(rows_, 0, load_mask(rows_));
@@ -255,34 +254,32 @@ class Walk {
 #pragma unroll
     for (int r = 0; r < K::kTaps; ++r)
       input[r] = in_register(ring + wrap(slot_ + r) * (plan_.columns * K::kPixelBytes));
-    int next = __clz(pixels) & -kRun;
-    uint32_t loaded = *reinterpret_cast<const uint32_t*>(masks + next);
+    const int seen_bytes =
+        plan_.pixel_bytes;  // not known to compilers: one instruction for an address
+    int first = __clz(pixels) & -kRun;
+    // All lanes have the same word. A reduction tells the compiler that they do, so that it branches
+    // without caring for lanes that might go another way, as `pixels` being a vote does.
+    uint32_t mask = __reduce_or_sync(~0u, *reinterpret_cast<const uint32_t*>(masks + first));
+    bool ahead = false;  // the run before has loaded what the first pixel of this one needs
     for (bool more = true; more;) {
-      const int first = next;
-      // All lanes have the same word. This tells the compiler that they do, so that it branches
-      // without caring for lanes that might go another way, as `pixels` being a vote does.
-      const uint32_t mask = __reduce_or_sync(~0u, loaded);
-      // Bit 31: of the pixel before the run, of the one after it.
-      const uint32_t before = pixels >> 1 << first, after = pixels << first << kRun;
+      const uint32_t after = pixels << first << kRun;  // bit 31: of the pixel after the run
       more = after != 0;
-      next = first + kMostStrip - ((31 - __clz(after)) & -kRun);
-      if (more) loaded = *reinterpret_cast<const uint32_t*>(masks + next);
+      const bool adjoins = after >> (32 - kRun) != 0;  // the next run is that of the next pixels
+      const int next = first + kMostStrip - ((31 - __clz(after)) & -kRun);
+      uint32_t next_mask = 0;
+      if (more) next_mask = *reinterpret_cast<const uint32_t*>(masks + next);
       const unsigned char* const run_values = values + first * (kTileK * kBytes);
       const unsigned char* run_input[K::kTaps];
 #pragma unroll
-      for (int r = 0; r < K::kTaps; ++r)
-        run_input[r] = in_register(input[r] + first * (K::kStride * K::kPixelBytes));
+      for (int r = 0; r < K::kTaps; ++r) run_input[r] = in_register(input[r] + first * seen_bytes);
+      if (!ahead) {
+        load_values<K>(value[0], run_values);
+#pragma unroll
+        for (int s = 0; s < K::kTaps; ++s) load_column<K>(columns[s], run_input, s);
+      }
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
-        if ((mask >> (8 * i) & 255u) == 0) continue;
-        if (((i == 0 ? before >> 31 : mask >> (8 * (i - 1))) & 255u) == 0) {
-          load_values<K>(value[i % 2], run_values + i * kTileK * kBytes);
-#pragma unroll
-          for (int s = 0; s < K::kTaps; ++s)
-            load_column<K>(columns[(i * K::kStride + s) % K::kColumns], run_input,
-                           i * K::kStride + s);
-        }
-        if (((i + 1 == kRun ? after >> 31 : mask >> (8 * (i + 1))) & 255u) != 0) {
+        if (i + 1 < kRun || adjoins) {
           load_values<K>(value[(i + 1) % 2], run_values + (i + 1) * kTileK * kBytes);
 #pragma unroll
           for (int s = 0; s < K::kStride; ++s) {
@@ -290,6 +287,7 @@ class Walk {
             load_column<K>(columns[index % K::kColumns], run_input, index);
           }
         }
+        if (i == 1) next_mask = __reduce_or_sync(~0u, next_mask);
 #pragma unroll
         for (int k = 0; k < kGroup; ++k) {
           if (mask >> (8 * i + k) & 1u) {
@@ -305,6 +303,9 @@ class Walk {
           }
         }
       }
+      ahead = adjoins;
+      first = next;
+      mask = next_mask;
     }
   }
 

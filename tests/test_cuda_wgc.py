@@ -307,10 +307,22 @@ def test_without_nonzeros(dtype, generator):
 @pytest.mark.parametrize("multiprocessors", [1, 3, 132])
 @pytest.mark.parametrize("text", ["n6c8h9w9k40r3s3p1", "n5c64h7w40k36r1s1"])
 def test_images_of_unlike_density(text, multiprocessors, generator):
-    """Rows are cut into ranges by what they cost: some ranges have many rows, some none."""
+    """Rows are cut into parts by what they cost: some parts have many rows, some none."""
     problem = ConvProblem.parse(text)
     input, grad_output = _operands(problem, 1.0, torch.float32, generator, integer=True)
     grad_output[:3] = 0
     grad_output[4, ::3] = 0
+    actual = _wgc(Emulator(device=Device(multiprocessors)), problem, input, grad_output)
+    assert_bit_equal(actual + 0, reference.conv2d_weight(problem, input, grad_output).float() + 0, text)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 5, 132])
+@pytest.mark.parametrize("text", ["n3c128h6w9k72r3s3p1", "n2c8h6w66k100r3s3p1"])
+def test_channels_of_unlike_density(text, multiprocessors, generator):
+    """Parts are cut across strips and tiles of output channels: a part may have rows of several tiles, a tile of several parts."""
+    problem = ConvProblem.parse(text)
+    input, grad_output = _operands(problem, 1.0, torch.float32, generator, integer=True)
+    grad_output[:, 16:40] = 0
+    grad_output[:, 40:68, 1:] = 0
     actual = _wgc(Emulator(device=Device(multiprocessors)), problem, input, grad_output)
     assert_bit_equal(actual + 0, reference.conv2d_weight(problem, input, grad_output).float() + 0, text)

@@ -20,12 +20,12 @@ pytest.importorskip("triton")
 
 from triton_interpreter import InterpretedBackend  # noqa: E402
 
-from sparsebwd import backends, functional, grad, granularity  # noqa: E402
+from sparsebwd import backends, functional, grad, granularity, importance  # noqa: E402
 from sparsebwd.backends import triton_backend, triton_tiles, triton_tune  # noqa: E402
 from sparsebwd.backends.dense import convolution_backward  # noqa: E402
 from sparsebwd.problem import ConvProblem  # noqa: E402
 from sparsebwd.settings import Pruning  # noqa: E402
-from sparsebwd.testing import assert_bit_equal, assert_error_bounded, poisoned_memory, random_tensor  # noqa: E402
+from sparsebwd.testing import assert_bit_equal, assert_error_bounded, fenced, poisoned_memory, random_tensor  # noqa: E402
 
 pytestmark = pytest.mark.emulated
 
@@ -147,6 +147,26 @@ def test_rows_are_pruned_as_elsewhere(text, kind, dtype, generator, stats, many_
     assert_bit_equal(stats[-1].density, pruned.density)
     assert_bit_equal(stats[-1].tau, pruned.tau)
     assert stats[-1].implementation == BACKEND
+    wanted = oracle(problem, input, weight, pruned.values)
+    dense = convolution_backward(problem, pruned.values, input, weight, (True, True))
+    for name, *errors in zip(("AGB", "WGC"), results, wanted, dense):
+        assert_error_bounded(*errors, f"{name} of {problem}")
+
+
+def test_rows_of_images_with_thresholds_of_their_own(generator, stats):
+    """importance="image": the threshold of an image falls with the norm of its input, for rows as for elements."""
+    problem = ConvProblem.parse("n4c6h5w4k70r3s3p1")
+    input, weight, gradient = operands(problem, 1.0, DTYPES[0], generator)
+    size = torch.tensor([0.02, 1.0, 1.0, 5.0]).view(4, 1, 1, 1)
+    input = fenced(input * size, 64)
+    gradient *= torch.exp(torch.randn((4, 1, *problem.output_size[2:]), generator=generator))
+    pruning = Pruning(density=0.3, granularity="row", importance="image")
+    results = backward(BACKEND, problem, input, weight, gradient, pruning, key=(3, -4))
+    key, scales = torch.tensor([3, -4]), importance.scales(input, pruning)
+    pruned = granularity.prune(gradient, key, pruning, scales)
+    assert_bit_equal(stats[-1].density, pruned.density)
+    kept = (pruned.values != 0).float().mean((1, 2, 3))
+    assert kept[0] < kept[1:3].mean() < kept[3]
     wanted = oracle(problem, input, weight, pruned.values)
     dense = convolution_backward(problem, pruned.values, input, weight, (True, True))
     for name, *errors in zip(("AGB", "WGC"), results, wanted, dense):

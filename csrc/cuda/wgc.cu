@@ -21,12 +21,12 @@
 // images, and on to the next strip or tile of k until its part is done. Blocks of one part, for all
 // tiles of c, lie next to each other in the grid: they read the same gradient at the same time.
 //
-// How. The value of g is the same for all lanes, the input differs. For each pixel with a non-zero
-// among its bits of the mask, a warp holds the window of the input that the pixel sees in registers;
-// if the pixel before was not empty, all but the newest columns are there already, and columns take
-// registers in turn (kColumns), so that none is moved. Then for each of these bits: branch around
-// taps x taps x lane multiply-adds if it is 0. The branches are real and uniform: see compute_row.
-// Runs of four pixels, and rows, without a non-zero are passed over.
+// How. The value of g is the same for all lanes, the input differs. For each pixel of a run of four, a
+// warp holds the window of the input that the pixel sees in registers; all but the newest columns are
+// there already, unless the run before was passed over, and columns take registers in turn (kColumns),
+// so that none is moved. Then for each of the pixel's bits of the mask: branch around taps x taps x lane
+// multiply-adds if it is 0. The branches are real and uniform: see compute_row. No branch asks whether
+// a pixel is empty, as it would wait for the answer; runs, and rows, without a non-zero are passed over.
 //
 // Input, values and masks come through shared memory. Rows of the input lie in a ring and are read
 // once for each block; while a step of a few rows is computed, the next one is fetched, with one

@@ -254,8 +254,8 @@ class Walk {
 #pragma unroll
     for (int r = 0; r < K::kTaps; ++r)
       input[r] = in_register(ring + wrap(slot_ + r) * (plan_.columns * K::kPixelBytes));
-    const int seen_bytes =
-        plan_.pixel_bytes;  // not known to compilers: one instruction for an address
+    // Compilers do not know it, and make one instruction of an address instead of two.
+    const int seen_bytes = plan_.pixel_bytes;
     int first = __clz(pixels) & -kRun;
     // All lanes have the same word. A reduction tells the compiler that they do, so that it branches
     // without caring for lanes that might go another way, as `pixels` being a vote does.

@@ -204,3 +204,12 @@ def test_numbers_out_of_range(words, option, value, message):
     for arguments in ((option, value), (f"{option}={value}",)):
         result = invoke(*words, *arguments)
         assert result.exit_code == 2 and message in result.stderr
+
+
+@pytest.mark.parametrize("module", ["sparsebwd", "sparsebwd.info"])
+def test_an_unknown_log_level_is_one_line(module):
+    arguments = ["info"] if module == "sparsebwd" else []
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments], env={**os.environ, "SPARSEBWD_LOG": "loud"}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (1, "error: SPARSEBWD_LOG: got 'loud'; accepted: debug, info, warning, error\n")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import importance, reference
+from .. import importance, loading, reference
 from ..arguments import shown
 from ..problem import ConvProblem
 from ..reference import PrunedGradient
@@ -301,7 +301,8 @@ def _log_as_environment_says() -> None:
     if not level:
         return
     if level.lower() not in ("debug", "info", "warning", "error"):
-        raise ValueError(f"SPARSEBWD_LOG: got {level!r}; accepted: debug, info, warning, error")
+        text = f"SPARSEBWD_LOG: got {level!r}; accepted: debug, info, warning, error"
+        raise SystemExit(f"error: {text}") if loading.A_COMMAND else ValueError(text)
     logger.setLevel(level.upper())
     if any(handler.get_name() == logger.name for handler in logger.handlers):
         return  # that of an earlier import

@@ -18,10 +18,19 @@ _TORCH = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sle
 
 
 def run(folder, *command):
+    """As from a terminal, also where the tests run in the background, with interrupts ignored."""
     (folder / "torch").mkdir(exist_ok=True)
     (folder / "torch" / "__init__.py").write_text(_TORCH)
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, cwd=folder, capture_output=True, text=True, timeout=50)
+    return subprocess.run(
+        command,
+        env=os.environ | {"PYTHONPATH": path},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=50,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 @pytest.mark.parametrize(

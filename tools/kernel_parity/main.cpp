@@ -182,7 +182,8 @@ ConvProblem random_problem(Random& random, bool separable, int64_t most_macs) {
   for (;;) {
     ConvProblem problem = {};
     problem.groups = separable ? random.size(70) : random.pick({1, 1, 1, 1, 2, 3});
-    const int64_t channels = random.pick({random.size(80), random.size(9) * 8, random.size(3) * 64});
+    const int64_t channels =
+        random.pick({random.size(80), random.size(9) * 8, random.size(3) * 64});
     problem.n = random.between(0, 4);
     problem.c = problem.groups * (separable ? 1 : std::max<int64_t>(1, channels / problem.groups));
     problem.k = problem.groups * random.size(separable ? 3 : 100);

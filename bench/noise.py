@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.dropout import _DropoutNd
 
 from sparsebwd import DensityMonitor, NoiseController, SparseConv2d, convert
+from sparsebwd.noise.controller import BATCHES
 from sparsebwd.noise.measure import weights_of
 from sparsebwd.settings import WHERE
 from sparsebwd.train import Trainer
@@ -54,11 +55,8 @@ WAYS = (
 )
 _NAMES = tuple(way.name for way in WAYS)
 
-_SEEN = 4
-"""Batches that a controller measures on, as it does at first in a run."""
-
 _TESTED = 8
-"""Other batches, whose weight gradients are compared."""
+"""Batches whose weight gradients are compared, none of which a controller has measured."""
 
 
 def command(
@@ -77,7 +75,7 @@ def command(
     layout: training.Layout = "channels_last",
     threads: training.Threads = None,
     seed: training.Seed = 0,
-    draws: Annotated[int, typer.Option(min=2, help="Of pruned gradients, over eight batches, for each mean.")] = 8,
+    draws: Annotated[int, typer.Option(min=2, help=f"Of pruned gradients, over {_TESTED} batches, for each mean.")] = 8,
     repeats: Annotated[
         int, typer.Option(min=0, help=f"Timed steps of each, after {WARMUP} for warm-up; 0: none is timed.")
     ] = 7,
@@ -156,8 +154,8 @@ def measure(trainer: Trainer, ways: Sequence[Way], where: str, draws: int, repea
     """One point of the result: the model as trained so far, on the batches that come next in training."""
     step = trainer.steps_done
     # What a controller measures on is none of those that tell whether it was right.
-    batches = [trainer.batch(step + turn) for turn in range(_SEEN + _TESTED)]
-    seen, tested = batches[:_SEEN], batches[_SEEN:]
+    batches = [trainer.batch(step + turn) for turn in range(BATCHES + _TESTED)]
+    seen, tested = batches[:BATCHES], batches[BATCHES:]
     model = copy.deepcopy(training.model_of(trainer)).train()
     for module in model.modules():
         if isinstance(module, _DropoutNd):
@@ -196,7 +194,7 @@ def take_times(
         row["speedup"] = None
     if not repeats:
         return None
-    first = trainer.steps_done + _SEEN + _TESTED
+    first = trainer.steps_done + BATCHES + _TESTED
     batches = [trainer.batch(first + turn) for turn in range(WARMUP + repeats)]
     take_turns(sides, (Side.step,), batches, trainer.config.seed)
     dense, *others = (side.phases.times() for side in sides.values())

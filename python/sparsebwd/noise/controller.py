@@ -29,10 +29,11 @@ _LOOKS = 5
 _CLOSE = 1.15
 # Of the ratios that fit the noise of a dense pass.
 _FIRST = 0.65
-# The variance that two halves of one batch have, and the thresholds that follow, differ from batch to batch by some 40 %. So the
-# first measurement is of so many batches, and later ones move thresholds by this part of the way, in the logarithm; unless noise
-# is further from the budget than chance explains: then training has changed, and it begins anew.
-_BATCHES = 4
+BATCHES = 4
+"""The variance that two halves of one batch have, and the thresholds that follow, differ from batch to batch by 40 % and more. So
+the first measurement is of this many batches."""
+# Later ones move thresholds by this part of the way, in the logarithm; unless noise is further from the budget than chance
+# explains: then training has changed, and it begins anew.
 _LEAST_PART = 1 / 3
 _CHANCE = 2.0
 # Where there is a budget: how many times it noise has to be for the network to become dense.
@@ -234,7 +235,7 @@ class NoiseController:
         if self.budget is None:
             self.noise = found[-1]
         else:
-            if self._known == _BATCHES and not _near(found[0], self.budget, _CHANCE):
+            if self._known == BATCHES and not _near(found[0], self.budget, _CHANCE):
                 self._known = 0
             self._average(settled)
             noise = self._noise(curves, set(self._off), measured)
@@ -257,8 +258,8 @@ class NoiseController:
 
     def _average(self, before: dict[str, float]) -> None:
         """Make the ratios, which fit one batch, means of what they were before and of that."""
-        self._known = min(self._known + 1, _BATCHES)
-        if self._known < _BATCHES:
+        self._known = min(self._known + 1, BATCHES)
+        if self._known < BATCHES:
             self._next = self._step + 1
         self._ratios = {name: _mean(before[name], ratio, self._part) for name, ratio in self._ratios.items()}
 
